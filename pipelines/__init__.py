@@ -1,0 +1,8 @@
+"""Pipelines: a network, a scheduler and the loop between them."""
+
+from discrete_schedulers.pipelines.pipeline_discrete_diffusion import (
+    DiscreteDiffusionPipeline,
+    DiscreteDiffusionPipelineOutput,
+)
+
+__all__ = ["DiscreteDiffusionPipeline", "DiscreteDiffusionPipelineOutput"]

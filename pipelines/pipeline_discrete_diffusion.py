@@ -1,0 +1,279 @@
+r"""The loop between a network and a scheduler, for text and any other tokens.
+
+    x ~ prior, known tokens put in
+    for t in timesteps:
+        where  = positions(t, x)              which positions move, if that can be said before the network runs
+        logits = denoiser(x, t, where)        at these positions only
+        x      = step(logits, t, x)           known tokens put back
+
+The loop never asks which scheduler or network it has.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from discrete_schedulers.denoisers import NetworkDenoiser
+from discrete_schedulers.models import DDiTModel
+from discrete_schedulers.pipelines.text import infill_template, prefix_template
+from discrete_schedulers.sampling import Generators
+from discrete_schedulers.schedulers import DiscreteScheduler
+
+BUNDLED = "discrete-schedulers/"
+
+
+@dataclass
+class DiscreteDiffusionPipelineOutput(BaseOutput):
+    """Output of [`DiscreteDiffusionPipeline`].
+
+    Args:
+        sequences (`torch.Tensor` or `np.ndarray` of shape `(B, L)`): Token ids.
+        texts (`list[str]`, *optional*): Decoded sequences, with `output_type="text"` and a tokenizer.
+        num_model_calls (`int`): Calls of the network that were made.
+    """
+
+    sequences: Tensor | np.ndarray
+    texts: list[str] | None = None
+    num_model_calls: int = 0
+
+
+class DiscreteDiffusionPipeline(DiffusionPipeline):
+    """Sample token sequences from a discrete diffusion model.
+
+    Args:
+        model (`torch.nn.Module`): The network.
+        scheduler (`DiscreteScheduler`): Any scheduler of this library; swap it with
+            `pipe.scheduler = X.from_config(pipe.scheduler.config)`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): For prompts and texts.
+        denoiser (`dict`, *optional*): Facts about the network: the arguments of [`NetworkDenoiser`] that differ from what
+            the scheduler's config and a [`DDiTModel`]'s config say.
+
+    Example:
+
+    ```python
+    from discrete_schedulers import DiscreteDiffusionPipeline
+
+    pipe = DiscreteDiffusionPipeline.from_pretrained("discrete-schedulers/tiny-text")
+    print(pipe(num_samples=2, num_inference_steps=16).texts)
+    ```
+    """
+
+    model_cpu_offload_seq = "model"
+    _optional_components = ["tokenizer"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        scheduler: DiscreteScheduler,
+        tokenizer: Any = None,
+        denoiser: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
+        facts = {name: scheduler.config[name] for name in ("vocab_size", "mask_token_id", "process", "noise_schedule")}
+        if isinstance(model, DDiTModel):
+            timed = model.config.cond_dim is not None and model.config.time_conditioning
+            facts |= {"split_head": True, "max_length": model.config.max_length, "time_input": "sigma" if timed else None}
+        self.register_to_config(denoiser=facts | dict(denoiser or {}))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> DiscreteDiffusionPipeline:
+        """Load a pipeline from a folder, the Hub, or this package.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): A folder written by `save_pretrained`, a Hub id, or the bundled
+                id `"discrete-schedulers/tiny-text"`, which needs no network.
+            **kwargs: As in `diffusers.DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            ValueError: If a bundled id is not one of this package's.
+        """
+        name = str(pretrained_model_name_or_path)
+        if not name.startswith(BUNDLED) or Path(name).is_dir():
+            return super().from_pretrained(name, **kwargs)
+        assets = files("discrete_schedulers") / "assets"
+        known = sorted(folder.name for folder in assets.iterdir() if (folder / "model_index.json").is_file())
+        if name.removeprefix(BUNDLED) not in known:
+            raise ValueError(f"{name!r} is not bundled; bundled: {', '.join(BUNDLED + folder for folder in known)}")
+        with as_file(assets / name.removeprefix(BUNDLED)) as folder:
+            pipe = super().from_pretrained(str(folder), **kwargs)
+        pipe.register_to_config(_name_or_path=name)
+        return pipe
+
+    @property
+    def denoiser(self) -> NetworkDenoiser:
+        """The network as a function from (x_t, t) to logits of p(x_0 | x_t)."""
+        return NetworkDenoiser(self.model, **self.config.denoiser)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the last call."""
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        template: str | list[str] | Tensor | None = None,
+        num_samples: int = 1,
+        length: int | None = None,
+        num_inference_steps: int = 16,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: Literal["text", "pt", "np", "latent"] = "text",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> DiscreteDiffusionPipelineOutput | tuple:
+        """Sample.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): Text that the samples begin with.
+            template (`str`, `list[str]` or `torch.Tensor`, *optional*): What to fill in: text with the tokenizer's mask token
+                at each position to fill, or ids (P, L) with the mask id. All of one length.
+            num_samples (`int`, defaults to 1): Samples for each prompt or template.
+            length (`int`, *optional*): Tokens L of a sample, prompt included. Defaults to the model's longest.
+            num_inference_steps (`int`, defaults to 16): Calls of the network.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One, or one per sample: then a sample does
+                not depend on its batch.
+            latents (`torch.Tensor` of shape `(B, L)`, *optional*): Tokens to start from instead of the prior.
+            output_type (`str`, defaults to `"text"`): `"text"` decodes as well; `"np"` returns a NumPy array.
+            return_dict (`bool`, defaults to `True`): Return [`DiscreteDiffusionPipelineOutput`] instead of a tuple.
+            callback_on_step_end (`Callable`, *optional*): Called as `f(pipe, step, timestep, kwargs)` after each step; may
+                return `{"latents": ...}`.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Names passed to it, of `["latents"]`.
+
+        Returns:
+            [`DiscreteDiffusionPipelineOutput`] or `tuple`: `sequences`, `texts`, `num_model_calls`.
+
+        Raises:
+            ValueError: If an argument is not allowed.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        self.check_inputs(prompt, template, num_samples, length, output_type, tensor_inputs)
+        device = self._execution_device
+        denoiser, scheduler = self.denoiser, self.scheduler
+
+        known = self.prepare_template(prompt, template, num_samples, length, latents)
+        latents, frozen = self.prepare_latents(known, latents, generator, device)
+        template_ids = latents.clone()
+        scheduler.set_timesteps(num_inference_steps)
+        self._num_timesteps, num_model_calls = len(scheduler.timesteps), 0
+
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(scheduler.timesteps):
+                chosen = scheduler.positions(t, latents, generator)  # None: all of them
+                model_output = denoiser(latents, t, chosen)
+                num_model_calls += 1 if chosen is None else int(chosen.any())
+                latents = scheduler.step(model_output, t, latents, generator=generator).prev_sample
+                latents = torch.where(frozen, template_ids, latents)
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    latents = callback_on_step_end(self, i, t, callback_kwargs).pop("latents", latents)
+                progress_bar.update()
+
+        self.maybe_free_model_hooks()
+        sequences = latents.cpu().numpy() if output_type == "np" else latents
+        output = DiscreteDiffusionPipelineOutput(sequences, self.decode(latents, output_type), num_model_calls)
+        return output if return_dict else (output.sequences, output.texts, output.num_model_calls)
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        template: str | list[str] | Tensor | None,
+        num_samples: int,
+        length: int | None,
+        output_type: str,
+        tensor_inputs: list[str],
+    ) -> None:
+        """Raises `ValueError` if arguments of the call, or the scheduler and the network, do not fit each other."""
+        if not isinstance(self.scheduler, DiscreteScheduler):
+            raise ValueError(f"`scheduler` is a {type(self.scheduler).__name__}; this pipeline runs discrete_schedulers' own")
+        for name in ("vocab_size", "mask_token_id", "process"):
+            if self.scheduler.config[name] != self.config.denoiser[name]:
+                raise ValueError(
+                    f"`scheduler` has {name} {self.scheduler.config[name]!r}, but the model has {self.config.denoiser[name]!r}"
+                )
+        learned_for, name = self.scheduler.config.get("learned_for"), self.config.get("_name_or_path")
+        if learned_for and name and learned_for.get("base_model") not in (None, name):
+            warnings.warn(
+                f"the scheduler's coefficients were learned for {learned_for['base_model']!r}, this model is {name!r}",
+                stacklevel=3,
+            )
+        if prompt is not None and template is not None:
+            raise ValueError("`prompt` and `template` cannot both be given: a template holds its own known tokens")
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"`num_samples` is {num_samples!r}; it must be an integer of at least 1")
+        longest = self.config.denoiser.get("max_length")
+        if length is not None and (length < 1 or (longest is not None and length > longest)):
+            raise ValueError(f"`length` is {length}; allowed are 1 to {longest or 'any'}")
+        if output_type not in ("text", "pt", "np", "latent"):
+            raise ValueError(f"`output_type` is {output_type!r}; allowed: 'text', 'pt', 'np', 'latent'")
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; allowed: {self._callback_tensor_inputs}")
+        if self.tokenizer is None and (prompt is not None or isinstance(template, str | list)):
+            raise ValueError("`prompt` or `template` is text, but this pipeline has no tokenizer: pass ids as `template`")
+
+    def prepare_template(
+        self,
+        prompt: str | list[str] | None,
+        template: str | list[str] | Tensor | None,
+        num_samples: int,
+        length: int | None,
+        latents: Tensor | None,
+    ) -> Tensor:
+        """What is known of each sample: ids (B, L), -1 where nothing is."""
+        facts = self.config.denoiser
+        length = length or (latents.shape[1] if latents is not None else facts.get("max_length"))
+        if isinstance(template, Tensor):
+            known = template.masked_fill(template == facts["mask_token_id"], -1) if facts["process"] == "absorbing" else template
+        elif template is not None:
+            known = infill_template(self.tokenizer, template, facts["mask_token_id"])
+        elif length is None:
+            raise ValueError("`length` is required: this model does not say how long its sequences are")
+        elif prompt is not None:
+            known = prefix_template(self.tokenizer, prompt, length)
+        else:
+            known = torch.full((1, length), -1, dtype=torch.int64)
+        return known.repeat_interleave(num_samples, 0)
+
+    def prepare_latents(
+        self, known: Tensor, latents: Tensor | None, generator: Generators, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens to start from, int64 (B, L), and which of them stay as they are, bool (B, L)."""
+        known = known.to(device)
+        if isinstance(generator, list) and len(generator) != len(known):
+            raise ValueError(f"`generator` is a list of {len(generator)}, but {len(known)} samples are wanted: one each")
+        if latents is None:
+            latents = self.scheduler.sample_prior(tuple(known.shape), generator, device)
+        elif tuple(latents.shape) != tuple(known.shape) or latents.dtype != torch.int64:
+            raise ValueError(
+                f"`latents` is {latents.dtype} of shape {tuple(latents.shape)}; it must be int64 of shape {tuple(known.shape)}"
+            )
+        frozen = known >= 0
+        return torch.where(frozen, known, latents.to(device)), frozen
+
+    def decode(self, sequences: Tensor, output_type: str) -> list[str] | None:
+        """Texts of token ids (B, L), special tokens left out."""
+        if output_type != "text" or self.tokenizer is None:
+            return None
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)

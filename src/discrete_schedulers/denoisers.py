@@ -1,0 +1,203 @@
+r"""Any network as a denoiser: one function from (x_t, t) to the logits of p(x_0 | x_t).
+
+What checkpoints do differently is settled here, so that schedulers see one currency: raw logits, log-scores (SEDD), the
+leave-one-out law (DUO, UDLM), logits shifted by one (Dream), missing or padded columns, tokens that are never drawn, and
+the time input. Conversions, with K states and survival alpha (Lou et al. 2024; Gourevitch et al. 2026, arXiv 2605.22765):
+
+    absorbing score        p_0(v) proportional to s(v) at a mask
+    uniform score          l(v) = (s(v) / sum_u s(u) - (1 - alpha) / K) / alpha
+    leave-one-out          log p_0(v) = log l(v) + 1[v = x_t] log(1 + K alpha / (1 - alpha)) + const
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from discrete_schedulers.processes import NoiseSchedule, UniformProcess, as_time, survival
+from discrete_schedulers.sampling import RowLogits
+
+
+class Denoiser(Protocol):
+    """What the pipeline, the information curve and the trainer call."""
+
+    vocab_size: int
+    mask_token_id: int | None
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor | float, positions: Tensor | None = None, **conditions: Any
+    ) -> Tensor | RowLogits:
+        """Logits of p(x_0 | x_t): (B, L, V), or those of the chosen `positions`, bool (B, L), only."""
+        ...
+
+
+@dataclass
+class NetworkDenoiser:
+    """A network and the facts about it.
+
+    Args:
+        model (`torch.nn.Module`): Called with ids (B, L) and, with `time_input`, a float32 tensor (B,); returns logits, a
+            tuple that starts with them, or an object with `.logits`.
+        vocab_size (`int`): Width V of the state space, mask included.
+        mask_token_id (`int`, *optional*): The mask's id; `None` for the uniform process.
+        process (`str`, defaults to `"absorbing"`): `"absorbing"` or `"uniform"`.
+        parametrization (`str`, defaults to `"x0"`): What the network returns: logits of the clean token (`"x0"`), a log-score
+            (`"score"`), or logits of the leave-one-out law (`"leave_one_out"`, uniform process).
+        shift (`int`, defaults to 0): 1 where the logits at i - 1 predict position i.
+        shift_first (`str`, defaults to `"keep"`): With `shift`, position 0 keeps its own logits (`"keep"`, Dream) or its
+            token (`"copy"`, DiffuGPT).
+        time_input (`str`, *optional*): `"sigma"` (total noise), `"t"`, or `None` for a network without time.
+        noise_schedule (`str`, defaults to `"loglinear"`): Turns t into sigma and alpha.
+        suppress_token_ids (`tuple[int, ...]`): Ids that are never drawn, beside the mask.
+        frozen_token_ids (`tuple[int, ...]`): Ids that are never noised (start, end, padding).
+        split_head (`bool`, defaults to `False`): The network has `hidden(ids, ...)` and `head(rows)`: logits are then
+            computed at chosen positions only.
+        max_length (`int`, *optional*): Longest sequence the network takes.
+        grid_shape (`tuple[int, int]`, *optional*): (height, width) where tokens form an image.
+        codebook_size (`int`, *optional*): Number of ids that decode, for image models.
+
+    Raises:
+        ValueError: If the facts contradict each other.
+    """
+
+    model: nn.Module
+    vocab_size: int
+    mask_token_id: int | None = None
+    process: Literal["absorbing", "uniform"] = "absorbing"
+    parametrization: Literal["x0", "score", "leave_one_out"] = "x0"
+    shift: int = 0
+    shift_first: Literal["keep", "copy"] = "keep"
+    time_input: Literal["sigma", "t"] | None = None
+    noise_schedule: NoiseSchedule = "loglinear"
+    suppress_token_ids: tuple[int, ...] = ()
+    frozen_token_ids: tuple[int, ...] = ()
+    split_head: bool = False
+    max_length: int | None = None
+    grid_shape: tuple[int, int] | None = None
+    codebook_size: int | None = None
+    call_arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.process == "absorbing" and self.mask_token_id is None:
+            raise ValueError("`mask_token_id` is missing: an absorbing process needs the id of the mask")
+        if self.process == "absorbing" and self.parametrization == "leave_one_out":
+            raise ValueError("`parametrization='leave_one_out'` is for the uniform process")
+        ids = [*self.suppress_token_ids, *self.frozen_token_ids]
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(f"`suppress_token_ids` and `frozen_token_ids` must lie in [0, {self.vocab_size}), got {ids}")
+
+    @property
+    def time_conditioned(self) -> bool:
+        """Whether the same tokens at another time give other logits."""
+        return self.time_input is not None
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor | float, positions: Tensor | None = None, **conditions: Any
+    ) -> Tensor | RowLogits:
+        """Logits of p(x_0 | x_t).
+
+        Args:
+            x_t (`torch.Tensor` of shape `(B, L)`): Tokens now, int64.
+            t (`float` or `torch.Tensor` of shape `(B,)`): Time in (0, 1].
+            positions (`torch.Tensor` of shape `(B, L)`, *optional*): Bool; where logits are wanted. The network then runs
+                on the rows of the batch that have any, and its head at these positions only.
+            **conditions: Passed to the network.
+
+        Returns:
+            `torch.Tensor` of shape `(B, L, V)`, or [`RowLogits`]: `-inf` at ids that are never drawn.
+        """
+        if positions is None:
+            return self.clean_logits(self.raw(x_t, t, **conditions), x_t, t)
+        active = positions.any(1)
+        if not active.any():
+            empty = torch.empty(0, self.vocab_size, dtype=next(self.model.parameters()).dtype, device=x_t.device)
+            return RowLogits(empty, positions)
+        some = {k: v[active] if isinstance(v, Tensor) else v for k, v in conditions.items()}
+        t_some = t[active] if isinstance(t, Tensor) and t.dim() == 1 else t
+        x_some, wanted = x_t[active], positions[active]
+        if self.split_head and self.shift == 0 and self.process == "absorbing":
+            hidden = self.model.hidden(x_some, *self.time_arguments(x_some, t_some), **self.call_arguments, **some)
+            return RowLogits(self.restrict(self.model.head(hidden[wanted])), positions)
+        dense = self.clean_logits(self.raw(x_some, t_some, **some), x_some, t_some)
+        return RowLogits(dense[wanted], positions)
+
+    def log_p_0(self, x_t: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
+        """Normalised log p(x_0 | x_t), shape (B, L, V), float32 or wider; a token that is not masked predicts itself."""
+        logits = self.clean_logits(self.raw(x_t, t, **conditions), x_t, t)
+        log_p_0 = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        if self.process == "uniform":
+            return log_p_0
+        itself = torch.full_like(log_p_0, -math.inf).scatter(-1, x_t[..., None], 0.0)
+        return torch.where((x_t == self.mask_token_id)[..., None], log_p_0, itself)
+
+    def log_score(self, x_t: Tensor, t: Tensor | float) -> Tensor:
+        """log of the concrete score p_t(x_t with v) / p_t(x_t), shape (B, L, V), float64.
+
+        Absorbing: log p_0(v) + log(alpha / (1 - alpha)) at a mask, `-inf` elsewhere but 0 at the token itself.
+        """
+        log_p_0 = self.log_p_0(x_t, t).double()
+        if self.process == "uniform":
+            return UniformProcess(self.vocab_size, self.noise_schedule).score(x_t, log_p_0.exp(), t).log()
+        alpha = survival(as_time(t, x_t.device), self.noise_schedule)
+        log_score = torch.where((x_t == self.mask_token_id)[..., None], log_p_0 + alpha.log() - (1 - alpha).log(), -math.inf)
+        return log_score.scatter(-1, x_t[..., None], 0.0)
+
+    def raw(self, x_t: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
+        """One call of the network; its output as it is, (B, L, width)."""
+        self.check(x_t)
+        output = self.model(x_t, *self.time_arguments(x_t, t), **self.call_arguments, **conditions)
+        if isinstance(output, Tensor):
+            return output
+        return output[0] if isinstance(output, tuple) else output.logits
+
+    def time_arguments(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, ...]:
+        """The network's time input, float32 (B,), or nothing."""
+        if self.time_input is None:
+            return ()
+        t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
+        value = t if self.time_input == "t" else -torch.log(survival(t, self.noise_schedule))
+        return (value.float(),)
+
+    def check(self, x_t: Tensor) -> None:
+        """Raises `ValueError` if the ids or their number are not what the network takes."""
+        if x_t.dim() != 2 or x_t.dtype != torch.int64:
+            raise ValueError(f"`x_t` is {x_t.dtype} of shape {tuple(x_t.shape)}; it must be int64 (B, L)")
+        if self.max_length is not None and x_t.shape[1] > self.max_length:
+            raise ValueError(f"`x_t` has length {x_t.shape[1]}; this model takes at most {self.max_length}")
+        if x_t.numel() and not 0 <= int(x_t.min()) <= int(x_t.max()) < self.vocab_size:
+            raise ValueError(f"`x_t` has ids from {x_t.min()} to {x_t.max()}; allowed are 0 to {self.vocab_size - 1}")
+
+    def clean_logits(self, raw: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
+        """The network's output as logits of p(x_0 | x_t), (B, L, V)."""
+        if self.shift:
+            first = raw[:, :1]
+            if self.shift_first == "copy":
+                itself = torch.full_like(first, -math.inf).scatter(-1, x_t[:, :1, None], 0.0)
+                first = torch.where((x_t[:, :1] == self.mask_token_id)[..., None], first, itself)
+            raw = torch.cat([first, raw[:, :-1]], dim=1)
+        logits = self.restrict(raw)
+        if self.process == "absorbing" or self.parametrization == "x0":
+            return logits
+        process = UniformProcess(self.vocab_size, self.noise_schedule)
+        alpha = process.alpha(t).to(x_t.device)
+        log_one_out = logits.double().log_softmax(-1)
+        if self.parametrization == "score":
+            share = (log_one_out.exp() - (1 - alpha) / self.vocab_size) / alpha
+            log_one_out = share.clamp(min=1e-300).log()  # an inexact score may ask for less than nothing
+        gain = torch.log1p(self.vocab_size * alpha / (1 - alpha)).expand(x_t.shape[0], 1, 1)
+        return log_one_out.scatter_add(-1, x_t[..., None], gain.expand(-1, x_t.shape[1], 1))
+
+    def restrict(self, raw: Tensor) -> Tensor:
+        """Logits of width V with `-inf` at the mask and at ids that are never drawn."""
+        width = raw.shape[-1]
+        if width < self.vocab_size:
+            raw = torch.nn.functional.pad(raw, (0, self.vocab_size - width), value=-math.inf)
+        logits = raw[..., : self.vocab_size]
+        never = [*self.suppress_token_ids] + ([] if self.mask_token_id is None else [self.mask_token_id])
+        if not never:
+            return logits
+        return logits.index_fill(-1, torch.tensor(never, device=logits.device), -math.inf)

@@ -1,0 +1,239 @@
+r"""Forward processes: continuous-time Markov chains that carry clean tokens to noise, and their exact reverses.
+
+With survival alpha_t = P(token still clean at t) and prior pi (all mass on the mask, or uniform):
+
+    q(x_t | x_0)       = alpha_t 1[x_t = x_0] + (1 - alpha_t) pi(x_t)
+    q(x_s | x_t, p_0)  = sum_{x_0} q(x_s | x_t, x_0) p_0(x_0)                     for s < t
+    R_t(x -> v)        = lim_{s -> t} q(x_s = v | x_t = x, p_0) / (t - s)         for v != x
+
+p_0 = p(x_0 | x_t) is what a denoiser predicts for each position, shape (B, L, V). Times are floats in [0, 1], 1 is noise;
+everything is computed in float64, because 1 - alpha cancels near t = 0 and log-ratios reach log V near t = 1.
+
+Sources: Austin et al. 2021 (D3PM), Campbell et al. 2022, Lou et al. 2024 (SEDD), Sahoo et al. 2024 (MDLM, eq. 6),
+Schiff et al. 2024 (UDLM, eq. 14).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from discrete_schedulers.sampling import Generators, uniforms
+
+NoiseSchedule: TypeAlias = Literal["loglinear", "linear", "cosine", "geometric"]
+
+LOGLINEAR_EPS = 1e-3  # SEDD, MDLM, RADD, DUO: alpha_1 = eps
+SIGMA_MIN, SIGMA_MAX = 1e-4, 20.0  # SEDD's geometric noise
+
+
+def survival(t: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
+    """alpha_t. Time 0 is clean data by definition: alpha_0 = 1 for every schedule (geometric noise jumps there from
+    exp(-1e-4), which is the published final denoising step)."""
+    if noise_schedule == "loglinear":
+        return 1 - (1 - LOGLINEAR_EPS) * t
+    if noise_schedule == "linear":
+        return 1 - t
+    if noise_schedule == "cosine":
+        return 1 - torch.cos(math.pi / 2 * (1 - t))
+    if noise_schedule == "geometric":
+        return torch.where(t > 0, torch.exp(-(SIGMA_MIN ** (1 - t)) * SIGMA_MAX**t), 1.0)
+    raise ValueError(f"`noise_schedule` is {noise_schedule!r}; allowed: 'loglinear', 'linear', 'cosine', 'geometric'")
+
+
+def survival_slope(t: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
+    """d alpha / dt, negative."""
+    if noise_schedule == "loglinear":
+        return torch.full_like(t, -(1 - LOGLINEAR_EPS))
+    if noise_schedule == "linear":
+        return torch.full_like(t, -1.0)
+    if noise_schedule == "cosine":
+        return -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
+    sigma = SIGMA_MIN ** (1 - t) * SIGMA_MAX**t
+    return -math.log(SIGMA_MAX / SIGMA_MIN) * sigma * torch.exp(-sigma)
+
+
+def as_time(t: Tensor | float, device: torch.device | str = "cpu") -> Tensor:
+    """A time as a float64 tensor that broadcasts over (B, L, V): a scalar, or shape (B, 1, 1) from shape (B,).
+
+    Raises:
+        ValueError: If a time lies outside [0, 1].
+    """
+    t = torch.as_tensor(t, dtype=torch.float64, device=device)
+    if not ((t >= 0) & (t <= 1)).all():
+        raise ValueError(f"time is {t.tolist()}; allowed are numbers from 0 (clean) to 1 (noise)")
+    return t[:, None, None] if t.dim() == 1 else t
+
+
+class Process(ABC):
+    """What an absorbing and a uniform process have in common.
+
+    Args:
+        vocab_size (`int`): Number of states V, the mask included where there is one.
+        noise_schedule (`str`, defaults to `"loglinear"`): `"loglinear"`, `"linear"`, `"cosine"` or `"geometric"`.
+    """
+
+    def __init__(self, vocab_size: int, noise_schedule: NoiseSchedule = "loglinear") -> None:
+        if vocab_size < 2:
+            raise ValueError(f"`vocab_size` is {vocab_size}; at least 2 states are needed")
+        survival(torch.tensor(0.5), noise_schedule)  # rejects unknown names
+        self.vocab_size = vocab_size
+        self.noise_schedule: NoiseSchedule = noise_schedule
+
+    def alpha(self, t: Tensor | float) -> Tensor:
+        """P(token still clean at t), float64, in [0, 1]; a time of shape (B,) gives shape (B, 1, 1)."""
+        return survival(as_time(t, t.device if isinstance(t, Tensor) else "cpu"), self.noise_schedule)
+
+    def alpha_slope(self, t: Tensor | float) -> Tensor:
+        """d alpha / dt, negative, float64, shape as `alpha`."""
+        return survival_slope(as_time(t, t.device if isinstance(t, Tensor) else "cpu"), self.noise_schedule)
+
+    def total_noise(self, t: Tensor | float) -> Tensor:
+        """sigma(t) = -log alpha_t, what SEDD-type networks take as their time input."""
+        return -torch.log(self.alpha(t))
+
+    def marginal(self, x_0: Tensor, t: Tensor | float) -> Tensor:
+        """q(x_t | x_0) of every position, shape (B, L, V), float64."""
+        alpha = self.alpha(t).to(x_0.device)
+        clean = torch.nn.functional.one_hot(x_0, self.vocab_size).double()
+        return alpha * clean + (1 - alpha) * self.prior_law(x_0.device)
+
+    def add_noise(self, x_0: Tensor, t: Tensor | float, generator: Generators = None) -> Tensor:
+        """Draw x_t ~ q(x_t | x_0).
+
+        Args:
+            x_0 (`torch.Tensor` of shape `(B, L)`): Clean tokens, int64.
+            t (`float` or `torch.Tensor` of shape `(B,)`): Time in [0, 1], one for all or one per row.
+            generator (`torch.Generator`, `list[torch.Generator]` or `None`): Source of randomness.
+
+        Returns:
+            `torch.Tensor` of shape `(B, L)`: Noisy tokens, int64.
+        """
+        moves = uniforms(tuple(x_0.shape), generator, x_0.device) >= self.alpha(t).to(x_0.device).squeeze(-1)
+        return torch.where(moves, self.prior(tuple(x_0.shape), generator, x_0.device), x_0)
+
+    @abstractmethod
+    def prior_law(self, device: torch.device | str = "cpu") -> Tensor:
+        """pi, the law of one token at t = 1 (up to alpha_1), shape (V,), float64."""
+
+    @abstractmethod
+    def prior(self, shape: tuple[int, ...], generator: Generators = None, device: torch.device | str = "cpu") -> Tensor:
+        """Tokens drawn from pi, int64, of the given shape (B, L)."""
+
+    @abstractmethod
+    def posterior(self, x_t: Tensor, p_0: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
+        """q(x_s | x_t, p_0), the exact factorised reverse kernel (Tweedie), shape (B, L, V), float64.
+
+        Args:
+            x_t (`torch.Tensor` of shape `(B, L)`): Tokens now, int64.
+            p_0 (`torch.Tensor` of shape `(B, L, V)`): p(x_0 | x_t) of each position.
+            t (`float` or `torch.Tensor`): Time now, in (0, 1].
+            s (`float` or `torch.Tensor`): Time next, in [0, t].
+        """
+
+    @abstractmethod
+    def reverse_rate(self, x_t: Tensor, p_0: Tensor, t: Tensor | float) -> Tensor:
+        """R_t(x_t -> v) of every position, shape (B, L, V), float64, per unit of t; 0 where v = x_t. Arguments as in
+        `posterior`."""
+
+
+class AbsorbingProcess(Process):
+    """Tokens fall to the mask and stay there.
+
+    Args:
+        vocab_size (`int`): Number of states V, the mask included.
+        mask_token_id (`int`): The absorbing state, in [0, V).
+        noise_schedule (`str`, defaults to `"loglinear"`): See [`Process`].
+
+    Raises:
+        ValueError: If `mask_token_id` is missing or outside [0, V).
+    """
+
+    def __init__(
+        self, vocab_size: int, mask_token_id: int | None, noise_schedule: NoiseSchedule = "loglinear"
+    ) -> None:
+        super().__init__(vocab_size, noise_schedule)
+        if mask_token_id is None or not 0 <= mask_token_id < vocab_size:
+            raise ValueError(f"`mask_token_id` is {mask_token_id}; an absorbing process needs one in [0, {vocab_size})")
+        self.mask_token_id = mask_token_id
+
+    def prior_law(self, device: torch.device | str = "cpu") -> Tensor:
+        law = torch.zeros(self.vocab_size, dtype=torch.float64, device=device)
+        law[self.mask_token_id] = 1.0
+        return law
+
+    def prior(self, shape: tuple[int, ...], generator: Generators = None, device: torch.device | str = "cpu") -> Tensor:
+        return torch.full(shape, self.mask_token_id, dtype=torch.int64, device=device)
+
+    def unmask_probability(self, t: Tensor | float, s: Tensor | float) -> Tensor:
+        """(alpha_s - alpha_t) / (1 - alpha_t): P(a mask at t is a token at s), in [0, 1]."""
+        return (self.alpha(s) - self.alpha(t)) / (1 - self.alpha(t))
+
+    def hazard(self, t: Tensor | float) -> Tensor:
+        """-alpha'_t / (1 - alpha_t): the rate at which a mask opens in reverse time, per unit of t."""
+        return -self.alpha_slope(t) / (1 - self.alpha(t))
+
+    def clean_law(self, p_0: Tensor) -> Tensor:
+        """p_0 without its mask column, renormalised: a clean token is never the mask."""
+        p_0 = p_0.double().clone()
+        p_0[..., self.mask_token_id] = 0.0
+        return p_0 / p_0.sum(-1, keepdim=True)
+
+    def posterior(self, x_t: Tensor, p_0: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
+        """A mask opens with probability (alpha_s - alpha_t) / (1 - alpha_t) to v ~ p_0; a token stays. See
+        [`Process.posterior`]."""
+        opens = self.unmask_probability(t, s).to(x_t.device)
+        law = opens * self.clean_law(p_0)
+        law[..., self.mask_token_id] = (1 - opens).expand(law.shape[:2] + (1,)).squeeze(-1)
+        stays = torch.nn.functional.one_hot(x_t, self.vocab_size).double()
+        return torch.where((x_t == self.mask_token_id)[..., None], law, stays)
+
+    def reverse_rate(self, x_t: Tensor, p_0: Tensor, t: Tensor | float) -> Tensor:
+        """hazard(t) p_0(v) at a mask, 0 at a token. See [`Process.reverse_rate`]."""
+        rate = self.hazard(t).to(x_t.device) * self.clean_law(p_0)
+        return torch.where((x_t == self.mask_token_id)[..., None], rate, 0.0)
+
+
+class UniformProcess(Process):
+    """Tokens jump to a uniformly random state. Arguments as in [`Process`]."""
+
+    def prior_law(self, device: torch.device | str = "cpu") -> Tensor:
+        return torch.full((self.vocab_size,), 1.0 / self.vocab_size, dtype=torch.float64, device=device)
+
+    def prior(self, shape: tuple[int, ...], generator: Generators = None, device: torch.device | str = "cpu") -> Tensor:
+        return (uniforms(shape, generator, device) * self.vocab_size).long()
+
+    def leave_one_out(self, x_t: Tensor, p_0: Tensor, t: Tensor | float) -> Tensor:
+        r"""l(v) = p(x_0 = v | the other positions of x_t), from p_0(v) = p(x_0 = v | x_t), shape (B, L, V), float64.
+
+        Bayes: p_0(v) is proportional to l(v) q(x_t | v), hence l to p_0(v) / (1 + 1[v = x_t] V alpha_t / (1 - alpha_t)).
+        """
+        alpha = self.alpha(t).to(x_t.device)
+        gain = 1 + self.vocab_size * alpha / (1 - alpha)
+        own = torch.nn.functional.one_hot(x_t, self.vocab_size).bool()
+        law = torch.where(own, p_0.double() / gain, p_0.double())
+        return law / law.sum(-1, keepdim=True)
+
+    def posterior(self, x_t: Tensor, p_0: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
+        """Proportional to q(x_t | x_s = v) [alpha_s l(v) + (1 - alpha_s) / V], l the leave-one-out law. See
+        [`Process.posterior`]."""
+        alpha_t, alpha_s = self.alpha(t).to(x_t.device), self.alpha(s).to(x_t.device)
+        kept = alpha_t / alpha_s  # survival from s to t
+        own = torch.nn.functional.one_hot(x_t, self.vocab_size).double()
+        likelihood = kept * own + (1 - kept) / self.vocab_size
+        law = likelihood * (alpha_s * self.leave_one_out(x_t, p_0, t) + (1 - alpha_s) / self.vocab_size)
+        return law / law.sum(-1, keepdim=True)
+
+    def score(self, x_t: Tensor, p_0: Tensor, t: Tensor | float) -> Tensor:
+        """Concrete score s(v) = p_t(x_t with v) / p_t(x_t) of every position, shape (B, L, V), float64, 1 at v = x_t."""
+        alpha = self.alpha(t).to(x_t.device)
+        law = alpha * self.leave_one_out(x_t, p_0, t) + (1 - alpha) / self.vocab_size
+        return law / law.gather(-1, x_t[..., None])
+
+    def reverse_rate(self, x_t: Tensor, p_0: Tensor, t: Tensor | float) -> Tensor:
+        """-(alpha'_t / alpha_t) s(v) / V for v != x_t. See [`Process.reverse_rate`]."""
+        speed = (-self.alpha_slope(t) / self.alpha(t) / self.vocab_size).to(x_t.device)
+        return speed * self.score(x_t, p_0, t).scatter(-1, x_t[..., None], 0.0)

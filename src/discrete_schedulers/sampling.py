@@ -1,0 +1,257 @@
+r"""Every random draw of the library.
+
+A move is drawn in two stages: *which positions* move (a Bernoulli for each, or a fixed number of them), then *which token*
+each of them takes, by inverting the cumulative law in float64 with one 53-bit uniform u:
+
+    token = min { v : sum_{w <= v} p_w > u }
+
+Both stages are exact up to float64 rounding. Uniforms are always drawn for the whole (B, L) sheet, so that the stream of a
+generator does not depend on what was drawn with it, and with one generator per row a row does not depend on its batch.
+
+The popular one-stage alternative, `argmin_v E_v / p_v` with exponential noise E over all states *and* "stay", has the same
+law in exact arithmetic but not in float32, where E cannot fall below 2^-24 (Zheng et al. 2024, arXiv 2409.02908): rare
+tokens lose, and the more so the more steps there are. It is here as `one_stage` for reproduction only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
+Draw: TypeAlias = Literal["exact", "one_stage_float32", "one_stage_1e-6"]
+
+
+class RowLogits(NamedTuple):
+    """Logits of chosen positions only.
+
+    Args:
+        logits (`torch.Tensor` of shape `(R, V)`): One row for each chosen position, in row-major order.
+        positions (`torch.Tensor` of shape `(B, L)`): Bool, with R entries true.
+    """
+
+    logits: Tensor
+    positions: Tensor
+
+
+def uniforms(
+    shape: tuple[int, ...], generator: Generators, device: torch.device | str, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Uniform numbers in [0, 1), drawn where the generator lives and moved to `device`.
+
+    Args:
+        shape (`tuple[int, ...]`): Shape with the batch first.
+        generator (`torch.Generator`, `list[torch.Generator]` or `None`): One for all rows, one per row, or torch's own.
+        device (`torch.device`): Where the result is wanted.
+        dtype (`torch.dtype`, defaults to `torch.float64`): Precision: 53 random bits for float64, 24 for float32.
+
+    Returns:
+        `torch.Tensor`: Of the given shape.
+
+    Raises:
+        ValueError: If a list of generators does not have one entry per row.
+    """
+    if not isinstance(generator, list):
+        source = torch.device(device) if generator is None else generator.device
+        return torch.rand(shape, generator=generator, device=source, dtype=dtype).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"`generator` is a list of {len(generator)}, but the batch has {shape[0]} rows: one per row")
+    rows = [torch.rand(shape[1:], generator=g, device=g.device, dtype=dtype).to(device) for g in generator]
+    return torch.stack(rows)
+
+
+def categorical(logits: Tensor, u: Tensor) -> Tensor:
+    """Exact draw from softmax(logits) by inversion in float64.
+
+    Args:
+        logits (`torch.Tensor` of shape `(R, V)`): Unnormalised log-probabilities; `-inf` is allowed, NaN is not.
+        u (`torch.Tensor` of shape `(R,)`): Uniforms in [0, 1), float64.
+
+    Returns:
+        `torch.Tensor` of shape `(R,)`: Drawn states, int64. A state of probability 0 is never drawn.
+
+    Raises:
+        ValueError: If a row has NaN or `+inf`, or no state with positive probability.
+    """
+    weights = logits.double()
+    weights = (weights - weights.amax(-1, keepdim=True)).exp_()  # (R, V), largest 1: cannot overflow
+    cumulative = weights.cumsum_(-1)
+    total = cumulative[:, -1:]
+    if not torch.isfinite(total).all():
+        bad = int((~torch.isfinite(total)).sum())
+        raise ValueError(f"`model_output` has NaN, +inf or no finite entry in {bad} of {len(logits)} rows to draw from")
+    # `right=True` finds the first entry *above* the target, so a state of weight 0 is passed over.
+    return torch.searchsorted(cumulative, u[:, None] * total, right=True).squeeze(-1)
+
+
+def draw_tokens(rows: RowLogits, generator: Generators) -> Tensor:
+    """One token for each chosen position, from its own law.
+
+    Args:
+        rows (`RowLogits`): Laws of R positions, as logits.
+        generator (`torch.Generator`, `list[torch.Generator]` or `None`): Source of randomness.
+
+    Returns:
+        `torch.Tensor` of shape `(R,)`: Drawn states, int64.
+    """
+    sheet = uniforms(tuple(rows.positions.shape), generator, rows.positions.device)  # (B, L)
+    return categorical(rows.logits, sheet[rows.positions])
+
+
+def draw_states(law: Tensor, generator: Generators, draw: Draw = "exact") -> Tensor:
+    """One state for every position from a full transition law.
+
+    Args:
+        law (`torch.Tensor` of shape `(B, L, V)`): Probabilities (or non-negative weights) of the next state.
+        generator (`torch.Generator`, `list[torch.Generator]` or `None`): Source of randomness.
+        draw (`str`, defaults to `"exact"`): `"exact"`, or one of the published float32 races: see `one_stage`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L)`: Drawn states, int64.
+    """
+    if draw == "exact":
+        everywhere = torch.ones(law.shape[:2], dtype=torch.bool, device=law.device)
+        return draw_tokens(RowLogits(law.double().log().flatten(0, 1), everywhere), generator).view(law.shape[:2])
+    noise = uniforms(tuple(law.shape), generator, law.device, torch.float32)
+    return one_stage(law, noise, draw)
+
+
+def one_stage(law: Tensor, noise: Tensor, draw: Draw) -> Tensor:
+    """The exponential race of published code, in float32: `argmin_v E_v / p_v`. For reproduction: its law is not `law`.
+
+    Args:
+        law (`torch.Tensor` of shape `(..., V)`): Probabilities of the next state, "stay" among them.
+        noise (`torch.Tensor` of shape `(..., V)`): float32 uniforms.
+        draw (`str`): `"one_stage_float32"`: E = -log u (SEDD, MDLM, RADD), or `"one_stage_1e-6"`:
+            E = 1e-6 - log(1e-6 + (1 - 1e-6) u) (JYS, LSD).
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: Drawn states, int64.
+    """
+    if draw == "one_stage_float32":
+        exponential = -noise.log()
+    else:
+        exponential = 1e-6 - (1e-6 + (1 - 1e-6) * noise).log()
+    return (law.float() / exponential).argmax(-1)
+
+
+def bernoulli_subset(is_eligible: Tensor, probability: Tensor | float, generator: Generators) -> Tensor:
+    """Each eligible position on its own with the given probability.
+
+    Args:
+        is_eligible (`torch.Tensor` of shape `(B, L)`): Bool.
+        probability (`torch.Tensor` or `float`): In [0, 1], broadcastable to (B, L).
+        generator (`torch.Generator`, `list[torch.Generator]` or `None`): Source of randomness.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L)`: Bool, a subset of `is_eligible`.
+    """
+    return is_eligible & (uniforms(tuple(is_eligible.shape), generator, is_eligible.device) < probability)
+
+
+def top_subset(is_eligible: Tensor, count: Tensor, score: Tensor) -> Tensor:
+    """Exactly `count` eligible positions of each row: those with the highest score, the left ones first among equals.
+
+    Args:
+        is_eligible (`torch.Tensor` of shape `(B, L)`): Bool.
+        count (`torch.Tensor` of shape `(B,)`): Int64, at most the number of eligible positions of the row.
+        score (`torch.Tensor` of shape `(B, L)`): Any finite numbers.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L)`: Bool, with `count` entries true in each row.
+
+    Raises:
+        ValueError: If a count is negative or larger than the number of eligible positions.
+    """
+    available = is_eligible.sum(1)
+    if ((count < 0) | (count > available)).any():
+        raise ValueError(f"`count` is {count.tolist()}, allowed are 0 to {available.tolist()} in these rows")
+    ranked = score.double().masked_fill(~is_eligible, -math.inf).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(ranked).scatter_(1, ranked, torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked))
+    return rank < count[:, None]
+
+
+def uniform_subset(is_eligible: Tensor, count: Tensor, generator: Generators) -> Tensor:
+    """Exactly `count` of the eligible positions of each row, every such subset equally likely.
+
+    Args:
+        is_eligible (`torch.Tensor` of shape `(B, L)`): Bool.
+        count (`torch.Tensor` of shape `(B,)`): Int64, at most the number of eligible positions of the row.
+        generator (`torch.Generator`, `list[torch.Generator]` or `None`): Source of randomness.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L)`: Bool, with `count` entries true in each row.
+    """
+    return top_subset(is_eligible, count, uniforms(tuple(is_eligible.shape), generator, is_eligible.device))
+
+
+def spread_subset(
+    is_eligible: Tensor, count: Tensor, generator: Generators, grid_shape: tuple[int, int] | None = None
+) -> Tensor:
+    """Exactly `count` eligible positions of each row, far from what is known and from each other.
+
+    Farthest-point sampling on the ring of positions (or the torus of a grid): each pick has the largest distance to all
+    positions that are not eligible or already picked, ties drawn uniformly. Starting with nothing known this is a van der
+    Corput sequence with random offset, so every position is equally likely at every rank.
+
+    Args:
+        is_eligible (`torch.Tensor` of shape `(B, L)`): Bool.
+        count (`torch.Tensor` of shape `(B,)`): Int64, at most the number of eligible positions of the row.
+        generator (`torch.Generator`, `list[torch.Generator]` or `None`): Source of randomness.
+        grid_shape (`tuple[int, int]`, *optional*): (height, width) with height * width = L; `None` for a sequence.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L)`: Bool, with `count` entries true in each row.
+
+    Raises:
+        ValueError: If `grid_shape` does not hold L positions.
+    """
+    batch, length = is_eligible.shape
+    height, width = grid_shape or (1, length)
+    if height * width != length:
+        raise ValueError(f"`grid_shape` {grid_shape} has {height * width} cells, but the sample has {length} positions")
+    device = is_eligible.device
+    noise = uniforms((batch, length), generator, device)  # breaks ties: squared distances are whole numbers
+    place = torch.arange(length, device=device)
+    row, column = place // width, place % width
+    distance = torus_distance(~is_eligible.view(batch, height, width)).view(batch, length)
+    chosen = torch.zeros_like(is_eligible)
+    for pick in range(int(count.max()) if batch else 0):
+        score = (distance + noise).masked_fill(~is_eligible | chosen, -1.0)
+        best = score.argmax(1, keepdim=True)  # (B, 1)
+        chosen |= (place == best) & (pick < count)[:, None]
+        away = ring(row - best // width, height) ** 2 + ring(column - best % width, width) ** 2
+        distance = torch.minimum(distance, away.double())
+    return chosen
+
+
+def ring(offset: Tensor, size: int) -> Tensor:
+    """Distance of two places of a ring of `size` places, given their difference."""
+    offset = offset.abs() % size
+    return torch.minimum(offset, size - offset)
+
+
+def torus_distance(is_source: Tensor) -> Tensor:
+    """Squared distance of each cell, shape (B, H, W), to the nearest source on the torus; the same large number everywhere
+    in a row without one. Separable: along the width first, then the smallest sum over the height."""
+    _, height, width = is_source.shape
+    along = nearest_on_ring(is_source).double() ** 2  # (B, H, W)
+    step = torch.arange(height, device=is_source.device)
+    across = ring(step[:, None] - step[None, :], height).double() ** 2  # (H, H)
+    distance = (along[:, None] + across[None, :, :, None]).amin(2)
+    return distance.clamp(max=float(height**2 + width**2))
+
+
+def nearest_on_ring(is_source: Tensor) -> Tensor:
+    """Distance to the nearest source along the last axis, on a ring; twice its size where there is none."""
+    size = is_source.shape[-1]
+    far = 2 * size
+    place = torch.arange(3 * size, device=is_source.device)  # three turns, so that both sides are seen
+    unrolled = torch.cat([is_source] * 3, dim=-1)
+    before = torch.where(unrolled, place, -far).cummax(-1).values
+    after = torch.where(unrolled, place, 5 * size).flip(-1).cummin(-1).values.flip(-1)
+    nearest = torch.minimum(place - before, after - place)[..., size : 2 * size]
+    return nearest.clamp(max=far)

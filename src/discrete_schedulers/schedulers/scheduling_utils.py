@@ -1,0 +1,406 @@
+r"""What every scheduler of the library shares: the contract, the time grids, the checks, and one `step`.
+
+A concrete scheduler says two things. `transition` is its law of x_s given x_t, as a pure function. `positions` names the
+positions that move before the network has run, or is `None` where that needs the logits. `step` is then the same for all:
+draw at the named positions from the clean law, or everywhere from the transition law. Both have the same law.
+
+Times are float64 in (0, 1], strictly decreasing from 1, one for each model call; the grid behind them ends at exactly 0.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import numbers
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from discrete_schedulers.information import InformationCurve, optimal_times
+from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule, Process, UniformProcess
+from discrete_schedulers.sampling import (
+    Draw,
+    Generators,
+    RowLogits,
+    bernoulli_subset,
+    draw_states,
+    draw_tokens,
+    spread_subset,
+    uniform_subset,
+)
+
+ProcessName: TypeAlias = Literal["absorbing", "uniform"]
+Grid: TypeAlias = Literal["uniform", "cosine", "optimal", "learned"]
+Unmasking: TypeAlias = Literal["counts", "bernoulli"]
+Order: TypeAlias = Literal["random", "spread"]
+Coefficients: TypeAlias = dict[str, dict[str, list[float]]]
+
+CHOICES = {
+    "process": ("absorbing", "uniform"),
+    "noise_schedule": ("loglinear", "linear", "cosine", "geometric"),
+    "grid": ("uniform", "cosine", "optimal", "learned"),
+    "unmasking": ("counts", "bernoulli"),
+    "order": ("random", "spread"),
+    "draw": ("exact", "one_stage_float32", "one_stage_1e-6"),
+    "scale": ("score", "log_score"),
+    "jumps": ("first", "reject"),
+}
+
+
+@dataclass
+class DiscreteSchedulerOutput(BaseOutput):
+    """Output of a scheduler's `step`.
+
+    Args:
+        prev_sample (`torch.Tensor` of shape `(B, L)`): Tokens x_s at the next, less noisy time, int64.
+        pred_original_sample (`torch.Tensor` of shape `(B, L)`, *optional*): Most probable clean tokens, int64. `None` where
+            only chosen rows were read; `pred_logits.argmax(-1)` has it where all logits were passed.
+        pred_logits (`torch.Tensor` of shape `(B, L, V)`, *optional*): Logits of the clean law that was drawn from, after
+            temperature and top-p. `None` where only chosen rows were passed.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+    pred_logits: Tensor | None = None
+
+
+class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
+    """Abstract base. A concrete class has an `__init__` with `@register_to_config` that ends in `self.prepare()`, and
+    `positions` and `transition`."""
+
+    order = 1
+    init_noise_sigma = 1.0  # discrete priors have no scale; diffusers' pipelines multiply by it
+    learned_block: str | None = None  # the block of `coefficients` without which a budget cannot be run
+    _compatibles = ["AncestralScheduler", "EulerScheduler", "LSDScheduler", "TauLeapingScheduler"]
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        # diffusers looks the names up in its own package only
+        library = sys.modules["discrete_schedulers"]
+        return [getattr(library, name) for name in dict.fromkeys([cls.__name__, *cls._compatibles])]
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """As in diffusers, and a value set after `__init__` survives `from_config`: diffusers keeps such a key on its list
+        of defaults and drops it there."""
+        super().register_to_config(**kwargs)
+        defaults = dict(self._internal_dict).get("_use_default_values")
+        if defaults and "_use_default_values" not in kwargs:
+            super().register_to_config(_use_default_values=[key for key in defaults if key not in kwargs])
+
+    def prepare(self) -> None:
+        """Check the config, detach it from the caller's lists, and set the state that `step` reads.
+
+        Raises:
+            ValueError: If a value is not allowed.
+        """
+        config = self.config
+        for name, allowed in CHOICES.items():
+            if name in config and config[name] not in allowed:
+                raise ValueError(f"`{name}` is {config[name]!r}; allowed: {', '.join(map(repr, allowed))}")
+        if not config.temperature > 0:
+            raise ValueError(f"`temperature` is {config.temperature}; it must be positive")
+        if not 0 < config.top_p <= 1:
+            raise ValueError(f"`top_p` is {config.top_p}; allowed are numbers in (0, 1]")
+        self.noise_process: Process
+        if config.process == "absorbing":
+            self.noise_process = AbsorbingProcess(config.vocab_size, config.mask_token_id, config.noise_schedule)
+        else:
+            if config.mask_token_id is not None:
+                raise ValueError("`mask_token_id` must be None for the uniform process: it has no mask")
+            self.noise_process = UniformProcess(config.vocab_size, config.noise_schedule)
+        if config.coefficients is not None:
+            self.register_to_config(coefficients=check_coefficients(config.coefficients))
+        if config.learned_for is not None:
+            learned = config.learned_for.get("vocab_size", config.vocab_size)
+            if learned != config.vocab_size:
+                raise ValueError(
+                    f"`coefficients` were learned for `vocab_size` {learned}, but this scheduler has {config.vocab_size}"
+                )
+            self.register_to_config(learned_for=copy.deepcopy(dict(config.learned_for)))
+        if config.information_curve is not None:
+            self.register_to_config(information_curve=[float(value) for value in config.information_curve])
+        elif config.grid == "optimal":
+            raise ValueError("`grid='optimal'` needs `information_curve`: see discrete_schedulers.information_curve")
+        if config.grid == "learned" and config.coefficients is None:
+            raise ValueError("`grid='learned'` needs `coefficients` with a block 'times' for each step budget")
+        self.num_inference_steps: int | None = None
+        self.times = torch.linspace(1, 0, 2, dtype=torch.float64)
+        self.timesteps = self.times[:-1]
+
+    # Time
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Set `timesteps` (N,) and the grid behind it, `times` (N + 1,), from 1 to exactly 0, float64.
+
+        Args:
+            num_inference_steps (`int`): Number N of model calls, 1 or more.
+            device (`torch.device`, *optional*): Where `timesteps` lives. `times` stays on the CPU.
+
+        Raises:
+            ValueError: If N is not a positive integer, or no coefficients are known for it.
+        """
+        steps = num_inference_steps
+        if not isinstance(steps, numbers.Integral) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"`num_inference_steps` is {steps!r}; it must be an integer of at least 1")
+        if self.learned_block is not None and self.config.coefficients is not None:
+            self.learned(self.learned_block, int(steps))
+        self.times = self.time_grid(int(steps))
+        self.num_inference_steps = int(steps)
+        self.timesteps = self.times[:-1].to(device)
+
+    def time_grid(self, num_inference_steps: int) -> Tensor:
+        """The grid of N + 1 times that the config asks for."""
+        even = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
+        grid = self.config.grid
+        if grid == "uniform":
+            return even
+        if grid == "cosine":  # MaskGIT, MD4: masked share cos(pi / 2 * k / N)
+            times = torch.cos(math.pi / 2 * (1 - even))
+            times[-1] = 0.0
+            return times
+        if grid == "optimal":
+            return optimal_times(InformationCurve.from_config(self.config.information_curve), num_inference_steps)
+        return torch.tensor(self.learned("times", num_inference_steps), dtype=torch.float64)
+
+    def learned(self, name: str, num_inference_steps: int) -> list[float]:
+        """The learned block `name` of a step budget.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        budgets = self.config.coefficients or {}
+        blocks = budgets.get(str(num_inference_steps))
+        if blocks is None:
+            known = ", ".join(sorted(budgets, key=int)) or "none"
+            raise ValueError(f"no coefficients for `num_inference_steps` {num_inference_steps}; learned budgets: {known}")
+        if name not in blocks:
+            raise ValueError(f"coefficients for {num_inference_steps} steps have no '{name}'; they have: {sorted(blocks)}")
+        return blocks[name]
+
+    def step_index(self, timestep: int | float | Tensor) -> int:
+        """The step that a time out of `timesteps`, or an int index, names.
+
+        Raises:
+            ValueError: If it names none.
+        """
+        steps = len(self.timesteps)
+        value = timestep.item() if isinstance(timestep, Tensor) else timestep
+        if isinstance(value, numbers.Integral):
+            if 0 <= value < steps:
+                return int(value)
+            raise ValueError(f"`timestep` is step index {value}; allowed are 0 to {steps - 1}")
+        gap, index = (self.times[:-1] - value).abs().min(0)
+        if gap > 1e-6:  # room for times that went through float32
+            raise ValueError(f"`timestep` is {value}, which is not in `timesteps`: {self.times[:-1].tolist()}")
+        return int(index)
+
+    # diffusers' scheduler interface
+
+    def scale_model_input(self, sample: Tensor, timestep: int | float | Tensor | None = None) -> Tensor:
+        """Returns `sample`: tokens are not scaled."""
+        return sample
+
+    def sample_prior(
+        self, shape: tuple[int, ...], generator: Generators = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Tokens at t = 1: all masks, or uniformly random ones, int64, of shape (B, L)."""
+        return self.noise_process.prior(shape, generator, device)
+
+    def add_noise(
+        self,
+        original_samples: Tensor,
+        noise: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        *,
+        generator: Generators = None,
+    ) -> Tensor:
+        """Draw x_t ~ q(x_t | x_0).
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(B, L)`): Clean tokens, int64.
+            noise (`torch.Tensor` of shape `(B, L)`, *optional*): Int64 tokens of the prior to fall to. Drawn when `None`;
+                a floating tensor is taken for diffusers' sake and not read, since tokens have no Gaussian noise.
+            timesteps (`torch.Tensor` of shape `(B,)` or `(1,)`): Times in [0, 1], or int step indices.
+            generator (`torch.Generator`, `list[torch.Generator]`, *optional*): Source of randomness.
+
+        Returns:
+            `torch.Tensor` of shape `(B, L)`: Noisy tokens, int64.
+
+        Raises:
+            ValueError: If `timesteps` is missing or outside [0, 1].
+        """
+        if timesteps is None:
+            raise ValueError("`timesteps` is required: times in [0, 1], or step indices")
+        t = timesteps.reshape(-1)
+        t = self.times[t.cpu()] if not t.is_floating_point() else t
+        t = t.double().to(original_samples.device).expand(len(original_samples))
+        moved = self.noise_process.add_noise(original_samples, t, generator)
+        if noise is None or noise.is_floating_point():
+            return moved
+        return torch.where(moved == original_samples, original_samples, noise)
+
+    # The step
+
+    @abstractmethod
+    def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
+        """Law of x_s for each position, shape (B, L, V), float64; differentiable in the logits and coefficients.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(B, L, V)`): Logits of log p(x_0 | x_t).
+            timestep (`float`, `int` or `torch.Tensor`): A time out of `timesteps`, or a step index.
+            sample (`torch.Tensor` of shape `(B, L)`): Tokens x_t, int64.
+        """
+
+    @abstractmethod
+    def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
+        """The positions that move in this step, bool (B, L), drawn without the logits; `None` where that cannot be.
+
+        Args:
+            timestep (`float`, `int` or `torch.Tensor`): A time out of `timesteps`, or a step index.
+            sample (`torch.Tensor` of shape `(B, L)`): Tokens x_t, int64.
+            generator (`torch.Generator`, `list[torch.Generator]`, *optional*): Source of randomness.
+        """
+
+    def step(
+        self,
+        model_output: Tensor | RowLogits,
+        timestep: int | float | Tensor,
+        sample: Tensor,
+        *,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> DiscreteSchedulerOutput | tuple:
+        """Draw x_s given x_t.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(B, L, V)`, or `RowLogits`): Logits of log p(x_0 | x_t), of all positions
+                or of those that `positions` has named for this very step.
+            timestep (`float`, `int` or `torch.Tensor`): A time out of `timesteps`, or a step index.
+            sample (`torch.Tensor` of shape `(B, L)`): Tokens x_t, int64.
+            generator (`torch.Generator`, `list[torch.Generator]`, *optional*): One for the batch, or one per row.
+            return_dict (`bool`, defaults to `True`): Return [`DiscreteSchedulerOutput`] instead of a tuple.
+
+        Returns:
+            [`DiscreteSchedulerOutput`] or `tuple`: `prev_sample` first.
+
+        Raises:
+            ValueError: If shapes, ids or logits are not allowed.
+        """
+        self.check_step(model_output, sample)
+        rows, logits, guess = model_output, None, None
+        if not isinstance(model_output, RowLogits):
+            logits = model_output
+            chosen = self.positions(timestep, sample, generator)
+            rows = None if chosen is None else RowLogits(model_output[chosen], chosen)
+        if rows is None:
+            guess = self.token_logits(logits).argmax(-1)
+            prev_sample = draw_states(self.transition(logits, timestep, sample), generator, self.config.draw)
+        else:
+            tokens = draw_tokens(RowLogits(self.token_logits(rows.logits), rows.positions), generator)
+            prev_sample = sample.masked_scatter(rows.positions, tokens)
+        if logits is not None and (self.config.temperature != 1 or self.config.top_p != 1):
+            logits = self.token_logits(logits)
+        output = DiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=guess, pred_logits=logits)
+        return output if return_dict else (output.prev_sample, output.pred_original_sample, output.pred_logits)
+
+    def check_step(self, model_output: Tensor | RowLogits, sample: Tensor) -> None:
+        """Raises `ValueError` if the arguments of `step` do not fit each other or the config."""
+        width = self.config.vocab_size
+        if sample.dim() != 2 or sample.dtype != torch.int64:
+            raise ValueError(f"`sample` is {sample.dtype} of shape {tuple(sample.shape)}; it must be int64 (B, L)")
+        if isinstance(model_output, RowLogits):
+            logits, expected = model_output.logits, (int(model_output.positions.sum()), width)
+        else:
+            logits, expected = model_output, (*sample.shape, width)
+        if tuple(logits.shape) != expected:
+            raise ValueError(f"`model_output` has shape {tuple(logits.shape)}, but {expected} is needed: (..., vocab_size)")
+        if sample.numel() and not 0 <= int(sample.min()) <= int(sample.max()) < width:
+            raise ValueError(f"`sample` has ids from {sample.min()} to {sample.max()}; allowed are 0 to {width - 1}")
+
+    def token_logits(self, logits: Tensor) -> Tensor:
+        """Logits (..., V) of the clean law that is drawn from: no mask, then temperature, then top-p. A copy."""
+        logits = logits.clone()
+        if self.config.mask_token_id is not None:
+            logits[..., self.config.mask_token_id] = -math.inf
+        if self.config.temperature != 1:
+            logits = logits / self.config.temperature
+        if self.config.top_p < 1:
+            ranked, places = logits.double().softmax(-1).sort(-1, descending=True)
+            before = ranked.cumsum(-1) - ranked  # mass above each token: the first always stays
+            dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, places, before >= self.config.top_p)
+            logits = logits.masked_fill(dropped, -math.inf)
+        return logits
+
+    def clean_law(self, model_output: Tensor) -> Tensor:
+        """Probabilities of the clean token that is drawn, shape (B, L, V), float64."""
+        return self.token_logits(model_output).double().softmax(-1)
+
+    def open_masks(
+        self, sample: Tensor, probability: float, generator: Generators, unmasking: Unmasking, order: Order
+    ) -> Tensor:
+        """Masked positions that open when each should with the given probability, bool (B, L).
+
+        With `counts` their number is the nearest integer to probability * masks, which has the same mean up to rounding and
+        no variance; `order` says which ones.
+        """
+        is_masked = sample == self.config.mask_token_id
+        if unmasking == "bernoulli":
+            return bernoulli_subset(is_masked, probability, generator)
+        count = (is_masked.sum(1).double() * probability).round().long()
+        if order == "spread":
+            grid_shape = self.config.grid_shape
+            return spread_subset(is_masked, count, generator, None if grid_shape is None else tuple(grid_shape))
+        return uniform_subset(is_masked, count, generator)
+
+
+def euler_law(
+    noise_process: Process, sample: Tensor, p_0: Tensor, t: Tensor, s: Tensor, scale: Tensor | float = 1.0
+) -> Tensor:
+    """Law of x_s, shape (B, L, V), after one Euler step of the reverse rate times `scale`:
+
+        P(v) = (t - s) * scale * R_t(x_t -> v),  v != x_t,    P(x_t) = 1 - sum_v P(v)
+
+    Where the jumps sum to more than 1 they are divided by their sum. The step to s = 0 draws from p_0 at every position that
+    can still move, as the published samplers' final denoising call does.
+    """
+    if s == 0:
+        return noise_process.posterior(sample, p_0, t, s)
+    rate = noise_process.reverse_rate(sample, p_0, t)
+    return jump_law(sample, (t - s) * scale * rate)
+
+
+def jump_law(sample: Tensor, jumps: Tensor) -> Tensor:
+    """Jump probabilities, shape (B, L, V) and 0 at `sample`, completed by the probability to stay."""
+    total = jumps.sum(-1, keepdim=True)
+    law = jumps / total.clamp(min=1.0)
+    return law.scatter(-1, sample[..., None], (1 - total).clamp(min=0.0))
+
+
+def check_coefficients(coefficients: Coefficients) -> Coefficients:
+    """A deep copy with string keys and finite float lists.
+
+    Raises:
+        ValueError: If a budget is not a positive integer, a block is not a list of finite numbers, or a grid is not strictly
+            decreasing from 1 to 0.
+    """
+    checked: Coefficients = {}
+    for budget, blocks in coefficients.items():
+        if not str(budget).isdigit() or int(budget) < 1:
+            raise ValueError(f"`coefficients` has budget {budget!r}; keys are step budgets such as '8'")
+        checked[str(budget)] = {name: [float(v) for v in values] for name, values in blocks.items()}
+        for name, values in checked[str(budget)].items():
+            if not all(math.isfinite(v) for v in values):
+                raise ValueError(f"`coefficients` for {budget} steps: '{name}' has a value that is not finite: {values}")
+            length = int(budget) + (name == "times")
+            if len(values) != length:
+                raise ValueError(f"`coefficients` for {budget} steps: '{name}' has {len(values)} values, needs {length}")
+        times = checked[str(budget)].get("times")
+        if times and not (times[0] == 1 and times[-1] == 0 and all(a > b for a, b in zip(times, times[1:], strict=False))):
+            raise ValueError(f"`coefficients` for {budget} steps: 'times' must fall strictly from 1 to 0, not {times}")
+    return checked

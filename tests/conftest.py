@@ -1,0 +1,26 @@
+"""Settings of the test process, and the fixtures that many tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports huggingface_hub or torch: both read their settings when they are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Under pytest-xdist every worker would take all cores; subprocesses inherit the share.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hub import LoopbackHub  # noqa: E402
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+    """A Hub of this test's own on a free loopback port."""
+    with LoopbackHub(home=tmp_path / "hf_home") as server:
+        yield server

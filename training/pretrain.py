@@ -1,0 +1,260 @@
+r"""Train the bundled masked diffusion model `tiny-text` from its corpus: tokenizer, network, scheduler, card.
+
+    accelerate launch training/pretrain.py --output_dir tiny-text --mixed_precision bf16
+
+The loss is the mean cross-entropy over masked tokens with the masked share drawn uniformly (MDLM's objective without its
+1/t weight: the same optimum, and faster at this size). Each step's data and noise are a function of (seed, step), so a run
+that is killed and started again with `--resume_from_checkpoint latest` ends with the weights of one that was not.
+
+Sources: Sahoo et al. 2024 (MDLM, eq. 10), Zheng et al. 2024 (the weights in front do not move the optimum).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import os
+import shutil
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from discrete_schedulers.models.ddit import DDiTModel
+
+MASK_TOKEN = "[MASK]"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Where checkpoints and the finished model go.")
+    parser.add_argument("--corpus_dir", type=Path, default=None, help="Folder with {train,validation,test}.txt.xz.")
+    parser.add_argument("--seed", type=int, default=0)
+    # The model
+    parser.add_argument("--vocab_size", type=int, default=2048, help="Tokens, the mask token included.")
+    parser.add_argument("--sequence_length", type=int, default=64)
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--num_blocks", type=int, default=5)
+    parser.add_argument("--num_heads", type=int, default=4)
+    # The optimisation
+    parser.add_argument("--max_train_steps", type=int, default=20_000)
+    parser.add_argument("--train_batch_size", type=int, default=32, help="Sequences per process and step.")
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--lr_warmup_steps", type=int, default=200)
+    parser.add_argument("--lr_decay_share", type=float, default=0.4, help="Last share of the run with a falling rate.")
+    parser.add_argument("--weight_decay", type=float, default=0.02)
+    parser.add_argument("--max_grad_norm", type=float, default=1.0)
+    parser.add_argument("--ema_decay", type=float, default=0.999)
+    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
+    # The run
+    parser.add_argument("--checkpointing_steps", type=int, default=500)
+    parser.add_argument("--checkpoints_total_limit", type=int, default=2)
+    parser.add_argument("--resume_from_checkpoint", default=None, help="A checkpoint folder, or `latest`.")
+    return parser.parse_args(argv)
+
+
+def read_split(corpus_dir: Path | None, split: str) -> str:
+    """The text of one split of the corpus; the bundled one where no folder is named."""
+    folder = corpus_dir or files("discrete_schedulers") / "assets" / "tiny-text" / "corpus"
+    return lzma.decompress((folder / f"{split}.txt.xz").read_bytes()).decode()
+
+
+def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on the training split; the mask token takes the last id."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    tokenizer.add_special_tokens([MASK_TOKEN])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token=MASK_TOKEN, clean_up_tokenization_spaces=False)
+
+
+def initialise(model: DDiTModel) -> None:
+    """Residual branches and head start at zero: the first steps are then a unigram model, and none of them is lost."""
+    for block in model.blocks:
+        nn.init.zeros_(block.attn_out.weight)
+        nn.init.zeros_(block.mlp[2].weight)
+        nn.init.zeros_(block.mlp[2].bias)
+    nn.init.zeros_(model.output_layer.linear.weight)
+    nn.init.zeros_(model.output_layer.linear.bias)
+
+
+def draw_batch(stream: Tensor, batch: int, length: int, seed: int, step: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Clean tokens (B, L) and where they are masked, as a function of (seed, step, rank) alone.
+
+    The masked share is stratified over the batch, so that every step sees all noise levels.
+    """
+    generator = torch.Generator().manual_seed(hash((seed, step, rank)) % 2**63)
+    start = torch.randint(len(stream) - length, (batch,), generator=generator)
+    clean = stream[start[:, None] + torch.arange(length)]
+    share = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch  # (B,) in [0, 1)
+    noise = torch.rand(batch, length, generator=generator)
+    is_masked = noise < share.clamp(min=1.0 / length)[:, None]
+    return clean, is_masked | (noise == noise.amin(1, keepdim=True))  # at least one masked token a row
+
+
+def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
+    """Warm up, stay, fall linearly to zero."""
+    remaining = (args.max_train_steps - step) / (args.lr_decay_share * args.max_train_steps)
+    return min(1.0, (step + 1) / args.lr_warmup_steps, max(0.0, remaining))
+
+
+@torch.no_grad()
+def heldout_nats_per_token(model: DDiTModel, stream: Tensor, args: argparse.Namespace) -> float:
+    """Mean cross-entropy of masked tokens over uniform masked shares: the model's any-order bound."""
+    length, device, total, count = args.sequence_length, next(model.parameters()).device, 0.0, 0
+    windows = stream[: len(stream) // length * length].view(-1, length)
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, len(windows), 64):
+        clean = windows[start : start + 64]
+        opened = torch.randint(length, (len(clean), 1), generator=generator)  # revealed tokens, 0 .. L - 1
+        rank = torch.rand(clean.shape, generator=generator).argsort(1).argsort(1)
+        is_masked = rank >= opened
+        ids = clean.masked_fill(is_masked, args.vocab_size - 1).to(device)
+        logits = model.head(model.hidden(ids)).float()
+        loss = F.cross_entropy(logits.transpose(1, 2), clean.to(device), reduction="none").cpu()
+        total += float(((loss * is_masked).sum(1) / is_masked.sum(1)).sum())
+        count += len(clean)
+    return total / count
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], step: int, seconds: float) -> None:
+    """Write under a temporary name, then rename: a killed run never leaves half a checkpoint."""
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(tensors, temporary / "state.safetensors", {"step": str(step), "seconds": str(seconds)})
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    found = [p for p in output_dir.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def training_state(model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights, their moving average and the optimizer's moments as one flat dictionary of tensors."""
+    state = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"average.{k}": v for k, v in average.items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer.{key}.{name}"] = value
+    return {k: v.detach().cpu().contiguous() for k, v in state.items()}
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Put a saved state back; returns the step to go on from and the seconds already spent."""
+    with safe_open(path / "state.safetensors", "pt") as state:
+        model.load_state_dict({k: state.get_tensor(f"model.{k}") for k in model.state_dict()})
+        for name in average:
+            average[name].copy_(state.get_tensor(f"average.{name}"))
+        for name, parameter in model.named_parameters():
+            optimizer.state[parameter] = {
+                key: state.get_tensor(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        return int(state.metadata()["step"]), float(state.metadata()["seconds"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    # Data
+    train_text = read_split(args.corpus_dir, "train")
+    tokenizer = train_tokenizer(train_text, args.vocab_size)
+    stream = torch.tensor(tokenizer(train_text)["input_ids"])
+    heldout_text = read_split(args.corpus_dir, "validation")
+    heldout = torch.tensor(tokenizer(heldout_text)["input_ids"])
+    accelerator.print(f"{len(stream):,} training tokens, {len(heldout):,} held out")
+
+    # Model
+    torch.manual_seed(args.seed)
+    model = DDiTModel(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        num_blocks=args.num_blocks,
+        num_heads=args.num_heads,
+        cond_dim=None,
+        max_length=args.sequence_length,
+        time_conditioning=False,
+    )
+    initialise(model)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    network = accelerator.unwrap_model(model)
+    average = {name: p.detach().clone() for name, p in network.named_parameters()}
+
+    # Resume
+    step, seconds = 0, 0.0
+    if args.resume_from_checkpoint:
+        known = checkpoints(args.output_dir)
+        path = Path(args.resume_from_checkpoint) if args.resume_from_checkpoint != "latest" else (known or [None])[-1]
+        if path is not None:
+            step, seconds = load_checkpoint(path, network, average, optimizer.optimizer)
+            accelerator.print(f"resumed from {path} at step {step}")
+
+    # Train
+    began, running = time.time() - seconds, None
+    while step < args.max_train_steps:
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * learning_rate_factor(step, args)
+        clean, is_masked = draw_batch(
+            stream, args.train_batch_size, args.sequence_length, args.seed, step, accelerator.process_index
+        )
+        clean, is_masked = clean.to(accelerator.device), is_masked.to(accelerator.device)
+        noisy = clean.masked_fill(is_masked, args.vocab_size - 1)
+        with accelerator.autocast():
+            logits = network.head(model(noisy, output_hidden_states=True).hidden_states[is_masked])
+        loss = F.cross_entropy(logits.float(), clean[is_masked])
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        decay = min(args.ema_decay, step / (step + 10.0))
+        for name, parameter in network.named_parameters():
+            average[name].lerp_(parameter.detach(), 1 - decay)
+        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
+        if step % 100 == 0:
+            accelerator.print(f"step {step} loss {running:.3f} {time.time() - began:.0f} s", flush=True)
+        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+            if accelerator.is_main_process:
+                state = training_state(network, average, optimizer.optimizer)
+                save_checkpoint(args.output_dir / f"checkpoint-{step}", state, step, time.time() - began)
+                for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                    shutil.rmtree(old)
+            accelerator.wait_for_everyone()
+
+    # Finish: the moving average is the model
+    if accelerator.is_main_process:
+        for name, parameter in network.named_parameters():
+            parameter.data.copy_(average[name])
+        nats = heldout_nats_per_token(network.eval(), heldout, args)
+        bits_per_character = nats * len(heldout) / len(heldout_text) / 0.6931471805599453
+        results = {"steps": step, "seconds": round(time.time() - began), "validation_nats_per_token": nats}
+        results |= {"validation_bits_per_character": bits_per_character}
+        network.half().save_pretrained(args.output_dir / "model")
+        tokenizer.save_pretrained(args.output_dir / "tokenizer")
+        (args.output_dir / "pretrain_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+        accelerator.print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
