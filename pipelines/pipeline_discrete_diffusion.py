@@ -34,6 +34,12 @@ from discrete_schedulers.schedulers import DiscreteScheduler
 BUNDLED = "discrete-schedulers/"
 
 
+def require_ours(scheduler: Any) -> None:
+    """Raises `ValueError` for a scheduler that this library's contract does not hold for."""
+    if not isinstance(scheduler, DiscreteScheduler):
+        raise ValueError(f"`scheduler` is a {type(scheduler).__name__}; this pipeline runs discrete_schedulers' own")
+
+
 @dataclass
 class DiscreteDiffusionPipelineOutput(BaseOutput):
     """Output of [`DiscreteDiffusionPipeline`].
@@ -68,6 +74,9 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
     pipe = DiscreteDiffusionPipeline.from_pretrained("discrete-schedulers/tiny-text")
     print(pipe(num_samples=2, num_inference_steps=16).texts)
     ```
+
+    Raises:
+        ValueError: If the scheduler is not one of this library.
     """
 
     model_cpu_offload_seq = "model"
@@ -82,6 +91,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         denoiser: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        require_ours(scheduler)
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
         facts = {name: scheduler.config[name] for name in ("vocab_size", "mask_token_id", "process", "noise_schedule")}
         if isinstance(model, DDiTModel):
@@ -142,11 +152,12 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         """Sample.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): Text that the samples begin with.
+            prompt (`str` or `list[str]`, *optional*): Text that the samples begin with; a mask token in it is filled in.
             template (`str`, `list[str]` or `torch.Tensor`, *optional*): What to fill in: text with the tokenizer's mask token
-                at each position to fill, or ids (P, L) with the mask id. All of one length.
+                at each position to fill, or ids (P, L) with the mask id, or -1, there. All of one length.
             num_samples (`int`, defaults to 1): Samples for each prompt or template.
-            length (`int`, *optional*): Tokens L of a sample, prompt included. Defaults to the model's longest.
+            length (`int`, *optional*): Tokens L of a sample, prompt included. Defaults to the model's longest. Not with a
+                template, which has its own.
             num_inference_steps (`int`, defaults to 16): Calls of the network.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One, or one per sample: then a sample does
                 not depend on its batch.
@@ -166,6 +177,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        self.check_scheduler()
         self.check_inputs(prompt, template, num_samples, length, output_type, tensor_inputs)
         device = self._execution_device
         denoiser, scheduler = self.denoiser, self.scheduler
@@ -204,22 +216,13 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         output_type: str,
         tensor_inputs: list[str],
     ) -> None:
-        """Raises `ValueError` if arguments of the call, or the scheduler and the network, do not fit each other."""
-        if not isinstance(self.scheduler, DiscreteScheduler):
-            raise ValueError(f"`scheduler` is a {type(self.scheduler).__name__}; this pipeline runs discrete_schedulers' own")
-        for name in ("vocab_size", "mask_token_id", "process"):
-            if self.scheduler.config[name] != self.config.denoiser[name]:
-                raise ValueError(
-                    f"`scheduler` has {name} {self.scheduler.config[name]!r}, but the model has {self.config.denoiser[name]!r}"
-                )
-        learned_for, name = self.scheduler.config.get("learned_for"), self.config.get("_name_or_path")
-        if learned_for and name and learned_for.get("base_model") not in (None, name):
-            warnings.warn(
-                f"the scheduler's coefficients were learned for {learned_for['base_model']!r}, this model is {name!r}",
-                stacklevel=3,
-            )
+        """Raises `ValueError` if arguments of the call do not fit each other or the model."""
         if prompt is not None and template is not None:
             raise ValueError("`prompt` and `template` cannot both be given: a template holds its own known tokens")
+        if length is not None and template is not None:
+            raise ValueError("`length` and `template` cannot both be given: a template has its own length")
+        if isinstance(template, Tensor):
+            self.check_template(template)
         if not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"`num_samples` is {num_samples!r}; it must be an integer of at least 1")
         longest = self.config.denoiser.get("max_length")
@@ -233,6 +236,33 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         if self.tokenizer is None and (prompt is not None or isinstance(template, str | list)):
             raise ValueError("`prompt` or `template` is text, but this pipeline has no tokenizer: pass ids as `template`")
 
+    def check_template(self, template: Tensor) -> None:
+        """Raises `ValueError` if a template of ids is not int64 (P, L) with ids from -1 to V - 1."""
+        if template.dim() != 2 or template.dtype != torch.int64:
+            raise ValueError(f"`template` is {template.dtype} of shape {tuple(template.shape)}; ids must be int64 (P, L)")
+        width = self.config.denoiser["vocab_size"]
+        if template.numel() and not -1 <= int(template.min()) <= int(template.max()) < width:
+            raise ValueError(f"`template` has ids from {template.min()} to {template.max()}; allowed are -1 to {width - 1}")
+
+    def check_scheduler(self) -> None:
+        """Raises `ValueError` if the scheduler does not fit the model; warns where its coefficients are another model's."""
+        require_ours(self.scheduler)
+        names = ["vocab_size", "mask_token_id", "process"]
+        denoiser = self.denoiser
+        if denoiser.time_conditioned or (denoiser.process == "uniform" and denoiser.parametrization != "x0"):
+            names.append("noise_schedule")  # these read the noise level; the others see tokens only
+        for name in names:
+            if self.scheduler.config[name] != self.config.denoiser[name]:
+                raise ValueError(
+                    f"`scheduler` has {name} {self.scheduler.config[name]!r}, but the model has {self.config.denoiser[name]!r}"
+                )
+        learned_for, name = self.scheduler.config.get("learned_for"), self.config.get("_name_or_path")
+        if learned_for and name and learned_for.get("base_model") not in (None, name):
+            warnings.warn(
+                f"the scheduler's coefficients were learned for {learned_for['base_model']!r}, this model is {name!r}",
+                stacklevel=4,
+            )
+
     def prepare_template(
         self,
         prompt: str | list[str] | None,
@@ -245,7 +275,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         facts = self.config.denoiser
         length = length or (latents.shape[1] if latents is not None else facts.get("max_length"))
         if isinstance(template, Tensor):
-            known = template.masked_fill(template == facts["mask_token_id"], -1) if facts["process"] == "absorbing" else template
+            known = template
         elif template is not None:
             known = infill_template(self.tokenizer, template, facts["mask_token_id"])
         elif length is None:
@@ -254,6 +284,11 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             known = prefix_template(self.tokenizer, prompt, length)
         else:
             known = torch.full((1, length), -1, dtype=torch.int64)
+        longest = facts.get("max_length")
+        if longest is not None and known.shape[1] > longest:
+            raise ValueError(f"the samples would have {known.shape[1]} tokens; this model takes at most {longest}")
+        if facts["process"] == "absorbing":
+            known = known.masked_fill(known == facts["mask_token_id"], -1)
         return known.repeat_interleave(num_samples, 0)
 
     def prepare_latents(

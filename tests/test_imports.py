@@ -34,7 +34,8 @@ SOURCE = CORE | {"models", "models/*", "schedulers", "schedulers/*", "schedulers
 # A name with a slash is one file of a folder, "folder/*" any other one in it, a bare folder its __init__.py, "" that of
 # the package.
 TABLE = {
-    "": Part(SOURCE | {"pipelines", "pipelines/*"}, {"diffusers"}),  # never training
+    "": Part(SOURCE | {"registration", "pipelines", "pipelines/*"}, {"diffusers"}),  # never training
+    "registration": Part(set(), set()),
     "sampling": Part(set(), {"torch"}),
     "processes": Part({"sampling"}, {"torch"}),
     "denoisers": Part({"sampling", "processes"}, {"torch"}),
@@ -57,6 +58,7 @@ TABLE = {
 }
 EXTRA = {
     "evaluation": {"sacrebleu"},  # self-BLEU
+    "pipelines/pipeline_discrete_diffusion": {"numpy"},  # output_type="np", as diffusers has it
     "training/pretrain": {"safetensors", "tokenizers", "transformers"},  # makes a tokenizer, writes weights
 }
 INSTALLED = {

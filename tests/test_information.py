@@ -333,8 +333,8 @@ def test_masks_are_nested_and_only_masked_rows_are_asked() -> None:
 
 
 def test_nested_masks_lower_the_noise_of_differences() -> None:
-    # -log p of a masked token is its own constant plus 8 t. Given the data, the mean over m random positions of L has variance
-    # S (1/m - 1/L); the difference of two nested means S (1/m' - 1/m), and of independent ones the sum of both variances.
+    # -log p of a masked token is its own constant plus 8 t. Given the data, its mean over m random positions has
+    # variance S (1/m - 1/L), a difference of nested means S (1/m' - 1/m), of independent means the sum of both.
     length = 64
     data = torch.randint(4, (32, length), generator=torch.Generator().manual_seed(0))
 
@@ -348,7 +348,7 @@ def test_nested_masks_lower_the_noise_of_differences() -> None:
         for seed in range(150)
     ]
     values = torch.stack(runs)  # (runs, L); the levels are 0, 3, 6, ..., 63
-    assert (values.diff() < 0).all()  # the fit does not touch it
+    assert (values.diff()[:, 12:36] < 0).all()  # the fit does not touch what is compared
     for i in (15, 30):
         few, many = 1 / (length - i - 3), 1 / (length - i)
         expected = (few - many) / (few + many - 2 / length)  # 0.15 and 0.09

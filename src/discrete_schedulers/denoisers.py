@@ -22,6 +22,15 @@ from discrete_schedulers.processes import NoiseSchedule, UniformProcess, as_time
 from discrete_schedulers.sampling import RowLogits
 
 
+CHOICES = {
+    "process": ("absorbing", "uniform"),
+    "parametrization": ("x0", "score", "leave_one_out"),
+    "shift": (0, 1),
+    "shift_first": ("keep", "copy"),
+    "time_input": ("sigma", "t", None),
+}
+
+
 class Denoiser(Protocol):
     """What the pipeline, the information curve and the trainer call."""
 
@@ -54,14 +63,15 @@ class NetworkDenoiser:
         noise_schedule (`str`, defaults to `"loglinear"`): Turns t into sigma and alpha.
         suppress_token_ids (`tuple[int, ...]`): Ids that are never drawn, beside the mask.
         frozen_token_ids (`tuple[int, ...]`): Ids that are never noised (start, end, padding).
-        split_head (`bool`, defaults to `False`): The network has `hidden(ids, ...)` and `head(rows)`: logits are then
-            computed at chosen positions only.
+        split_head (`bool`, defaults to `False`): The network takes `positions`, bool (B, L), and then returns logits (R, V)
+            of these positions only, in row-major order.
         max_length (`int`, *optional*): Longest sequence the network takes.
         grid_shape (`tuple[int, int]`, *optional*): (height, width) where tokens form an image.
         codebook_size (`int`, *optional*): Number of ids that decode, for image models.
+        call_arguments (`dict`): Passed to the network in every call, the same for all rows of a batch.
 
     Raises:
-        ValueError: If the facts contradict each other.
+        ValueError: If a fact is not allowed, or the facts contradict each other.
     """
 
     model: nn.Module
@@ -82,10 +92,20 @@ class NetworkDenoiser:
     call_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
         if self.process == "absorbing" and self.mask_token_id is None:
             raise ValueError("`mask_token_id` is missing: an absorbing process needs the id of the mask")
         if self.process == "absorbing" and self.parametrization == "leave_one_out":
             raise ValueError("`parametrization='leave_one_out'` is for the uniform process")
+        if self.process == "uniform" and self.shift and self.shift_first == "copy":
+            raise ValueError("`shift_first='copy'` is for the absorbing process: a token that is not masked is certain there")
+        survives = survival(torch.tensor(1.0, dtype=torch.float64), self.noise_schedule) > 0
+        if not survives and self.time_input == "sigma":
+            raise ValueError(f"`time_input='sigma'` is infinite at t = 1 for `noise_schedule={self.noise_schedule!r}`")
+        if not survives and self.process == "uniform" and self.parametrization == "score":
+            raise ValueError(f"with `noise_schedule={self.noise_schedule!r}` a uniform score says nothing of x_0 at t = 1")
         ids = [*self.suppress_token_ids, *self.frozen_token_ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(f"`suppress_token_ids` and `frozen_token_ids` must lie in [0, {self.vocab_size}), got {ids}")
@@ -105,23 +125,24 @@ class NetworkDenoiser:
             t (`float` or `torch.Tensor` of shape `(B,)`): Time in (0, 1].
             positions (`torch.Tensor` of shape `(B, L)`, *optional*): Bool; where logits are wanted. The network then runs
                 on the rows of the batch that have any, and its head at these positions only.
-            **conditions: Passed to the network.
+            **conditions: Passed to the network; tensors have the batch first.
 
         Returns:
             `torch.Tensor` of shape `(B, L, V)`, or [`RowLogits`]: `-inf` at ids that are never drawn.
+
+        Raises:
+            ValueError: If the ids or their number are not what the network takes.
         """
         if positions is None:
             return self.clean_logits(self.raw(x_t, t, **conditions), x_t, t)
         active = positions.any(1)
         if not active.any():
-            empty = torch.empty(0, self.vocab_size, dtype=next(self.model.parameters()).dtype, device=x_t.device)
-            return RowLogits(empty, positions)
+            return RowLogits(torch.empty(0, self.vocab_size, device=x_t.device), positions)
         some = {k: v[active] if isinstance(v, Tensor) else v for k, v in conditions.items()}
         t_some = t[active] if isinstance(t, Tensor) and t.dim() == 1 else t
         x_some, wanted = x_t[active], positions[active]
         if self.split_head and self.shift == 0 and self.process == "absorbing":
-            hidden = self.model.hidden(x_some, *self.time_arguments(x_some, t_some), **self.call_arguments, **some)
-            return RowLogits(self.restrict(self.model.head(hidden[wanted])), positions)
+            return RowLogits(self.restrict(self.raw(x_some, t_some, positions=wanted, **some)), positions)
         dense = self.clean_logits(self.raw(x_some, t_some, **some), x_some, t_some)
         return RowLogits(dense[wanted], positions)
 
@@ -173,30 +194,35 @@ class NetworkDenoiser:
 
     def clean_logits(self, raw: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
         """The network's output as logits of p(x_0 | x_t), (B, L, V)."""
+        raw = self.widen(raw)
         if self.shift:
             first = raw[:, :1]
             if self.shift_first == "copy":
                 itself = torch.full_like(first, -math.inf).scatter(-1, x_t[:, :1, None], 0.0)
                 first = torch.where((x_t[:, :1] == self.mask_token_id)[..., None], first, itself)
             raw = torch.cat([first, raw[:, :-1]], dim=1)
-        logits = self.restrict(raw)
         if self.process == "absorbing" or self.parametrization == "x0":
-            return logits
+            return self.restrict(raw)
         process = UniformProcess(self.vocab_size, self.noise_schedule)
         alpha = process.alpha(t).to(x_t.device)
-        log_one_out = logits.double().log_softmax(-1)
+        log_one_out = raw.double()
         if self.parametrization == "score":
-            share = (log_one_out.exp() - (1 - alpha) / self.vocab_size) / alpha
+            # The score of the token itself is 1 by definition; networks return anything there.
+            share = log_one_out.scatter(-1, x_t[..., None], 0.0).softmax(-1)
+            share = (share - (1 - alpha) / self.vocab_size) / alpha
             log_one_out = share.clamp(min=1e-300).log()  # an inexact score may ask for less than nothing
         gain = torch.log1p(self.vocab_size * alpha / (1 - alpha)).expand(x_t.shape[0], 1, 1)
-        return log_one_out.scatter_add(-1, x_t[..., None], gain.expand(-1, x_t.shape[1], 1))
+        return self.restrict(log_one_out.scatter_add(-1, x_t[..., None], gain.expand(-1, x_t.shape[1], 1)))
+
+    def widen(self, raw: Tensor) -> Tensor:
+        """Logits of width V: padded columns of the network cut off, columns that it does not have `-inf`."""
+        if raw.shape[-1] < self.vocab_size:
+            raw = torch.nn.functional.pad(raw, (0, self.vocab_size - raw.shape[-1]), value=-math.inf)
+        return raw[..., : self.vocab_size]
 
     def restrict(self, raw: Tensor) -> Tensor:
         """Logits of width V with `-inf` at the mask and at ids that are never drawn."""
-        width = raw.shape[-1]
-        if width < self.vocab_size:
-            raw = torch.nn.functional.pad(raw, (0, self.vocab_size - width), value=-math.inf)
-        logits = raw[..., : self.vocab_size]
+        logits = self.widen(raw)
         never = [*self.suppress_token_ids] + ([] if self.mask_token_id is None else [self.mask_token_id])
         if not never:
             return logits

@@ -346,3 +346,60 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     mean = math.fsum(values) / n
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
     return mean, math.sqrt(variance / n)
+
+
+@torch.no_grad()
+def sampler_nll_bound(
+    denoiser: Denoiser,
+    scheduler: Any,
+    data: Tensor,
+    num_inference_steps: int,
+    generator: Generators = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """Bound on -log p(x_0) under the *sampler*, in nats per token, for an absorbing scheduler with its own grid and order.
+
+    The data are masked and opened again as the scheduler would, with the true tokens in place of drawn ones:
+
+        -log p(x_0) <= E sum_k sum_{i opened in step k} -log p_k(x_0^i | x_{t_k})                         (Jensen)
+
+    with the expectation over the scheduler's choices of positions, which see the tokens known so far and never the one they
+    open. Temperature, top-p and learned factors count: they are part of p_k.
+
+    Args:
+        denoiser (`Denoiser`): The network.
+        scheduler (`DiscreteScheduler`): Absorbing.
+        data (`torch.Tensor` of shape `(n, L)`): Held-out sequences, int64.
+        num_inference_steps (`int`): Model calls N of the sampler.
+        generator (`torch.Generator` or list, *optional*): For the choices of positions.
+        batch_size (`int`, defaults to 64): Sequences in one call.
+
+    Returns:
+        `torch.Tensor` of shape `(n,)`: One bound for each sequence, float64.
+
+    Raises:
+        ValueError: If masks are left after the last step, or the scheduler has no mask.
+    """
+    mask = scheduler.config.mask_token_id
+    if mask is None:
+        raise ValueError("`scheduler` has no mask: this bound is for absorbing processes")
+    scheduler.set_timesteps(num_inference_steps)
+    bounds = []
+    for x_0 in data.split(batch_size):
+        x_t, total = torch.full_like(x_0, mask), torch.zeros(len(x_0), dtype=torch.float64, device=data.device)
+        for t in scheduler.timesteps:
+            chosen = scheduler.positions(t, x_t, generator)
+            if chosen is None:
+                law = scheduler.transition(denoiser(x_t, t), t, x_t)
+                opening = 1 - law[..., mask]
+                chosen = bernoulli_subset(x_t == mask, opening, generator)
+                nats = -(law[chosen].gather(-1, x_0[chosen][:, None])[:, 0].log() - opening[chosen].log())
+            else:
+                rows = scheduler.token_logits(denoiser(x_t, t, chosen).logits).double()
+                nats = -rows.log_softmax(-1).gather(-1, x_0[chosen][:, None])[:, 0]
+            total += torch.zeros(chosen.shape, dtype=torch.float64, device=data.device).masked_scatter(chosen, nats).sum(1)
+            x_t = torch.where(chosen, x_0, x_t)
+        if (x_t == mask).any():
+            raise ValueError("`scheduler` leaves masks after its last step")
+        bounds.append(total / x_0.shape[1])
+    return torch.cat(bounds)

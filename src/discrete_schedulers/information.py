@@ -8,7 +8,7 @@ independently of each other, has exactly
 
 for *any* model p, exact or learned. The sum bounds the negative log-likelihood of the sampler, in nats per sequence.
 For a given model it depends on the counts alone, and dynamic programming minimises it for every number of steps at
-once: no teacher, no samples, only data. (By convexity the law of the sampler, a mixture over orders, is at least as close.)
+once: no teacher, no samples, only data. (The sampler's law, a mixture over orders, is at least as close: convexity.)
 
 Sources: Chen, Cong, Li 2025, "Optimal inference schedules for masked diffusion models" (arXiv 2511.04647), Theorem 4
 (exact model); Lavenant, Zanella 2025 (arXiv 2510.25544). The identity holds for uniformly random orders only, not for
@@ -96,9 +96,10 @@ def information_curve(
     """Measure the curve of a model on held-out sequences.
 
     Every sequence draws one random order of its positions, and level i reveals the first i of that order: masks are
-    nested, and the difference of neighbouring levels, whose masked tokens are nearly the same, has little noise. The estimate at a level is the mean of -log p over its L - i masked positions, then over sequences. A
-    non-increasing fit (`isotonic_fit`, weights L - i) and linear interpolation between the levels follow. The standard
-    errors are those of the means before the fit, and between two levels an upper bound.
+    nested, and the difference of neighbouring levels, whose masked tokens are nearly the same, has little noise. The
+    estimate at a level is the mean of -log p over its L - i masked positions, then over sequences. A non-increasing fit
+    (`isotonic_fit`, weights L - i) and linear interpolation between the levels follow. The standard errors are those of
+    the means before the fit, and between two levels an upper bound.
 
     Args:
         denoiser (`Callable`): `denoiser(x_t, t, positions=is_masked)` -> `RowLogits` of log p(x_0 | x_t); t is the

@@ -34,7 +34,8 @@ class DDiTOutput(BaseOutput):
     """Output of [`DDiTModel`].
 
     Args:
-        logits (`torch.Tensor` of shape `(B, L, V)`): Raw scores of the clean token at each position.
+        logits (`torch.Tensor` of shape `(B, L, V)`): Raw scores of the clean token at each position, or (R, V) at the chosen
+            `positions`.
         hidden_states (`torch.Tensor` of shape `(B, L, H)`, *optional*): What the head reads: `head(hidden_states)` is
             `logits`.
     """
@@ -218,14 +219,18 @@ class DDiTModel(ModelMixin, ConfigMixin):
         )
         self.output_layer = DDiTFinalLayer(hidden_size, vocab_size, cond_dim)
 
-    def condition(self, sigma: Tensor | None, class_labels: Tensor | None, batch: int) -> Tensor | None:
+    def condition(
+        self, sigma: Tensor | None, class_labels: Tensor | None, batch: int, device: torch.device
+    ) -> Tensor | None:
         """The condition vector c, shape (B, C), or `None` for a model without time."""
+        if class_labels is not None and self.cond_map is None:
+            raise ValueError("`class_labels` were passed, but this model has no classes (`num_classes` is None)")
         if self.sigma_map is None:
             return None
         if self.config.time_conditioning and sigma is None:
             raise ValueError("`sigma` (total noise, shape (B,)) is required: this model is conditioned on time")
         if sigma is None or not self.config.time_conditioning:
-            sigma = torch.zeros(batch, device=self.vocab_embed.embedding.device)
+            sigma = torch.zeros(batch, device=device)
         condition = F.silu(self.sigma_map(sigma.reshape(-1).expand(batch)))
         if self.cond_map is None:
             return condition
@@ -245,7 +250,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
         """What the head reads, shape (B, L, H). Arguments as in `forward`."""
         batch, length = input_ids.shape
         cos, sin = self.rotary_emb(length, input_ids.device)
-        condition = self.condition(sigma, class_labels, batch)
+        condition = self.condition(sigma, class_labels, batch, input_ids.device)
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, L): nobody looks at padding
         x = self.vocab_embed(input_ids)
@@ -263,6 +268,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
         sigma: Tensor | None = None,
         class_labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
         output_hidden_states: bool = False,
         return_dict: bool = True,
     ) -> DDiTOutput | tuple:
@@ -273,12 +279,18 @@ class DDiTModel(ModelMixin, ConfigMixin):
             sigma (`torch.Tensor` of shape `(B,)`, *optional*): Total noise, -log(alpha_t).
             class_labels (`torch.Tensor` of shape `(B,)`, *optional*): Classes, for class-conditional models.
             attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding, or broadcastable to (B, heads, L, L).
+            positions (`torch.Tensor` of shape `(B, L)`, *optional*): Bool. The head is then run at these R positions only,
+                and `logits` has shape (R, V), in row-major order.
             output_hidden_states (`bool`, defaults to `False`): Return what the head reads as well.
             return_dict (`bool`, defaults to `True`): Return [`DDiTOutput`] instead of a tuple.
 
         Returns:
             [`DDiTOutput`] or `tuple`: `logits` first.
+
+        Raises:
+            ValueError: If `sigma` or `class_labels` is missing, or there are no classes to name.
         """
         hidden = self.hidden(input_ids, sigma, class_labels, attention_mask)
-        output = DDiTOutput(logits=self.head(hidden), hidden_states=hidden if output_hidden_states else None)
+        logits = self.head(hidden if positions is None else hidden[positions])
+        output = DDiTOutput(logits=logits, hidden_states=hidden if output_hidden_states else None)
         return output if return_dict else output.to_tuple()

@@ -83,10 +83,13 @@ class AncestralScheduler(DiscreteScheduler):
         t, s = self.times[index], self.times[index + 1]
         return self.noise_process.posterior(sample, self.clean_law(model_output), t, s)
 
+    def open_probability(self, index: int) -> float:
+        """P(a mask opens in this step) = (alpha_s - alpha_t) / (1 - alpha_t), absorbing process."""
+        return float(self.noise_process.unmask_probability(self.times[index], self.times[index + 1]))
+
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
         """Masks that open in this step, see [`DiscreteScheduler.positions`]."""
         if not isinstance(self.noise_process, AbsorbingProcess) or self.config.draw != "exact":
             return None
-        index = self.step_index(timestep)
-        probability = float(self.noise_process.unmask_probability(self.times[index], self.times[index + 1]))
+        probability = self.open_probability(self.step_index(timestep))
         return self.open_masks(sample, probability, generator, self.config.unmasking, self.config.order)

@@ -65,11 +65,14 @@ class EulerScheduler(DiscreteScheduler):
         p_0 = self.clean_law(model_output)
         return euler_law(self.noise_process, sample, p_0, self.times[index], self.times[index + 1])
 
+    def open_probability(self, index: int) -> float:
+        """P(a mask opens in this step) = min(1, (t - s) hazard(t)), absorbing process; 1 in the last step."""
+        t, s = self.times[index], self.times[index + 1]
+        return 1.0 if s == 0 else min(1.0, float((t - s) * self.noise_process.hazard(t)))
+
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
         """Masks that open in this step, see [`DiscreteScheduler.positions`]."""
         if not isinstance(self.noise_process, AbsorbingProcess) or self.config.draw != "exact":
             return None
-        index = self.step_index(timestep)
-        t, s = self.times[index], self.times[index + 1]
-        probability = 1.0 if s == 0 else min(1.0, float((t - s) * self.noise_process.hazard(t)))
+        probability = self.open_probability(self.step_index(timestep))
         return self.open_masks(sample, probability, generator, "bernoulli", "random")

@@ -104,13 +104,17 @@ class LSDScheduler(DiscreteScheduler):
         rate = speed.clamp(max=1e9) * process.clean_law(p_0) ** phi
         return torch.where((sample == process.mask_token_id)[..., None], rate, 0.0)
 
+    def open_probability(self, index: int) -> float:
+        """P(a mask opens in this step) = min(1, Phi (t - s) hazard(t)), absorbing process with `scale="score"`; 1 in the last
+        step."""
+        t, s = self.times[index], self.times[index + 1]
+        return 1.0 if s == 0 else min(1.0, float((t - s) * self.phi(index) * self.noise_process.hazard(t)))
+
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
         """Masks that open in this step; `None` with `scale="log_score"`, where that depends on the logits. See
         [`DiscreteScheduler.positions`]."""
         exact = isinstance(self.noise_process, AbsorbingProcess) and self.config.draw == "exact"
         if not exact or self.config.scale == "log_score":
             return None
-        index = self.step_index(timestep)
-        t, s = self.times[index], self.times[index + 1]
-        jump = float((t - s) * self.phi(index) * self.noise_process.hazard(t))
-        return self.open_masks(sample, 1.0 if s == 0 else min(1.0, jump), generator, "bernoulli", "random")
+        probability = self.open_probability(self.step_index(timestep))
+        return self.open_masks(sample, probability, generator, "bernoulli", "random")

@@ -81,12 +81,15 @@ class TauLeapingScheduler(DiscreteScheduler):
         intensity = ((t - s) * self.noise_process.reverse_rate(sample, p_0, t)).clamp(max=1e9)
         return jump_law(sample, intensity * self.jump_share(intensity.sum(-1, keepdim=True)))
 
+    def open_probability(self, index: int) -> float:
+        """P(a mask opens in this step), absorbing process; 1 in the last step."""
+        t, s = self.times[index], self.times[index + 1]
+        intensity = (t - s) * self.noise_process.hazard(t)
+        return 1.0 if s == 0 else float(intensity * self.jump_share(intensity))
+
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
         """Masks that open in this step, see [`DiscreteScheduler.positions`]."""
         if not isinstance(self.noise_process, AbsorbingProcess) or self.config.draw != "exact":
             return None
-        index = self.step_index(timestep)
-        t, s = self.times[index], self.times[index + 1]
-        intensity = (t - s) * self.noise_process.hazard(t)
-        probability = 1.0 if s == 0 else float(intensity * self.jump_share(intensity))
+        probability = self.open_probability(self.step_index(timestep))
         return self.open_masks(sample, probability, generator, "bernoulli", "random")

@@ -1,0 +1,136 @@
+"""What a finished run leaves behind: plot, model card, and one commit on the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+
+CARD = """{header}
+
+# {title}
+
+A scheduler for [`{base_model}`]({base_url}) with coefficients learned by `{method}` for {budgets} steps. The network is not
+changed; this repository holds floats only.
+
+```python
+from discrete_schedulers import DiscreteDiffusionPipeline, {scheduler_class}
+
+pipe = DiscreteDiffusionPipeline.from_pretrained("{base_model}")
+pipe.scheduler = {scheduler_class}.from_pretrained("{repo_id}")
+print(pipe(num_samples=4, num_inference_steps={last_budget}).texts)
+```
+
+## Quality against steps
+
+{table}
+
+NLL: bound on held-out data in nats per token, of the sampler itself, at its number of steps (lower is better). Entropy: of the
+tokens within a sample, in nats; data has {data_entropy}. Perplexity is under an in-domain n-gram judge, which copying can fool:
+read it beside the entropy only.
+
+![quality against steps](plot.png)
+
+## How it was made
+
+{arguments}
+"""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename, so that a killed run leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of metrics as a Markdown table, numbers with three decimals."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[row.get(column) for column in columns] for row in rows]
+    text = [[f"{c:.3f}" if isinstance(c, float) else "" if c is None else str(c) for c in line] for line in cells]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(line) + " |" for line in text])
+
+
+def write_plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    """NLL bound and entropy against steps, one line for each sampler.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["sampler"] for row in rows))
+    columns = [("nll", "NLL bound (nats per token)"), ("entropy", "entropy within a sample (nats)")]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for axis, (key, label) in zip(axes, columns, strict=True):
+        for name in names:
+            points = sorted((row["steps"], row[key]) for row in rows if row["sampler"] == name)
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        steps = sorted({row["steps"] for row in rows})
+        axis.set(xscale="log", xlabel="model calls", ylabel=label)
+        axis.set_xticks(steps, [str(n) for n in steps])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+def write_card(path: Path, repo_id: str, scheduler_class: str, metrics: dict[str, Any]) -> None:
+    """The model card: base model and revision, method, table, usage."""
+    data = ModelCardData(
+        base_model=metrics["base_model"],
+        library_name="discrete_schedulers",
+        license="apache-2.0",
+        tags=["discrete-diffusion", "diffusers", "diffusers-training", metrics["method"]],
+    )
+    arguments = {"base_model": metrics["base_model"], "revision": metrics["revision"]} | metrics["arguments"]
+    text = CARD.format(
+        header=f"---\n{data.to_yaml()}\n---",
+        title=repo_id.split("/")[-1],
+        base_model=metrics["base_model"],
+        base_url=f"https://huggingface.co/{metrics['base_model']}",
+        method=metrics["method"],
+        budgets=", ".join(map(str, metrics["budgets"])),
+        last_budget=metrics["budgets"][-1],
+        scheduler_class=scheduler_class,
+        repo_id=repo_id,
+        table=markdown_table(metrics["table"]),
+        data_entropy=f"{metrics['data_entropy']:.3f}",
+        arguments="\n".join(f"- {key}: `{json.dumps(value)}`" for key, value in arguments.items()),
+    )
+    write_text(path, str(ModelCard(text)))
+
+
+def push(folder: Path, repo_id: str, token: str | None) -> str:
+    """Upload the finished files of a folder in one commit and return the commit's address.
+
+    Raises:
+        RuntimeError: If the Hub refuses or cannot be reached. The files stay in `folder`; `push_to_hub` can be tried again.
+    """
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, exist_ok=True, repo_type="model").repo_id
+        info = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="Learned scheduler",
+            allow_patterns=["scheduler_config.json", "metrics.json", "plot.png", "README.md"],
+        )
+    except (HfHubHTTPError, OSError) as error:
+        raise RuntimeError(
+            f"could not push to {repo_id!r}: {error}. Nothing is lost: the results are in {folder}, and running the same "
+            "command with `--resume_from_checkpoint latest --push_to_hub` uploads them"
+        ) from error
+    return info.commit_url
