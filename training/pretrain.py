@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import math
 import os
 import shutil
 import time
@@ -29,9 +30,35 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from discrete_schedulers.models.ddit import DDiTModel
+from discrete_schedulers import AncestralScheduler, DDiTModel, DiscreteDiffusionPipeline, information_curve
 
 MASK_TOKEN = "[MASK]"
+
+CARD = """---
+library_name: discrete_schedulers
+license: apache-2.0
+tags: [discrete-diffusion, masked-diffusion, text]
+---
+
+# tiny-text
+
+A masked diffusion model of English text, small enough for tests, examples and measurements on a CPU.
+
+- **Network**: DDiT without time input, {num_blocks} blocks of width {hidden_size}, {parameters:,} parameters, half precision.
+- **Tokens**: byte-level BPE, {vocab_size} ids (the last is the mask), packed sequences of {sequence_length}.
+- **Data**: `corpus/`, made from the World English Bible (public domain; changed, hence not called by that name) by
+  `training/prepare_corpus.py`. Of every 30 chapters one is kept for validation and one for test; no training saw them.
+- **Training**: {steps:,} steps of {train_batch_size} sequences, AdamW, learning rate {learning_rate}, {seconds:,} seconds on a CPU
+  that did other work meanwhile. One command: `accelerate launch training/pretrain.py --output_dir tiny-text
+  --mixed_precision {mixed_precision} --max_train_steps {max_train_steps}`.
+- **Held-out bound** (validation, any order): {validation_nats_per_token:.3f} nats per token,
+  {validation_bits_per_character:.3f} bits per character.
+- **Licence**: Apache-2.0 for the weights, the text is in the public domain.
+
+It writes in the style of its only book and knows nothing. Samples, {sequence_length} steps, first four of seed 0, not chosen:
+
+{samples}
+"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -247,13 +274,31 @@ def main(argv: list[str] | None = None) -> None:
         for name, parameter in network.named_parameters():
             parameter.data.copy_(average[name])
         nats = heldout_nats_per_token(network.eval(), heldout, args)
-        bits_per_character = nats * len(heldout) / len(heldout_text) / 0.6931471805599453
+        bits_per_character = nats * len(heldout) / len(heldout_text) / math.log(2)
         results = {"steps": step, "seconds": round(time.time() - began), "validation_nats_per_token": nats}
         results |= {"validation_bits_per_character": bits_per_character}
-        network.half().save_pretrained(args.output_dir / "model")
-        tokenizer.save_pretrained(args.output_dir / "tokenizer")
-        (args.output_dir / "pretrain_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+        results |= {"parameters": sum(p.numel() for p in network.parameters())}
+        save_pipeline(network, tokenizer, heldout, args, results)
         accelerator.print(json.dumps(results))
+
+
+def save_pipeline(
+    network: DDiTModel, tokenizer: PreTrainedTokenizerFast, heldout: Tensor, args: argparse.Namespace, results: dict
+) -> None:
+    """The folder that `DiscreteDiffusionPipeline.from_pretrained` reads: half-precision weights, tokenizer, scheduler with the
+    model's information curve, and a card with samples."""
+    windows = heldout[: len(heldout) // args.sequence_length * args.sequence_length].view(-1, args.sequence_length)
+    scheduler = AncestralScheduler(vocab_size=args.vocab_size, mask_token_id=args.vocab_size - 1)
+    pipe = DiscreteDiffusionPipeline(network, scheduler, tokenizer)
+    curve = information_curve(pipe.denoiser, windows[:256], args.vocab_size - 1, generator=torch.Generator().manual_seed(0))
+    scheduler.register_to_config(information_curve=curve.to_config())
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    samples = pipe(num_samples=4, num_inference_steps=args.sequence_length, generator=generator).texts
+    pipe.to(torch.float16).save_pretrained(args.output_dir)
+    (args.output_dir / "pretrain_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    quoted = "\n\n".join("> " + sample.replace("\n", " / ") for sample in samples)
+    (args.output_dir / "README.md").write_text(CARD.format(**vars(args), **results, samples=quoted))
 
 
 if __name__ == "__main__":

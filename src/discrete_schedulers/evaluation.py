@@ -23,6 +23,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from discrete_schedulers.denoisers import Denoiser
+from discrete_schedulers.sampling import Generators, bernoulli_subset
+
 
 def _ngram_ids(sequences: Tensor, n: int) -> Tensor:
     """Number the n-grams of `sequences` (B, L): int64 (B, L - n + 1), equal n-grams get equal ids."""

@@ -1,0 +1,231 @@
+"""Exact laws on small joints: the ground truth that the tests hold samplers against. Everything is float64.
+
+A state is a row of L tokens; S = V^L states stand in the order of `all_states`, last position fastest. With an absorbing
+process the mask is the last of the V ids and a joint has V - 1 tokens; with a uniform process all V are tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from scipy.stats import chi2, norm
+from torch import Tensor
+
+from discrete_schedulers.processes import AbsorbingProcess, Process
+from discrete_schedulers.sampling import RowLogits
+from discrete_schedulers.schedulers import DiscreteScheduler
+
+ExactDenoiser: TypeAlias = Callable[..., "Tensor | RowLogits"]
+
+
+class Joint(NamedTuple):
+    """Law of x_0.
+
+    Args:
+        states (`torch.Tensor` of shape `(S, L)`): All rows of clean tokens, int64.
+        p (`torch.Tensor` of shape `(S,)`): Their probabilities.
+    """
+
+    states: Tensor
+    p: Tensor
+
+    @property
+    def entropy(self) -> float:
+        """In nats."""
+        return -float(torch.xlogy(self.p, self.p).sum())
+
+
+def all_states(num_states: int, length: int) -> Tensor:
+    """All rows, shape (num_states^length, length), in lexicographic order."""
+    return torch.tensor(list(itertools.product(range(num_states), repeat=length)))
+
+
+def state_index(x: Tensor, num_states: int) -> Tensor:
+    """Place of each row of x, shape (B, L), in `all_states`, shape (B,)."""
+    return x @ num_states ** torch.arange(x.shape[1] - 1, -1, -1)
+
+
+def random_joint(num_tokens: int, length: int, seed: int = 0, spread: float = 1.5) -> Joint:
+    """A joint with full support and dependent positions: log-probabilities are normal with the given spread."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(num_tokens**length, generator=generator, dtype=torch.float64)
+    return Joint(all_states(num_tokens, length), logits.softmax(0))
+
+
+# Denoisers
+
+
+def as_denoiser(log_p_0: Callable[[Tensor, float], Tensor]) -> ExactDenoiser:
+    """A function of (x_t, t) to (B, L, V) with the protocol of the library: `positions` picks rows."""
+
+    def denoiser(x_t: Tensor, t: Tensor | float, positions: Tensor | None = None) -> Tensor | RowLogits:
+        logits = log_p_0(x_t, float(t))
+        return logits if positions is None else RowLogits(logits[positions], positions)
+
+    return denoiser
+
+
+def exact_denoiser(joint: Joint, process: Process) -> ExactDenoiser:
+    """log p(x_0^i = v | x_t), (B, L, V), at all positions, by Bayes over all clean rows: weights p(x_0) q(x_t | x_0)."""
+
+    def log_p_0(x_t: Tensor, t: float) -> Tensor:
+        place = x_t[:, None, :]  # (B, 1, L)
+        if isinstance(process, AbsorbingProcess):  # the powers of alpha are the same for all rows that agree with x_t
+            likelihood = ((place == joint.states) | (place == process.mask_token_id)).double()
+        else:
+            alpha = float(process.alpha(t))
+            likelihood = alpha * (place == joint.states) + (1 - alpha) / process.vocab_size
+        weight = joint.p * likelihood.prod(-1)  # (B, S)
+        one_hot = torch.nn.functional.one_hot(joint.states, process.vocab_size).double()  # (S, L, V)
+        p_0 = torch.einsum("bs,slv->blv", weight, one_hot)
+        return (p_0 / p_0.sum(-1, keepdim=True)).log()
+
+    return as_denoiser(log_p_0)
+
+
+def random_denoiser(vocab_size: int, seed: int = 0) -> ExactDenoiser:
+    """Logits in [-4, 4] that are a hash of (x_t, position, state): different for every row, the same in every batch, and
+    as large at the mask and at revealed tokens as anywhere."""
+    modulus = 2**31 - 1
+
+    def logits(x_t: Tensor, t: float) -> Tensor:
+        code = torch.zeros(len(x_t), dtype=torch.int64)
+        for column in x_t.unbind(1):
+            code = (code * 48271 + column + 1) % modulus
+        h = (code[:, None, None] + 69621 * torch.arange(x_t.shape[1])[:, None] + 16807 * torch.arange(vocab_size)) % modulus
+        for _ in range(4):
+            h = (h * 48271 + seed + 12345) % modulus
+            h = h ^ (h >> 11)
+        return h.double() / modulus * 8 - 4
+
+    return as_denoiser(logits)
+
+
+# Subsets of positions
+
+
+def uniform_subset_law(eligible: Iterable[int], count: int) -> dict[frozenset[int], float]:
+    """Every subset of `count` places, equally likely."""
+    subsets = [frozenset(chosen) for chosen in itertools.combinations(eligible, count)]
+    return {subset: 1 / len(subsets) for subset in subsets}
+
+
+def torus_gap(a: int, b: int, grid_shape: tuple[int, int]) -> int:
+    """Squared distance of two cells of a grid without borders, by trying all nine ways round."""
+    height, width = grid_shape
+    turns = itertools.product((-height, 0, height), (-width, 0, width))
+    return min((a // width - b // width + y) ** 2 + (a % width - b % width + x) ** 2 for y, x in turns)
+
+
+def spread_subset_law(eligible: Iterable[int], count: int, grid_shape: tuple[int, int]) -> dict[frozenset[int], float]:
+    """Farthest-point picks, ties equally likely, by following every branch."""
+    free = frozenset(eligible)
+    everything = range(grid_shape[0] * grid_shape[1])
+    law: dict[frozenset[int], float] = {frozenset(): 1.0}
+    for _ in range(count):
+        following: dict[frozenset[int], float] = defaultdict(float)
+        for chosen, p in law.items():
+            known = [i for i in everything if i not in free or i in chosen]
+            gap = {i: min((torus_gap(i, j, grid_shape) for j in known), default=0) for i in free - chosen}
+            best = [i for i, value in gap.items() if value == max(gap.values())]
+            for i in best:
+                following[chosen | {i}] += p / len(best)
+        law = following
+    return dict(law)
+
+
+# Laws of schedulers
+
+
+def step_matrix(scheduler: DiscreteScheduler, denoiser: ExactDenoiser, index: int, length: int) -> Tensor:
+    """P(x_s | x_t) of one step, (S, S): the product of `transition`, or the mixture over all sets of positions that a
+    fixed count can take."""
+    num_states = scheduler.config.vocab_size
+    states = all_states(num_states, length)
+    logits = denoiser(states, scheduler.timesteps[index])
+    if scheduler.config.get("unmasking") == "counts" and scheduler.config.process == "absorbing":
+        return counts_matrix(scheduler, logits, states, index)
+    law = scheduler.transition(logits, index, states)  # (S, L, V)
+    return torch.stack([law[:, i, states[:, i]] for i in range(length)]).prod(0)
+
+
+def counts_matrix(scheduler: DiscreteScheduler, logits: Tensor, states: Tensor, index: int) -> Tensor:
+    """P(x_s | x_t), (S, S), when a fixed number of masks opens."""
+    t, s = scheduler.times[index], scheduler.times[index + 1]
+    opens = float(scheduler.noise_process.unmask_probability(t, s))
+    clean = scheduler.clean_law(logits)  # (S, L, V)
+    length = states.shape[1]
+    matrix = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for row, x_t in enumerate(states):
+        masked = [i for i in range(length) if x_t[i] == scheduler.config.mask_token_id]
+        count = round(len(masked) * opens)
+        if scheduler.config.order == "spread":
+            subsets = spread_subset_law(masked, count, tuple(scheduler.config.grid_shape or (1, length)))
+        else:
+            subsets = uniform_subset_law(masked, count)
+        for subset, p in subsets.items():
+            factors = [clean[row, i, states[:, i]] if i in subset else states[:, i] == x_t[i] for i in range(length)]
+            matrix[row] += p * torch.stack([factor.double() for factor in factors]).prod(0)
+    return matrix
+
+
+def prior_law(scheduler: DiscreteScheduler, length: int) -> Tensor:
+    """Law of the first sample over all states, (S,)."""
+    one = scheduler.noise_process.prior_law()
+    return one[all_states(len(one), length)].prod(-1)
+
+
+def run_law(scheduler: DiscreteScheduler, denoiser: ExactDenoiser, num_steps: int, length: int) -> Tensor:
+    """Law of the last sample of a run over all states, (S,)."""
+    scheduler.set_timesteps(num_steps)
+    law = prior_law(scheduler, length)
+    for index in range(num_steps):
+        law = law @ step_matrix(scheduler, denoiser, index, length)
+    return law
+
+
+def clean_part(law: Tensor, scheduler: DiscreteScheduler, joint: Joint) -> Tensor:
+    """The entries of a law over all states that are states of the joint, in its order."""
+    return law[state_index(joint.states, scheduler.config.vocab_size)]
+
+
+def kl(p: Tensor, q: Tensor) -> float:
+    """KL(p || q) in nats, exact for laws that are nearly equal: the terms p log(p / q) - p + q do not cancel."""
+    ratio = q / p
+    return float((p * (ratio - 1 - torch.log1p(ratio - 1)))[p > 0].sum() + q[p == 0].sum())
+
+
+def total_variation(p: Tensor, q: Tensor) -> float:
+    """Half the sum of the differences."""
+    return 0.5 * float((p - q).abs().sum())
+
+
+def chi_square_z(counts: Tensor, law: Tensor) -> float:
+    """How surprising the counts are under the law: the normal quantile of Pearson's chi-square test.
+
+    The cells that expect fewer than 5 are pooled, rarest first, into groups that expect 10. One count where the law is 0
+    is infinitely surprising.
+    """
+    if (counts[law <= 0] > 0).any():
+        return float("inf")
+    expected = law / law.sum() * counts.sum()
+    order = expected.argsort()
+    expected, observed = expected[order], counts[order].double()
+    rare = expected < 5
+    group = (expected.cumsum(0) / 10).floor().long()
+    group = torch.where(rare, group, 0)
+    first = int(group.max()) + 1  # the large cells are groups of their own
+    group = torch.where(rare, group, first + torch.arange(len(group)) - int(rare.sum()))
+    bins = int(group.max()) + 1
+    pooled_expected = torch.zeros(bins, dtype=torch.float64).index_add_(0, group, expected)
+    pooled_observed = torch.zeros(bins, dtype=torch.float64).index_add_(0, group, observed)
+    used = pooled_expected > 0
+    freedom = int(used.sum()) - 1
+    if freedom == 0:
+        return 0.0
+    statistic = float(((pooled_observed - pooled_expected)[used] ** 2 / pooled_expected[used]).sum())
+    return float(norm.isf(chi2.sf(statistic, freedom)))
