@@ -96,7 +96,11 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         facts = {name: scheduler.config[name] for name in ("vocab_size", "mask_token_id", "process", "noise_schedule")}
         if isinstance(model, DDiTModel):
             timed = model.config.cond_dim is not None and model.config.time_conditioning
-            facts |= {"split_head": True, "max_length": model.config.max_length, "time_input": "sigma" if timed else None}
+            facts |= {
+                "split_head": True,
+                "max_length": model.config.max_length,
+                "time_input": "sigma" if timed else None,
+            }
         self.register_to_config(denoiser=facts | dict(denoiser or {}))
 
     @classmethod
@@ -232,17 +236,25 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"`output_type` is {output_type!r}; allowed: 'text', 'pt', 'np', 'latent'")
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
-            raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; allowed: {self._callback_tensor_inputs}")
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}; allowed: {self._callback_tensor_inputs}"
+            )
         if self.tokenizer is None and (prompt is not None or isinstance(template, str | list)):
-            raise ValueError("`prompt` or `template` is text, but this pipeline has no tokenizer: pass ids as `template`")
+            raise ValueError(
+                "`prompt` or `template` is text, but this pipeline has no tokenizer: pass ids as `template`"
+            )
 
     def check_template(self, template: Tensor) -> None:
         """Raises `ValueError` if a template of ids is not int64 (P, L) with ids from -1 to V - 1."""
         if template.dim() != 2 or template.dtype != torch.int64:
-            raise ValueError(f"`template` is {template.dtype} of shape {tuple(template.shape)}; ids must be int64 (P, L)")
+            raise ValueError(
+                f"`template` is {template.dtype} of shape {tuple(template.shape)}; ids must be int64 (P, L)"
+            )
         width = self.config.denoiser["vocab_size"]
         if template.numel() and not -1 <= int(template.min()) <= int(template.max()) < width:
-            raise ValueError(f"`template` has ids from {template.min()} to {template.max()}; allowed are -1 to {width - 1}")
+            raise ValueError(
+                f"`template` has ids from {template.min()} to {template.max()}; allowed are -1 to {width - 1}"
+            )
 
     def check_scheduler(self) -> None:
         """Raises `ValueError` if the scheduler does not fit the model; warns where its coefficients are another model's."""
@@ -297,7 +309,9 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         """Tokens to start from, int64 (B, L), and which of them stay as they are, bool (B, L)."""
         known = known.to(device)
         if isinstance(generator, list) and len(generator) != len(known):
-            raise ValueError(f"`generator` is a list of {len(generator)}, but {len(known)} samples are wanted: one each")
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}, but {len(known)} samples are wanted: one each"
+            )
         if latents is None:
             latents = self.scheduler.sample_prior(tuple(known.shape), generator, device)
         elif tuple(latents.shape) != tuple(known.shape) or latents.dtype != torch.int64:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,13 @@ import torch  # noqa: E402
 from hub import LoopbackHub  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marks of diffusers' own tests known, where these are run: see test_diffusers_mixins.py."""
+    if tree := os.environ.get("DIFFUSERS_TESTS"):
+        for name in set(re.findall(r"pytest\.mark\.(\w+)", (Path(tree) / "tests" / "testing_utils.py").read_text())):
+            config.addinivalue_line("markers", f"{name}: of diffusers' tests")
 
 
 @pytest.fixture

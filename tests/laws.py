@@ -78,7 +78,7 @@ def exact_denoiser(joint: Joint, process: Process) -> ExactDenoiser:
             likelihood = ((place == joint.states) | (place == process.mask_token_id)).double()
         else:
             alpha = float(process.alpha(t))
-            likelihood = alpha * (place == joint.states) + (1 - alpha) / process.vocab_size
+            likelihood = alpha * (place == joint.states).double() + (1 - alpha) / process.vocab_size
         weight = joint.p * likelihood.prod(-1)  # (B, S)
         one_hot = torch.nn.functional.one_hot(joint.states, process.vocab_size).double()  # (S, L, V)
         p_0 = torch.einsum("bs,slv->blv", weight, one_hot)
@@ -186,6 +186,32 @@ def run_law(scheduler: DiscreteScheduler, denoiser: ExactDenoiser, num_steps: in
     for index in range(num_steps):
         law = law @ step_matrix(scheduler, denoiser, index, length)
     return law
+
+
+def forward_matrix(process: Process, s: float, t: float, length: int) -> Tensor:
+    """P(x_t | x_s) of the forward process over all states, (S, S), s < t."""
+    kept = process.alpha(t) / process.alpha(s)
+    one = kept * torch.eye(process.vocab_size, dtype=torch.float64) + (1 - kept) * process.prior_law()  # (V, V)
+    states = all_states(process.vocab_size, length)
+    return torch.stack([one[place][:, place] for place in states.unbind(1)]).prod(0)
+
+
+def path_kl(scheduler: DiscreteScheduler, denoiser: ExactDenoiser, num_steps: int, joint: Joint) -> float:
+    """KL(forward process || sampler) of the whole path x_0, ..., x_1 on the grid, in nats: the sum over steps of
+    E KL(exact reverse kernel || step). It bounds the KL of the last samples."""
+    scheduler.set_timesteps(num_steps)
+    process, length = scheduler.noise_process, joint.states.shape[1]
+    clean = torch.zeros(process.vocab_size**length, dtype=torch.float64)
+    clean[state_index(joint.states, process.vocab_size)] = joint.p
+    times = scheduler.times.tolist()
+    total = kl(clean @ forward_matrix(process, 0.0, times[0], length), prior_law(scheduler, length))
+    for index in range(num_steps):
+        t, s = times[index], times[index + 1]
+        at_s = clean @ forward_matrix(process, 0.0, s, length)
+        together = (at_s[:, None] * forward_matrix(process, s, t, length)).T  # (x_t, x_s)
+        sampled = together.sum(1, keepdim=True) * step_matrix(scheduler, denoiser, index, length)
+        total += kl(together, sampled)
+    return total
 
 
 def clean_part(law: Tensor, scheduler: DiscreteScheduler, joint: Joint) -> Tensor:

@@ -73,7 +73,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--solver", choices=["closed_form", "sgd"], default="closed_form", help="sgd: as in the paper.")
     parser.add_argument("--relaxed", action="store_true", help="Perturb the student's first state (eq. 9).")
     parser.add_argument("--hamming_share", type=float, default=0.05, help="Share of positions perturbed.")
-    parser.add_argument("--repaired", action="store_true", help="lsd_plus: accumulated teacher term, softmax step sizes.")
+    parser.add_argument(
+        "--repaired", action="store_true", help="lsd_plus: accumulated teacher term, softmax step sizes."
+    )
     parser.add_argument("--teacher_steps", type=int, default=1024)
     parser.add_argument("--num_samples", type=int, default=64, help="Samples that coefficients are fitted on.")
     parser.add_argument("--num_epochs", type=int, default=20, help="Gradient steps of `--solver sgd` and of lsd_plus.")
@@ -92,7 +94,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hub_model_id", default=None, help="Defaults to the name of the output folder.")
     parser.add_argument("--hub_token", default=None)
     args = parser.parse_args(argv)
-    for name in ("teacher_steps", "num_samples", "num_epochs", "train_batch_size", "max_data_samples", "num_eval_samples"):
+    for name in (
+        "teacher_steps",
+        "num_samples",
+        "num_epochs",
+        "train_batch_size",
+        "max_data_samples",
+        "num_eval_samples",
+    ):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if min(args.num_inference_steps) < 1:
@@ -100,7 +109,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.method != "optimal_grid":
         wrong = [n for n in args.num_inference_steps if args.teacher_steps % n]
         if wrong:
-            parser.error(f"--teacher_steps {args.teacher_steps} is not a multiple of {wrong}: the grids would not be nested")
+            parser.error(
+                f"--teacher_steps {args.teacher_steps} is not a multiple of {wrong}: the grids would not be nested"
+            )
     if args.method == "lsd_plus" and args.objective != "generalised_kl":
         parser.error(f"--objective {args.objective} is for --method lsd; lsd_plus has generalised_kl")
     if args.repaired and args.method != "lsd_plus":
@@ -153,7 +164,9 @@ def pack(texts: list[str], tokenizer: Any, length: int, limit: int) -> Tensor:
 # State on disk: whole checkpoints or none
 
 
-def save_checkpoint(args: argparse.Namespace, state: dict[str, Any], tensors: dict[str, Tensor], scheduler: Any) -> None:
+def save_checkpoint(
+    args: argparse.Namespace, state: dict[str, Any], tensors: dict[str, Tensor], scheduler: Any
+) -> None:
     """Write checkpoint-<n> under a temporary name, rename it, then drop the oldest ones."""
     number = max([checkpoint_number(p) for p in args.output_dir.glob("checkpoint-*")], default=0) + 1
     temporary = args.output_dir / f".checkpoint-{number}"
@@ -256,7 +269,9 @@ def learn_times(scheduler: LSDScheduler, masked: Tensor, args: argparse.Namespac
     uniform = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if args.repaired:
         fine = torch.linspace(1, 0, args.teacher_steps + 1, dtype=torch.float64)[:-1]
-        opened = masked * process.hazard(fine).reshape(-1) / args.teacher_steps  # expected openings of each teacher step
+        opened = (
+            masked * process.hazard(fine).reshape(-1) / args.teacher_steps
+        )  # expected openings of each teacher step
         weights = masked.view(steps, -1)[:, 0]
         return times_from_step_sizes(repaired_step_sizes(process, opened.view(steps, -1).sum(1) / weights, weights))
     kappa = torch.full((steps,), 1 / steps, dtype=torch.float64)
@@ -299,7 +314,9 @@ def measure(
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir
+    )
     set_seed(args.seed)
     show = accelerator.is_local_main_process
     if accelerator.is_main_process:
@@ -313,13 +330,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.mixed_precision != "no":
         pipe.model.to({"bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision])
     if pipe.scheduler.config.process != "absorbing":
-        raise ValueError("`--pretrained_model_name_or_path` is a uniform-noise model; these methods are for masked models")
-    base = {k: v for k, v in pipe.scheduler.config.items() if k not in ("coefficients", "learned_for")} | {"grid": "uniform"}
+        raise ValueError(
+            "`--pretrained_model_name_or_path` is a uniform-noise model; these methods are for masked models"
+        )
+    base = {k: v for k, v in pipe.scheduler.config.items() if k not in ("coefficients", "learned_for")} | {
+        "grid": "uniform"
+    }
     length = args.sequence_length or pipe.config.denoiser.get("max_length")
     if length is None:
         raise ValueError("`--sequence_length` is required: this model does not say how long its sequences are")
     if accelerator.is_main_process and args.report_to:
-        accelerator.init_trackers("distill", {k: v for k, v in vars(args).items() if k != "hub_token" and isinstance(v, str | int | float)})
+        accelerator.init_trackers(
+            "distill", {k: v for k, v in vars(args).items() if k != "hub_token" and isinstance(v, str | int | float)}
+        )
 
     # Where a killed run stood
     skipped = ("output_dir", "push_to_hub", "hub_model_id", "hub_token", "resume_from_checkpoint", "report_to")
@@ -385,7 +408,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             student.set_timesteps(steps)
             at = torch.arange(steps) * (len(teacher_states) // steps)
             start = perturbed_start(
-                noise, base["mask_token_id"], args.hamming_share if args.relaxed else 0.0, unigram(tensors["final"], base)
+                noise,
+                base["mask_token_id"],
+                args.hamming_share if args.relaxed else 0.0,
+                unigram(tensors["final"], base),
             )
             blocks["scale"] = learn_phi(pipe, student, teacher_states[at], noise, start, args, reduce)
             if args.method == "lsd_plus":
@@ -486,7 +512,9 @@ def sample_data(
     pipe.scheduler = AncestralScheduler.from_config(base, unmasking="counts", order="random")
     generator = torch.Generator().manual_seed(args.seed + 3)
     samples = [
-        pipe(num_samples=args.train_batch_size, length=length, num_inference_steps=length, generator=generator).sequences
+        pipe(
+            num_samples=args.train_batch_size, length=length, num_inference_steps=length, generator=generator
+        ).sequences
         for _ in range(-(-args.num_eval_samples // args.train_batch_size))
     ]
     return torch.cat(samples)

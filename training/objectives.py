@@ -232,7 +232,9 @@ def phi_gradient(
     return float(sums[1] / sums[0]) if sums[0] > 0 else 0.0
 
 
-def literal_kappa_gradient(process: AbsorbingProcess, tau: Tensor, t: Tensor, kappa: float, teacher_steps: int) -> float:
+def literal_kappa_gradient(
+    process: AbsorbingProcess, tau: Tensor, t: Tensor, kappa: float, teacher_steps: int
+) -> float:
     """d/dkappa of the generalised KL of (1 / N) s*(x*_t, t) and kappa s(x_tau, tau), a row's mean: LSD+ as printed (eq. 8).
 
     A normalised network has sum_v s = alpha / (1 - alpha) at every masked row, so this needs no logits.
@@ -286,5 +288,7 @@ def times_from_step_sizes(kappa: Tensor) -> list[float]:
     """
     times = [1.0, *(1 - kappa.double().cumsum(0))[:-1].tolist(), 0.0]
     if not all(a > b for a, b in zip(times, times[1:], strict=False)):
-        raise ValueError(f"learned step sizes {kappa.tolist()} give times {times}, which do not fall strictly from 1 to 0")
+        raise ValueError(
+            f"learned step sizes {kappa.tolist()} give times {times}, which do not fall strictly from 1 to 0"
+        )
     return times

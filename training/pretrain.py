@@ -104,7 +104,9 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
     tokenizer.add_special_tokens([MASK_TOKEN])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token=MASK_TOKEN, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, mask_token=MASK_TOKEN, clean_up_tokenization_spaces=False
+    )
 
 
 def initialise(model: DDiTModel) -> None:
@@ -290,7 +292,9 @@ def save_pipeline(
     windows = heldout[: len(heldout) // args.sequence_length * args.sequence_length].view(-1, args.sequence_length)
     scheduler = AncestralScheduler(vocab_size=args.vocab_size, mask_token_id=args.vocab_size - 1)
     pipe = DiscreteDiffusionPipeline(network, scheduler, tokenizer)
-    curve = information_curve(pipe.denoiser, windows[:256], args.vocab_size - 1, generator=torch.Generator().manual_seed(0))
+    curve = information_curve(
+        pipe.denoiser, windows[:256], args.vocab_size - 1, generator=torch.Generator().manual_seed(0)
+    )
     scheduler.register_to_config(information_curve=curve.to_config())
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from discrete_schedulers.processes import NoiseSchedule, UniformProcess, as_time, survival
 from discrete_schedulers.sampling import RowLogits
 
-
 CHOICES = {
     "process": ("absorbing", "uniform"),
     "parametrization": ("x0", "score", "leave_one_out"),
@@ -100,15 +99,21 @@ class NetworkDenoiser:
         if self.process == "absorbing" and self.parametrization == "leave_one_out":
             raise ValueError("`parametrization='leave_one_out'` is for the uniform process")
         if self.process == "uniform" and self.shift and self.shift_first == "copy":
-            raise ValueError("`shift_first='copy'` is for the absorbing process: a token that is not masked is certain there")
+            raise ValueError(
+                "`shift_first='copy'` is for the absorbing process: a token that is not masked is certain there"
+            )
         survives = survival(torch.tensor(1.0, dtype=torch.float64), self.noise_schedule) > 0
         if not survives and self.time_input == "sigma":
             raise ValueError(f"`time_input='sigma'` is infinite at t = 1 for `noise_schedule={self.noise_schedule!r}`")
         if not survives and self.process == "uniform" and self.parametrization == "score":
-            raise ValueError(f"with `noise_schedule={self.noise_schedule!r}` a uniform score says nothing of x_0 at t = 1")
+            raise ValueError(
+                f"with `noise_schedule={self.noise_schedule!r}` a uniform score says nothing of x_0 at t = 1"
+            )
         ids = [*self.suppress_token_ids, *self.frozen_token_ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"`suppress_token_ids` and `frozen_token_ids` must lie in [0, {self.vocab_size}), got {ids}")
+            raise ValueError(
+                f"`suppress_token_ids` and `frozen_token_ids` must lie in [0, {self.vocab_size}), got {ids}"
+            )
 
     @property
     def time_conditioned(self) -> bool:
@@ -164,7 +169,9 @@ class NetworkDenoiser:
         if self.process == "uniform":
             return UniformProcess(self.vocab_size, self.noise_schedule).score(x_t, log_p_0.exp(), t).log()
         alpha = survival(as_time(t, x_t.device), self.noise_schedule)
-        log_score = torch.where((x_t == self.mask_token_id)[..., None], log_p_0 + alpha.log() - (1 - alpha).log(), -math.inf)
+        log_score = torch.where(
+            (x_t == self.mask_token_id)[..., None], log_p_0 + alpha.log() - (1 - alpha).log(), -math.inf
+        )
         return log_score.scatter(-1, x_t[..., None], 0.0)
 
     def raw(self, x_t: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:

@@ -400,7 +400,9 @@ def sampler_nll_bound(
             else:
                 rows = scheduler.token_logits(denoiser(x_t, t, chosen).logits).double()
                 nats = -rows.log_softmax(-1).gather(-1, x_0[chosen][:, None])[:, 0]
-            total += torch.zeros(chosen.shape, dtype=torch.float64, device=data.device).masked_scatter(chosen, nats).sum(1)
+            total += (
+                torch.zeros(chosen.shape, dtype=torch.float64, device=data.device).masked_scatter(chosen, nats).sum(1)
+            )
             x_t = torch.where(chosen, x_0, x_t)
         if (x_t == mask).any():
             raise ValueError("`scheduler` leaves masks after its last step")

@@ -38,7 +38,7 @@ def survival(t: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
     if noise_schedule == "linear":
         return 1 - t
     if noise_schedule == "cosine":
-        return 1 - torch.cos(math.pi / 2 * (1 - t))
+        return 1 - torch.sin(math.pi / 2 * t)  # 1 - cos(pi / 2 (1 - t)), and exactly 1 and 0 at the ends
     if noise_schedule == "geometric":
         return torch.where(t > 0, torch.exp(-(SIGMA_MIN ** (1 - t)) * SIGMA_MAX**t), 1.0)
     raise ValueError(f"`noise_schedule` is {noise_schedule!r}; allowed: 'loglinear', 'linear', 'cosine', 'geometric'")
@@ -101,19 +101,24 @@ class Process(ABC):
         clean = torch.nn.functional.one_hot(x_0, self.vocab_size).double()
         return alpha * clean + (1 - alpha) * self.prior_law(x_0.device)
 
-    def add_noise(self, x_0: Tensor, t: Tensor | float, generator: Generators = None) -> Tensor:
+    def add_noise(
+        self, x_0: Tensor, t: Tensor | float, generator: Generators = None, noise: Tensor | None = None
+    ) -> Tensor:
         """Draw x_t ~ q(x_t | x_0).
 
         Args:
             x_0 (`torch.Tensor` of shape `(B, L)`): Clean tokens, int64.
             t (`float` or `torch.Tensor` of shape `(B,)`): Time in [0, 1], one for all or one per row.
             generator (`torch.Generator`, `list[torch.Generator]` or `None`): Source of randomness.
+            noise (`torch.Tensor` of shape `(B, L)`, *optional*): Int64 tokens of the prior to fall to; drawn when `None`.
 
         Returns:
             `torch.Tensor` of shape `(B, L)`: Noisy tokens, int64.
         """
         moves = uniforms(tuple(x_0.shape), generator, x_0.device) >= self.alpha(t).to(x_0.device).squeeze(-1)
-        return torch.where(moves, self.prior(tuple(x_0.shape), generator, x_0.device), x_0)
+        if noise is None:
+            noise = self.prior(tuple(x_0.shape), generator, x_0.device)
+        return torch.where(moves, noise, x_0)
 
     @abstractmethod
     def prior_law(self, device: torch.device | str = "cpu") -> Tensor:
@@ -152,9 +157,7 @@ class AbsorbingProcess(Process):
         ValueError: If `mask_token_id` is missing or outside [0, V).
     """
 
-    def __init__(
-        self, vocab_size: int, mask_token_id: int | None, noise_schedule: NoiseSchedule = "loglinear"
-    ) -> None:
+    def __init__(self, vocab_size: int, mask_token_id: int | None, noise_schedule: NoiseSchedule = "loglinear") -> None:
         super().__init__(vocab_size, noise_schedule)
         if mask_token_id is None or not 0 <= mask_token_id < vocab_size:
             raise ValueError(f"`mask_token_id` is {mask_token_id}; an absorbing process needs one in [0, {vocab_size})")
@@ -233,7 +236,13 @@ class UniformProcess(Process):
         law = alpha * self.leave_one_out(x_t, p_0, t) + (1 - alpha) / self.vocab_size
         return law / law.gather(-1, x_t[..., None])
 
+    def jump_speed(self, t: Tensor | float) -> Tensor:
+        """-alpha'_t / alpha_t: the rate at which a token is redrawn in forward time, per unit of t. Linear and cosine noise
+        start at an infinite rate, alpha_1 = 0; 1e9 stands for it, since any rate that large moves every token."""
+        alpha = self.alpha(t)
+        return torch.where(alpha > 0, -self.alpha_slope(t) / alpha, 1e9)
+
     def reverse_rate(self, x_t: Tensor, p_0: Tensor, t: Tensor | float) -> Tensor:
         """-(alpha'_t / alpha_t) s(v) / V for v != x_t. See [`Process.reverse_rate`]."""
-        speed = (-self.alpha_slope(t) / self.alpha(t) / self.vocab_size).to(x_t.device)
+        speed = (self.jump_speed(t) / self.vocab_size).to(x_t.device)
         return speed * self.score(x_t, p_0, t).scatter(-1, x_t[..., None], 0.0)

@@ -38,7 +38,7 @@ class TableLoader(Loader):
 class TableFinder(MetaPathFinder):
     """Waits for the import of the one module, then steps out of the way."""
 
-    def find_spec(self, fullname: str, path, target=None) -> ModuleSpec | None:  # noqa: ANN001
+    def find_spec(self, fullname: str, path, target=None) -> ModuleSpec | None:
         if fullname != TABLE_MODULE:
             return None
         sys.meta_path.remove(self)

@@ -125,14 +125,14 @@ def one_stage(law: Tensor, noise: Tensor, draw: Draw) -> Tensor:
     Args:
         law (`torch.Tensor` of shape `(..., V)`): Probabilities of the next state, "stay" among them.
         noise (`torch.Tensor` of shape `(..., V)`): float32 uniforms.
-        draw (`str`): `"one_stage_float32"`: E = -log u (SEDD, MDLM, RADD), or `"one_stage_1e-6"`:
+        draw (`str`): `"one_stage_float32"`: E = 1e-10 - log(1e-10 + u) (SEDD, MDLM, RADD), or `"one_stage_1e-6"`:
             E = 1e-6 - log(1e-6 + (1 - 1e-6) u) (JYS, LSD).
 
     Returns:
         `torch.Tensor` of shape `(...)`: Drawn states, int64.
     """
     if draw == "one_stage_float32":
-        exponential = -noise.log()
+        exponential = 1e-10 - (noise + 1e-10).log()  # the 1e-10 are below the grid of `noise`, but for u = 0
     else:
         exponential = 1e-6 - (1e-6 + (1 - 1e-6) * noise).log()
     return (law.float() / exponential).argmax(-1)
@@ -152,6 +152,13 @@ def bernoulli_subset(is_eligible: Tensor, probability: Tensor | float, generator
     return is_eligible & (uniforms(tuple(is_eligible.shape), generator, is_eligible.device) < probability)
 
 
+def check_count(is_eligible: Tensor, count: Tensor) -> None:
+    """Raises `ValueError` if a count is negative or larger than the number of eligible positions of its row."""
+    available = is_eligible.sum(1)
+    if ((count < 0) | (count > available)).any():
+        raise ValueError(f"`count` is {count.tolist()}, allowed are 0 to {available.tolist()} in these rows")
+
+
 def top_subset(is_eligible: Tensor, count: Tensor, score: Tensor) -> Tensor:
     """Exactly `count` eligible positions of each row: those with the highest score, the left ones first among equals.
 
@@ -166,11 +173,11 @@ def top_subset(is_eligible: Tensor, count: Tensor, score: Tensor) -> Tensor:
     Raises:
         ValueError: If a count is negative or larger than the number of eligible positions.
     """
-    available = is_eligible.sum(1)
-    if ((count < 0) | (count > available)).any():
-        raise ValueError(f"`count` is {count.tolist()}, allowed are 0 to {available.tolist()} in these rows")
+    check_count(is_eligible, count)
     ranked = score.double().masked_fill(~is_eligible, -math.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(ranked).scatter_(1, ranked, torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked))
+    rank = torch.empty_like(ranked).scatter_(
+        1, ranked, torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked)
+    )
     return rank < count[:, None]
 
 
@@ -184,6 +191,9 @@ def uniform_subset(is_eligible: Tensor, count: Tensor, generator: Generators) ->
 
     Returns:
         `torch.Tensor` of shape `(B, L)`: Bool, with `count` entries true in each row.
+
+    Raises:
+        ValueError: If a count is negative or larger than the number of eligible positions.
     """
     return top_subset(is_eligible, count, uniforms(tuple(is_eligible.shape), generator, is_eligible.device))
 
@@ -207,8 +217,10 @@ def spread_subset(
         `torch.Tensor` of shape `(B, L)`: Bool, with `count` entries true in each row.
 
     Raises:
-        ValueError: If `grid_shape` does not hold L positions.
+        ValueError: If `grid_shape` does not hold L positions, or a count is negative or larger than the number of eligible
+            positions.
     """
+    check_count(is_eligible, count)
     batch, length = is_eligible.shape
     height, width = grid_shape or (1, length)
     if height * width != length:
@@ -239,6 +251,9 @@ def torus_distance(is_source: Tensor) -> Tensor:
     in a row without one. Separable: along the width first, then the smallest sum over the height."""
     _, height, width = is_source.shape
     along = nearest_on_ring(is_source).double() ** 2  # (B, H, W)
+    along = torch.where(
+        is_source.any(-1, keepdim=True), along, float(height**2 + width**2)
+    )  # farther than any distance
     step = torch.arange(height, device=is_source.device)
     across = ring(step[:, None] - step[None, :], height).double() ** 2  # (H, H)
     distance = (along[:, None] + across[None, :, :, None]).amin(2)

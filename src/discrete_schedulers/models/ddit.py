@@ -214,9 +214,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
         self.sigma_map = None if cond_dim is None else TimestepEmbedder(cond_dim)
         self.cond_map = None if num_classes is None else LabelEmbedder(num_classes, cond_dim)
         self.rotary_emb = Rotary(hidden_size // num_heads)
-        self.blocks = nn.ModuleList(
-            DDiTBlock(hidden_size, num_heads, cond_dim, mlp_ratio) for _ in range(num_blocks)
-        )
+        self.blocks = nn.ModuleList(DDiTBlock(hidden_size, num_heads, cond_dim, mlp_ratio) for _ in range(num_blocks))
         self.output_layer = DDiTFinalLayer(hidden_size, vocab_size, cond_dim)
 
     def condition(
@@ -235,9 +233,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
         if self.cond_map is None:
             return condition
         if class_labels is None:
-            raise ValueError(
-                f"`class_labels` is required; pass {self.config.num_classes} for the unconditional class"
-            )
+            raise ValueError(f"`class_labels` is required; pass {self.config.num_classes} for the unconditional class")
         return condition + F.silu(self.cond_map(class_labels))
 
     def hidden(

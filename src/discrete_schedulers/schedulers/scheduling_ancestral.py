@@ -12,18 +12,15 @@ Sources: Austin et al. 2021 (D3PM), Sahoo et al. 2024 (MDLM, eq. 7), Lou et al. 
 
 from __future__ import annotations
 
-import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import AbsorbingProcess
-from discrete_schedulers.sampling import Generators
+from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule
+from discrete_schedulers.sampling import Draw, Generators
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
     DiscreteScheduler,
-    Draw,
     Grid,
-    NoiseSchedule,
     Order,
     ProcessName,
     Unmasking,

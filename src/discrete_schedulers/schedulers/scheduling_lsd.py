@@ -95,13 +95,13 @@ class LSDScheduler(DiscreteScheduler):
     def power_rate(self, sample: Tensor, p_0: Tensor, t: Tensor, phi: float) -> Tensor:
         """Reverse rate with the score raised to the power phi, shape (B, L, V), 0 at `sample`."""
         process = self.noise_process
-        alpha = process.alpha(t).clamp(min=1e-300)  # linear and cosine noise have alpha_1 = 0
-        slope = -process.alpha_slope(t)
         if not isinstance(process, AbsorbingProcess):
-            rate = slope / alpha / process.vocab_size * process.score(sample, p_0, t) ** phi
+            rate = process.jump_speed(t) / process.vocab_size * process.score(sample, p_0, t) ** phi
             return rate.clamp(max=1e9).scatter(-1, sample[..., None], 0.0)
-        speed = slope * torch.exp((phi - 1) * torch.log(alpha) - phi * torch.log(1 - alpha))
+        alpha = process.alpha(t).clamp(min=1e-300)  # linear and cosine noise have alpha_1 = 0
+        speed = -process.alpha_slope(t) * torch.exp((phi - 1) * torch.log(alpha) - phi * torch.log(1 - alpha))
         rate = speed.clamp(max=1e9) * process.clean_law(p_0) ** phi
+        rate[..., process.mask_token_id] = 0.0  # 0 ** 0 is 1
         return torch.where((sample == process.mask_token_id)[..., None], rate, 0.0)
 
     def open_probability(self, index: int) -> float:

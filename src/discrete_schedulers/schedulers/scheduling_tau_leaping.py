@@ -4,7 +4,8 @@ r"""Tau-leaping: the rates are frozen over the step and every jump is a Poisson 
 
 On categorical data a sum of jumps means nothing, so a position takes the first of its jumps, P(v) = (1 - e^-Lambda)
 lambda_v / Lambda, or is kept unless it has exactly one (`jumps="reject"`), P(v) = lambda_v e^-Lambda. Both open too few masks:
-with log-linear noise on a uniform grid of 8 steps 6.6 % and 15 % are left before the last step, which opens them all.
+with log-linear noise on a uniform grid of 8 steps 18 % and 24 % are left before the last step (ancestral: 12.5 %). It opens them
+all, which is the final denoising call; as a leap like the others it would leave 6.6 % and 15 %.
 
 Sources: Campbell et al. 2022 (tauLDR, section 4.2 and its `ConditionalTauLeaping`).
 """
@@ -77,8 +78,7 @@ class TauLeapingScheduler(DiscreteScheduler):
         p_0 = self.clean_law(model_output)
         if s == 0:
             return self.noise_process.posterior(sample, p_0, t, s)
-        # Linear and cosine noise on a uniform process start at an infinite rate; any large one has the same law.
-        intensity = ((t - s) * self.noise_process.reverse_rate(sample, p_0, t)).clamp(max=1e9)
+        intensity = (t - s) * self.noise_process.reverse_rate(sample, p_0, t)
         return jump_law(sample, intensity * self.jump_share(intensity.sum(-1, keepdim=True)))
 
     def open_probability(self, index: int) -> float:

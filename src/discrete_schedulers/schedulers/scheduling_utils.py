@@ -15,6 +15,7 @@ import numbers
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -23,9 +24,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from discrete_schedulers.information import InformationCurve, optimal_times
-from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule, Process, UniformProcess
+from discrete_schedulers.processes import AbsorbingProcess, Process, UniformProcess
 from discrete_schedulers.sampling import (
-    Draw,
     Generators,
     RowLogits,
     bernoulli_subset,
@@ -178,9 +178,13 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         blocks = budgets.get(str(num_inference_steps))
         if blocks is None:
             known = ", ".join(sorted(budgets, key=int)) or "none"
-            raise ValueError(f"no coefficients for `num_inference_steps` {num_inference_steps}; learned budgets: {known}")
+            raise ValueError(
+                f"no coefficients for `num_inference_steps` {num_inference_steps}; learned budgets: {known}"
+            )
         if name not in blocks:
-            raise ValueError(f"coefficients for {num_inference_steps} steps have no '{name}'; they have: {sorted(blocks)}")
+            raise ValueError(
+                f"coefficients for {num_inference_steps} steps have no '{name}'; they have: {sorted(blocks)}"
+            )
         return blocks[name]
 
     def step_index(self, timestep: int | float | Tensor) -> int:
@@ -196,7 +200,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
                 return int(value)
             raise ValueError(f"`timestep` is step index {value}; allowed are 0 to {steps - 1}")
         gap, index = (self.times[:-1] - value).abs().min(0)
-        if gap > 1e-6:  # room for times that went through float32
+        if not gap <= 1e-6:  # room for times that went through float32; NaN is no time
             raise ValueError(f"`timestep` is {value}, which is not in `timesteps`: {self.times[:-1].tolist()}")
         return int(index)
 
@@ -240,10 +244,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         t = timesteps.reshape(-1)
         t = self.times[t.cpu()] if not t.is_floating_point() else t
         t = t.double().to(original_samples.device).expand(len(original_samples))
-        moved = self.noise_process.add_noise(original_samples, t, generator)
-        if noise is None or noise.is_floating_point():
-            return moved
-        return torch.where(moved == original_samples, original_samples, noise)
+        tokens = None if noise is None or noise.is_floating_point() else noise
+        return self.noise_process.add_noise(original_samples, t, generator, tokens)
 
     # The step
 
@@ -315,11 +317,16 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         if sample.dim() != 2 or sample.dtype != torch.int64:
             raise ValueError(f"`sample` is {sample.dtype} of shape {tuple(sample.shape)}; it must be int64 (B, L)")
         if isinstance(model_output, RowLogits):
+            if model_output.positions.shape != sample.shape:
+                shapes = tuple(model_output.positions.shape), tuple(sample.shape)
+                raise ValueError(f"`model_output.positions` has shape {shapes[0]}, but `sample` has {shapes[1]}")
             logits, expected = model_output.logits, (int(model_output.positions.sum()), width)
         else:
             logits, expected = model_output, (*sample.shape, width)
         if tuple(logits.shape) != expected:
-            raise ValueError(f"`model_output` has shape {tuple(logits.shape)}, but {expected} is needed: (..., vocab_size)")
+            raise ValueError(
+                f"`model_output` has shape {tuple(logits.shape)}, but {expected} is needed: (..., vocab_size)"
+            )
         if sample.numel() and not 0 <= int(sample.min()) <= int(sample.max()) < width:
             raise ValueError(f"`sample` has ids from {sample.min()} to {sample.max()}; allowed are 0 to {width - 1}")
 
@@ -329,7 +336,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         if self.config.mask_token_id is not None:
             logits[..., self.config.mask_token_id] = -math.inf
         if self.config.temperature != 1:
-            logits = logits / self.config.temperature
+            # bfloat16 would round the quotient a second time, by a tenth of a nat at logits of 30
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.config.temperature
         if self.config.top_p < 1:
             ranked, places = logits.double().softmax(-1).sort(-1, descending=True)
             before = ranked.cumsum(-1) - ranked  # mass above each token: the first always stays
@@ -396,11 +404,17 @@ def check_coefficients(coefficients: Coefficients) -> Coefficients:
         checked[str(budget)] = {name: [float(v) for v in values] for name, values in blocks.items()}
         for name, values in checked[str(budget)].items():
             if not all(math.isfinite(v) for v in values):
-                raise ValueError(f"`coefficients` for {budget} steps: '{name}' has a value that is not finite: {values}")
+                raise ValueError(
+                    f"`coefficients` for {budget} steps: '{name}' has a value that is not finite: {values}"
+                )
             length = int(budget) + (name == "times")
             if len(values) != length:
-                raise ValueError(f"`coefficients` for {budget} steps: '{name}' has {len(values)} values, needs {length}")
+                raise ValueError(
+                    f"`coefficients` for {budget} steps: '{name}' has {len(values)} values, needs {length}"
+                )
         times = checked[str(budget)].get("times")
-        if times and not (times[0] == 1 and times[-1] == 0 and all(a > b for a, b in zip(times, times[1:], strict=False))):
+        if times and not (
+            times[0] == 1 and times[-1] == 0 and all(a > b for a, b in pairwise(times))
+        ):
             raise ValueError(f"`coefficients` for {budget} steps: 'times' must fall strictly from 1 to 0, not {times}")
     return checked

@@ -1,0 +1,89 @@
+"""The main job in a few minutes on a CPU: learn coefficients for 4, 8 and 16 steps, compare, and write texts.
+
+    python examples/demo.py --output_dir demo_results
+
+Runs `training/distill.py` on the bundled model by three methods (LSD as published, the released code's variant on the
+log-score, and the optimal grid), prints one table, draws one plot, and samples with each learned scheduler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from discrete_schedulers import AncestralScheduler, DiscreteDiffusionPipeline, LSDScheduler
+from discrete_schedulers.training import distill
+from discrete_schedulers.training.hub import markdown_table, write_plot, write_text
+
+MODEL = "discrete-schedulers/tiny-text"
+BUDGETS = [4, 8, 16]
+METHODS = {
+    "lsd": ["--method", "lsd", "--objective", "l2"],
+    "lsd, log-score": ["--method", "lsd", "--scale", "log_score", "--objective", "softmax_kl"],
+    "optimal grid": ["--method", "optimal_grid"],
+}
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("demo_results"))
+    parser.add_argument("--num_samples", type=int, default=32, help="Samples that coefficients are fitted on.")
+    parser.add_argument("--num_eval_samples", type=int, default=48, help="Samples and sequences that are measured.")
+    args = parser.parse_args(argv)
+    began = time.time()
+
+    table: list[dict] = []
+    for name, arguments in METHODS.items():
+        print(f"\n=== {name} ===", flush=True)
+        folder = args.output_dir / name.replace(", ", "_").replace(" ", "_").replace("-", "_")
+        metrics = distill.main(
+            [
+                *("--pretrained_model_name_or_path", MODEL, "--output_dir", str(folder)),
+                *("--num_inference_steps", *map(str, BUDGETS)),
+                *("--num_samples", str(args.num_samples), "--num_eval_samples", str(args.num_eval_samples)),
+                *arguments,
+            ]
+        )
+        learned = arguments[1]
+        rows = [row | {"sampler": name} if row["sampler"] == learned else row for row in metrics["table"]]
+        table += [row for row in rows if row["sampler"] == name or not table_has(table, row)]
+
+    pipe = DiscreteDiffusionPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    texts = [sample_texts(pipe, "counts", AncestralScheduler.from_config(pipe.scheduler.config))]
+    texts += [sample_texts(pipe, "lsd", LSDScheduler.from_pretrained(args.output_dir / "lsd"))]
+    texts += [sample_texts(pipe, "optimal grid", AncestralScheduler.from_pretrained(args.output_dir / "optimal_grid"))]
+    spread = AncestralScheduler.from_pretrained(args.output_dir / "optimal_grid", order="spread")
+    texts += [sample_texts(pipe, "optimal grid, spread order", spread)]
+
+    table.sort(key=lambda row: row["steps"])
+    write_plot(args.output_dir / "plot.png", table)
+    write_text(args.output_dir / "table.md", markdown_table(table) + "\n")
+    write_text(args.output_dir / "table.json", json.dumps(table, indent=2) + "\n")
+    write_text(args.output_dir / "texts.txt", "\n".join(texts))
+    print("\n" + markdown_table(table))
+    print("\n".join(texts))
+    print(f"\n{time.time() - began:.0f} s; table, plot, texts and scheduler configs are in {args.output_dir}/")
+    return table
+
+
+def table_has(table: list[dict], row: dict) -> bool:
+    """Whether the baseline of this row was measured in an earlier run."""
+    return any((other["sampler"], other["steps"]) == (row["sampler"], row["steps"]) for other in table)
+
+
+def sample_texts(pipe: DiscreteDiffusionPipeline, name: str, scheduler: AncestralScheduler | LSDScheduler) -> str:
+    """Two texts of the largest budget, with a heading."""
+    pipe.scheduler = scheduler
+    generator = torch.Generator().manual_seed(0)
+    output = pipe(num_samples=2, num_inference_steps=BUDGETS[-1], generator=generator)
+    lines = [f"  {text.strip()}" for text in output.texts]
+    return "\n".join([f"\n{name}, {output.num_model_calls} calls:", *lines])
+
+
+if __name__ == "__main__":
+    main()
