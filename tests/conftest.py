@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports huggingface_hub or torch: both read their settings when they are imported.
@@ -32,3 +33,13 @@ def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
     """A Hub of this test's own on a free loopback port."""
     with LoopbackHub(home=tmp_path / "hf_home") as server:
         yield server
+
+
+@pytest.fixture
+def warnings_of_diffusers(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    """Call it for the warnings that diffusers has logged so far; by itself it does not hand them to pytest."""
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.enable_propagation()
+    yield lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    diffusers_logging.disable_propagation()

@@ -7,6 +7,7 @@ process the mask is the last of the V ids and a joint has V - 1 tokens; with a u
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias
@@ -122,19 +123,18 @@ def torus_gap(a: int, b: int, grid_shape: tuple[int, int]) -> int:
 
 
 def spread_subset_law(eligible: Iterable[int], count: int, grid_shape: tuple[int, int]) -> dict[frozenset[int], float]:
-    """Farthest-point picks, ties equally likely, by following every branch."""
-    free = frozenset(eligible)
-    everything = range(grid_shape[0] * grid_shape[1])
-    law: dict[frozenset[int], float] = {frozenset(): 1.0}
-    for _ in range(count):
-        following: dict[frozenset[int], float] = defaultdict(float)
-        for chosen, p in law.items():
-            known = [i for i in everything if i not in free or i in chosen]
-            gap = {i: min((torus_gap(i, j, grid_shape) for j in known), default=0) for i in free - chosen}
-            best = [i for i, value in gap.items() if value == max(gap.values())]
-            for i in best:
-                following[chosen | {i}] += p / len(best)
-        law = following
+    """Farthest-point picks whose ties go by one order of the places, over all orders: for up to 7 eligible places."""
+    eligible = list(eligible)
+    cells = range(grid_shape[0] * grid_shape[1])
+    gap = {(i, j): torus_gap(i, j, grid_shape) for i in eligible for j in cells}
+    known = [j for j in cells if j not in eligible]
+    law: dict[frozenset[int], float] = defaultdict(float)
+    for order in itertools.permutations(eligible):
+        chosen: list[int] = []
+        for _ in range(count):
+            free = [i for i in order if i not in chosen]
+            chosen.append(max(free, key=lambda i: min((gap[i, j] for j in known + chosen), default=0)))  # the first best
+        law[frozenset(chosen)] += 1 / math.factorial(len(eligible))
     return dict(law)
 
 

@@ -115,7 +115,9 @@ def reference(
     condition = None
     if sigma is not None:
         waves = [[f(float(s) * 10_000 ** (-j / 128)) for f in (math.cos, math.sin) for j in range(128)] for s in sigma]
-        condition = silu(linear(state, "sigma_map.mlp.2", silu(linear(state, "sigma_map.mlp.0", torch.tensor(waves).double()))))
+        condition = silu(
+            linear(state, "sigma_map.mlp.2", silu(linear(state, "sigma_map.mlp.0", torch.tensor(waves).double())))
+        )
     if labels is not None:
         condition = condition + silu(state["cond_map.embedding_table.weight"][labels])
 
@@ -287,7 +289,7 @@ def test_errors() -> None:
         tiny_model(hidden_size=30)
     with pytest.raises(ValueError, match="`num_classes` needs `cond_dim`"):
         tiny_model(cond_dim=None, num_classes=3)
-    with pytest.raises(ValueError, match="`sigma`.* is required"):
+    with pytest.raises(ValueError, match=r"`sigma`.* is required"):
         tiny_model()(IDS)
     with pytest.raises(ValueError, match="`class_labels` is required; pass 5"):
         tiny_model(num_classes=5)(IDS, SIGMA)

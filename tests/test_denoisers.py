@@ -114,7 +114,9 @@ def test_absorbing_score_is_the_posterior(schedule: str, t: float, alpha: float)
 
 @pytest.mark.parametrize(("schedule", "t", "alpha"), [("loglinear", *LOGLINEAR), ("geometric", *GEOMETRIC)])
 @pytest.mark.parametrize("parametrization", ["x0", "score", "leave_one_out"])
-def test_uniform_parametrizations_are_the_posterior(schedule: str, t: float, alpha: float, parametrization: str) -> None:
+def test_uniform_parametrizations_are_the_posterior(
+    schedule: str, t: float, alpha: float, parametrization: str
+) -> None:
     joint, x_t = Joint("uniform", alpha), all_states(K)
     laws = {
         "x0": lambda x: joint.posterior(x).log() + 1.0,
@@ -318,7 +320,9 @@ def tokens() -> Tensor:
 @pytest.mark.parametrize("t", [0.5, torch.tensor([0.1, 0.4, 0.7, 1.0])], ids=["one time", "time per row"])
 def test_rows_are_the_dense_logits(facts: dict, t: Any) -> None:
     model, x_t, labels = tiny_model(num_classes=3), tokens(), torch.tensor([0, 1, 2, 3])
-    denoiser = NetworkDenoiser(model, **({"vocab_size": len(WORDS), "mask_token_id": MASK, "time_input": "sigma"} | facts))
+    denoiser = NetworkDenoiser(
+        model, **({"vocab_size": len(WORDS), "mask_token_id": MASK, "time_input": "sigma"} | facts)
+    )
     dense = denoiser(x_t, t, class_labels=labels)
     rows = denoiser(x_t, t, POSITIONS, class_labels=labels)
     assert isinstance(rows, RowLogits)

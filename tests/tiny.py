@@ -15,7 +15,24 @@ from transformers import PreTrainedTokenizerFast
 from discrete_schedulers import AncestralScheduler, DDiTModel, DiscreteDiffusionPipeline, DiscreteScheduler
 
 WORDS = [
-    *("[PAD]", "[UNK]", "the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "under", "mat", "tree", "and", "then"),
+    *(
+        "[PAD]",
+        "[UNK]",
+        "the",
+        "a",
+        "cat",
+        "dog",
+        "bird",
+        "sat",
+        "ran",
+        "flew",
+        "on",
+        "under",
+        "mat",
+        "tree",
+        "and",
+        "then",
+    ),
     *("it", "was", "red", "old", "big", "[MASK]"),
 ]
 MASK = len(WORDS) - 1
@@ -51,7 +68,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", mask_token="[MASK]", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        mask_token="[MASK]",
+        clean_up_tokenization_spaces=False,
     )
 
 

@@ -9,39 +9,55 @@ optimum is a sampler), `optimal_grid` (dynamic programming on the model's own in
 The folder then holds scheduler_config.json, metrics.json, plot.png and README.md; `--push_to_hub` uploads these in one
 commit. Every random number is a function of (seed, sample index), so the coefficients do not depend on the number of
 processes, and a run that was killed goes on with `--resume_from_checkpoint latest`.
+
+On CPUs, two processes: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 training/distill.py ...`
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
 from importlib.resources import as_file, files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors.torch import load_file, save_file
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from discrete_schedulers import (
+    AbsorbingProcess,
     AncestralScheduler,
     DiscreteDiffusionPipeline,
     DiscreteScheduler,
-    InformationCurve,
     LSDScheduler,
     information_curve,
 )
 from discrete_schedulers.evaluation import NgramJudge, generative_perplexity, sampler_nll_bound, unigram_entropy
 from discrete_schedulers.information import schedule_gain
-from discrete_schedulers.training.hub import markdown_table, push, write_card, write_plot, write_text
+from discrete_schedulers.training.hub import (
+    create_repository,
+    markdown_table,
+    upload,
+    write_card,
+    write_plot,
+    write_text,
+)
 from discrete_schedulers.training.objectives import (
-    OBJECTIVES,
+    PHI_RANGE,
+    SCALE_OF,
     CoupledRoll,
+    Reduce,
     SharedNoise,
     draw_noise,
     fit_phi,
@@ -52,6 +68,9 @@ from discrete_schedulers.training.objectives import (
     times_from_step_sizes,
 )
 
+SMALLEST_STEP = 1e-6  # LSD+ as printed: gradient steps that would make a kappa or the time after it negative end here
+MAX_DOCUMENTS = 50_000  # of each split of a dataset, evenly thinned: more than any metric here can use
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,16 +79,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--revision", default=None)
     parser.add_argument("--dataset_name", default=None, help="A dataset for `datasets.load_dataset`.")
     parser.add_argument("--dataset_config", default=None)
-    parser.add_argument("--train_file", default=None, help="Text file that curves are fitted on, a document a line.")
-    parser.add_argument("--validation_file", default=None, help="Text file that metrics are measured on.")
+    parser.add_argument("--train_file", default=None, help="Text file to fit on, a document a line.")
+    parser.add_argument(
+        "--validation_file", default=None, help="Text file to measure on. Default: every tenth line of --train_file."
+    )
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--max_data_samples", type=int, default=256, help="Sequences of each split that are used.")
     parser.add_argument("--sequence_length", type=int, default=None, help="Defaults to the model's longest.")
     # Method
     parser.add_argument("--method", choices=["lsd", "lsd_plus", "optimal_grid"], default="lsd")
     parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4, 8, 16], help="Step budgets.")
-    parser.add_argument("--objective", choices=OBJECTIVES, default="generalised_kl", help="d of the paper's eq. 6.")
-    parser.add_argument("--scale", choices=["score", "log_score"], default="score", help="What Phi multiplies.")
+    parser.add_argument(
+        "--objective", choices=SCALE_OF, default=None, help="d of eq. 6. Default: generalised_kl, or what --scale has."
+    )
+    parser.add_argument(
+        "--scale", choices=["score", "log_score"], default=None, help="What Phi multiplies. Default: what d is for."
+    )
     parser.add_argument("--solver", choices=["closed_form", "sgd"], default="closed_form", help="sgd: as in the paper.")
     parser.add_argument("--relaxed", action="store_true", help="Perturb the student's first state (eq. 9).")
     parser.add_argument("--hamming_share", type=float, default=0.05, help="Share of positions perturbed.")
@@ -94,57 +119,118 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hub_model_id", default=None, help="Defaults to the name of the output folder.")
     parser.add_argument("--hub_token", default=None)
     args = parser.parse_args(argv)
-    for name in (
-        "teacher_steps",
-        "num_samples",
-        "num_epochs",
-        "train_batch_size",
-        "max_data_samples",
-        "num_eval_samples",
-    ):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    check_args(parser, args)
+    args.num_inference_steps = sorted(set(args.num_inference_steps))
+    return args
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with a message if arguments are not allowed or contradict each other; fills in `objective` and `scale`."""
+    counts = ["teacher_steps", "num_samples", "num_epochs", "train_batch_size", "max_data_samples", "num_eval_samples"]
+    for name in [*counts, "checkpoints_total_limit", "sequence_length"]:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}; it must be at least 1")
     if min(args.num_inference_steps) < 1:
         parser.error(f"--num_inference_steps is {args.num_inference_steps}; budgets must be at least 1")
-    if args.method != "optimal_grid":
-        wrong = [n for n in args.num_inference_steps if args.teacher_steps % n]
-        if wrong:
-            parser.error(
-                f"--teacher_steps {args.teacher_steps} is not a multiple of {wrong}: the grids would not be nested"
-            )
+    wrong = [n for n in args.num_inference_steps if args.teacher_steps % n]
+    if wrong and args.method != "optimal_grid":
+        parser.error(
+            f"--teacher_steps {args.teacher_steps} is not a multiple of {wrong}: the grids would not be nested"
+        )
+    if not args.learning_rate > 0:
+        parser.error(f"--learning_rate is {args.learning_rate}; it must be positive")
+    if not 0 <= args.hamming_share < 1:
+        parser.error(f"--hamming_share is {args.hamming_share}; allowed are numbers in [0, 1)")
+
+    # Each d is about one scale. With the other there is nothing to learn, or something else than what the sampler uses.
+    if args.objective is None:
+        args.objective = "softmax_kl" if args.scale == "log_score" else "generalised_kl"
+    if args.scale is None:
+        args.scale = SCALE_OF[args.objective]
+    if args.scale != SCALE_OF[args.objective]:
+        parser.error(f"--objective {args.objective} is for --scale {SCALE_OF[args.objective]}, not {args.scale}")
     if args.method == "lsd_plus" and args.objective != "generalised_kl":
         parser.error(f"--objective {args.objective} is for --method lsd; lsd_plus has generalised_kl")
     if args.repaired and args.method != "lsd_plus":
         parser.error("--repaired is for --method lsd_plus")
-    if not 0 <= args.hamming_share < 1:
-        parser.error(f"--hamming_share is {args.hamming_share}; allowed are numbers in [0, 1)")
+
+    if args.dataset_name is not None and args.train_file is not None:
+        parser.error("--dataset_name and --train_file cannot both be given")
+    if args.dataset_config is not None and args.dataset_name is None:
+        parser.error("--dataset_config needs --dataset_name")
+    if args.validation_file is not None and args.train_file is None:
+        parser.error("--validation_file needs --train_file")
+    for name in ("train_file", "validation_file"):
+        if getattr(args, name) is not None and not Path(getattr(args, name)).is_file():
+            parser.error(f"--{name} {getattr(args, name)} is not a file")
     if args.report_to == "wandb" and args.hub_token is not None:
         parser.error("--report_to wandb would store --hub_token in its config; log in with `hf auth login` instead")
-    args.num_inference_steps = sorted(set(args.num_inference_steps))
-    return args
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.hub_model_id or args.output_dir.resolve().name)
+        except ValueError as error:
+            parser.error(f"--hub_model_id: {error}")
+    if find_spec("matplotlib") is None:
+        parser.error("the plot needs matplotlib: pip install 'discrete_schedulers[train]'")
 
 
 # Data
 
 
-def load_texts(args: argparse.Namespace) -> tuple[list[str], list[str], list[str]] | None:
-    """Texts to fit on, to measure on, and for the judge; `None` where none are named and the model brings none."""
+class Texts(NamedTuple):
+    """Documents: to fit the curve on, to measure on, and to fit the judge on."""
+
+    fit: list[str]
+    heldout: list[str]
+    judge: list[str]
+
+
+def load_texts(args: argparse.Namespace) -> Texts | None:
+    """The texts that the arguments name, or those that the bundled model brings; `None` where there are none.
+
+    Raises:
+        ValueError: If the dataset does not have the named column.
+    """
     from datasets import load_dataset
 
     if args.dataset_name is not None:
         data = load_dataset(args.dataset_name, args.dataset_config)
-        held_out = data["validation" if "validation" in data else "test"][args.text_column]
-        return list(data["train"][args.text_column]), list(held_out), list(data["train"][args.text_column])
+        splits = {name: documents(split, args.text_column) for name, split in data.items()}
+        heldout = splits.get("validation") or splits.get("test")
+        return split_texts(splits["train"], heldout)
     if args.train_file is not None:
-        named = {"train": args.train_file, "validation": args.validation_file or args.train_file}
-        data = load_dataset("text", data_files=named)
-        return list(data["train"]["text"]), list(data["validation"]["text"]), list(data["train"]["text"])
+        named = {"train": args.train_file, "validation": args.validation_file}
+        data = load_dataset("text", data_files={name: file for name, file in named.items() if file is not None})
+        return split_texts(
+            list(data["train"]["text"]), list(data["validation"]["text"]) if "validation" in data else None
+        )
     if args.pretrained_model_name_or_path == "discrete-schedulers/tiny-text":
         with as_file(files("discrete_schedulers") / "assets" / "tiny-text" / "corpus") as folder:
             named = {split: str(folder / f"{split}.txt.xz") for split in ("train", "validation", "test")}
             data = load_dataset("text", data_files=named)
-            return tuple(list(data[split]["text"]) for split in ("validation", "test", "train"))
+            return Texts(*(list(data[split]["text"]) for split in ("validation", "test", "train")))
     return None
+
+
+def split_texts(train: list[str], heldout: list[str] | None) -> Texts:
+    """Without held-out documents, every tenth one is held out."""
+    if heldout is not None:
+        return Texts(train, heldout, train)
+    rest = [text for i, text in enumerate(train) if i % 10 != 9]
+    return Texts(rest, train[9::10], rest)
+
+
+def documents(split: Any, column: str) -> list[str]:
+    """The texts of a split of a dataset, evenly thinned to `MAX_DOCUMENTS`.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    if column not in split.column_names:
+        raise ValueError(f"`--text_column` is {column!r}; the dataset has {split.column_names}")
+    chosen = torch.linspace(0, len(split) - 1, min(len(split), MAX_DOCUMENTS), dtype=torch.float64).long().tolist()
+    return list(split.select(chosen)[column])
 
 
 def pack(texts: list[str], tokenizer: Any, length: int, limit: int) -> Tensor:
@@ -153,32 +239,58 @@ def pack(texts: list[str], tokenizer: Any, length: int, limit: int) -> Tensor:
     Raises:
         ValueError: If they do not fill one window.
     """
-    stream = torch.tensor(tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"])
+    stream = torch.tensor(tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"], dtype=torch.int64)
     windows = stream[: len(stream) // length * length].view(-1, length)
     if len(windows) == 0:
-        raise ValueError(f"the data has {len(stream)} tokens, fewer than one sequence of `--sequence_length` {length}")
-    chosen = torch.linspace(0, len(windows) - 1, min(limit, len(windows))).long()
+        raise ValueError(
+            f"{len(texts)} documents have {len(stream)} tokens, fewer than one sequence of `--sequence_length` {length}"
+        )
+    chosen = torch.linspace(0, len(windows) - 1, min(limit, len(windows)), dtype=torch.float64).long()
     return windows[chosen]
+
+
+def generators(seed: int, purpose: int, indices: range) -> list[torch.Generator]:
+    """One for each sample, a function of (seed, purpose, index) alone. Purpose 0 is the shared noise of `draw_noise`."""
+    return [torch.Generator().manual_seed((seed + purpose) * 1_000_003 + index) for index in indices]
+
+
+def batches(count: int, size: int) -> list[range]:
+    """The indices 0 .. count - 1 in pieces of at most `size`."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def sample(
+    pipe: DiscreteDiffusionPipeline, purpose: int, count: int, length: int, steps: int, args: argparse.Namespace
+) -> Tensor:
+    """Samples of the pipeline with its scheduler, int64 (count, L); each depends on its index only."""
+    parts = []
+    for indices in batches(count, args.train_batch_size):
+        drawn = generators(args.seed, purpose, indices)
+        shape: dict[str, Any] = {"num_samples": len(indices), "length": length, "num_inference_steps": steps}
+        parts.append(pipe(**shape, generator=drawn, output_type="pt", return_dict=False)[0])
+    return torch.cat(parts)
 
 
 # State on disk: whole checkpoints or none
 
 
 def save_checkpoint(
-    args: argparse.Namespace, state: dict[str, Any], tensors: dict[str, Tensor], scheduler: Any
+    args: argparse.Namespace, state: dict[str, Any], tensors: dict[str, Tensor], scheduler: DiscreteScheduler | None
 ) -> None:
     """Write checkpoint-<n> under a temporary name, rename it, then drop the oldest ones."""
-    number = max([checkpoint_number(p) for p in args.output_dir.glob("checkpoint-*")], default=0) + 1
+    number = max(map(checkpoint_number, known_checkpoints(args.output_dir)), default=0) + 1
     temporary = args.output_dir / f".checkpoint-{number}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(tensors or {"empty": torch.zeros(1)}, temporary / "teacher.safetensors")
-    (temporary / "state.json").write_text(json.dumps(state))
+    contents = {"state.json": json.dumps(state).encode(), "tensors.safetensors": safetensors.torch.save(tensors)}
+    for name, content in contents.items():
+        (temporary / name).write_bytes(content)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    (temporary / "sha256.json").write_text(json.dumps(digests))
     if scheduler is not None:
         scheduler.save_pretrained(temporary / "scheduler")
     os.replace(temporary, args.output_dir / f"checkpoint-{number}")
-    known = sorted(args.output_dir.glob("checkpoint-*"), key=checkpoint_number)
-    for old in known[: -args.checkpoints_total_limit]:
+    for old in known_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
         shutil.rmtree(old)
 
 
@@ -186,49 +298,65 @@ def checkpoint_number(path: Path) -> int:
     return int(path.name.split("-")[1])
 
 
+def known_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders checkpoint-<n>, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=checkpoint_number)
+
+
 def load_checkpoint(args: argparse.Namespace, identity: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The saved state, or an empty one.
 
     Raises:
-        ValueError: If the checkpoint is missing or belongs to a run with other arguments.
+        ValueError: If the checkpoint is missing, damaged, or belongs to a run with other arguments.
     """
-    empty: dict[str, Any] = {"identity": identity, "coefficients": {}, "table": []}
-    if args.resume_from_checkpoint is None:
-        return empty, {}
-    known = sorted(args.output_dir.glob("checkpoint-*"), key=checkpoint_number)
-    path = Path(args.resume_from_checkpoint) if args.resume_from_checkpoint != "latest" else (known or [None])[-1]
-    if path is None:
-        return empty, {}
-    if not (path / "state.json").is_file():
-        raise ValueError(f"`--resume_from_checkpoint` {path} is not a checkpoint; in the output folder: {known}")
-    state = json.loads((path / "state.json").read_text())
+    known = known_checkpoints(args.output_dir)
+    if args.resume_from_checkpoint is None or (args.resume_from_checkpoint == "latest" and not known):
+        return {"identity": identity, "coefficients": {}, "table": [], "evaluations": 0}, {}
+    path = known[-1] if args.resume_from_checkpoint == "latest" else Path(args.resume_from_checkpoint)
+    if not path.is_dir():
+        raise ValueError(f"`--resume_from_checkpoint` {path} is not a folder; there are: {[str(p) for p in known]}")
+    try:
+        digests = json.loads((path / "sha256.json").read_text())
+        contents = {name: (path / name).read_bytes() for name in ("state.json", "tensors.safetensors")}
+        damaged = [name for name in contents if hashlib.sha256(contents[name]).hexdigest() != digests[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        damaged = [f"{type(error).__name__}: {error}"]
+    if damaged:
+        raise ValueError(
+            f"checkpoint {path} is damaged ({', '.join(damaged)}): delete it and resume from another one, or start again "
+            "without `--resume_from_checkpoint`"
+        )
+    state = json.loads(contents["state.json"])
     changed = {k: (state["identity"].get(k), v) for k, v in identity.items() if state["identity"].get(k) != v}
     if changed:
         raise ValueError(f"checkpoint {path} belongs to a run with other arguments (saved, now): {changed}")
-    return state, load_file(path / "teacher.safetensors")
+    return state, safetensors.torch.load(contents["tensors.safetensors"])
 
 
 # Learning
 
 
 def roll_teacher(
-    pipe: DiscreteDiffusionPipeline, base: dict, args: argparse.Namespace, noise: SharedNoise, every: int, show: bool
-) -> dict[str, Tensor]:
-    """Teacher states at every `every`-th of its steps, int64 (N / every, B, L), and rows masked before each step."""
-    teacher = LSDScheduler.from_config(base)
+    pipe: DiscreteDiffusionPipeline, base: dict, args: argparse.Namespace, noise: SharedNoise, state: Tensor, done: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Roll the teacher from one shared time to the next, from the `done`-th of them on, where it has the given state.
+
+    Yields:
+        Its state at the next shared time, int64 (B, L), and the rows masked before each step on the way there.
+    """
+    teacher = LSDScheduler.from_config(base, scale="score")
     teacher.set_timesteps(args.teacher_steps)
-    mask = teacher.config.mask_token_id
-    start = torch.full(noise.thresholds.shape, mask, device=noise.thresholds.device)
-    roll = CoupledRoll(pipe.denoiser, teacher, noise, start, args.train_batch_size)
-    states, masked = [], torch.zeros(args.teacher_steps, dtype=torch.float64)
-    for index in tqdm(range(args.teacher_steps), desc="teacher", disable=not show):
-        if index % every == 0:
-            states.append(roll.state.clone())
-        masked[index] = (roll.state == mask).sum()
-        roll.step(index)
-    evaluations = torch.tensor([float(roll.num_evaluations)], dtype=torch.float64)
-    final = roll.state.clone()
-    return {"states": torch.stack(states).cpu(), "final": final.cpu(), "masked": masked, "evaluations": evaluations}
+    stride = args.teacher_steps // math.lcm(*args.num_inference_steps)
+    roll = CoupledRoll(pipe.denoiser, teacher, noise, state, args.train_batch_size)
+    for index in range(done * stride):
+        roll.survival = roll.survival * (1 - teacher.open_probability(index))
+    for start in range(done * stride, args.teacher_steps, stride):
+        masked = torch.zeros(stride, dtype=torch.float64)
+        for index in range(start, start + stride):
+            masked[index - start] = (roll.state == teacher.config.mask_token_id).sum()
+            roll.step(index)
+        yield roll.state.clone(), masked
 
 
 def learn_phi(
@@ -238,10 +366,10 @@ def learn_phi(
     noise: SharedNoise,
     start: Tensor,
     args: argparse.Namespace,
-    reduce: Any,
+    reduce: Reduce,
 ) -> list[float]:
     """Phi for each step of the scheduler's grid (eq. 6): closed form in one roll, or the paper's gradient steps."""
-    steps, process = len(scheduler.timesteps), scheduler.noise_process
+    steps, process = len(scheduler.timesteps), absorbing(scheduler)
     phi = [1.0] * steps
     epochs = 1 if args.solver == "closed_form" else args.num_epochs
     for _ in range(epochs):
@@ -252,9 +380,8 @@ def learn_phi(
                 phi[k] = fit_phi(*shared, args.objective, args.train_batch_size, reduce)
             else:
                 gradient = phi_gradient(*shared, phi[k], args.objective, args.train_batch_size, reduce)
-                phi[k] = max(phi[k] - args.learning_rate * gradient, 0.0)
-            blocks = scheduler.config.coefficients[str(steps)] | {"scale": phi}
-            scheduler.register_to_config(coefficients={str(steps): blocks})
+                phi[k] = max(phi[k] - args.learning_rate * gradient, PHI_RANGE[0])
+            scheduler.register_to_config(coefficients={str(steps): {"scale": phi}})
             if k < steps - 1:
                 roll.step(k)
     return phi
@@ -265,22 +392,28 @@ def learn_times(scheduler: LSDScheduler, masked: Tensor, args: argparse.Namespac
 
     Both need the odds of the score only, which a normalised network has in closed form: no roll is needed.
     """
-    steps, process = len(scheduler.timesteps), scheduler.noise_process
+    steps, process = len(scheduler.timesteps), absorbing(scheduler)
     uniform = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if args.repaired:
         fine = torch.linspace(1, 0, args.teacher_steps + 1, dtype=torch.float64)[:-1]
         opened = (
             masked * process.hazard(fine).reshape(-1) / args.teacher_steps
         )  # expected openings of each teacher step
-        weights = masked.view(steps, -1)[:, 0]
-        return times_from_step_sizes(repaired_step_sizes(process, opened.view(steps, -1).sum(1) / weights, weights))
+        return times_from_step_sizes(
+            repaired_step_sizes(process, opened.view(steps, -1).sum(1), masked.view(steps, -1)[:, 0])
+        )
     kappa = torch.full((steps,), 1 / steps, dtype=torch.float64)
     for _ in range(args.num_epochs):
         for k in range(1, steps):  # tau_k, t_k for k = 1 .. M - 1: at k = M nothing is left to sample
-            tau = (1 - kappa[:k].sum()).clamp(min=1e-6)
+            tau = (1 - kappa[:k].sum()).clamp(min=SMALLEST_STEP)
             gradient = literal_kappa_gradient(process, tau, uniform[k], float(kappa[k - 1]), args.teacher_steps)
-            kappa[k - 1] = (kappa[k - 1] - args.learning_rate * gradient).clamp(min=1e-6)
+            kappa[k - 1] = (kappa[k - 1] - args.learning_rate * gradient).clamp(min=SMALLEST_STEP)
     return times_from_step_sizes(kappa)
+
+
+def absorbing(scheduler: DiscreteScheduler) -> AbsorbingProcess:
+    assert isinstance(scheduler.noise_process, AbsorbingProcess)
+    return scheduler.noise_process
 
 
 # Measuring
@@ -297,16 +430,15 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the table: NLL bound on held-out data, entropy of samples, perplexity under the judge."""
     pipe.scheduler = scheduler
-    generator = torch.Generator().manual_seed(args.seed + 1)
-    nll = sampler_nll_bound(pipe.denoiser, scheduler, heldout, steps, generator, args.train_batch_size)
-    generators = [torch.Generator().manual_seed((args.seed + 2) * 1_000_003 + i) for i in range(args.num_eval_samples)]
-    sequences = []
-    for start in range(0, args.num_eval_samples, args.train_batch_size):
-        part = generators[start : start + args.train_batch_size]
-        output = pipe(num_samples=len(part), length=heldout.shape[1], num_inference_steps=steps, generator=part)
-        sequences.append(output.sequences)
-    samples = torch.cat(sequences)
-    row = {"sampler": name, "steps": steps, "nll": nll.mean().item(), "entropy": unigram_entropy(samples).mean().item()}
+    bounds = [
+        sampler_nll_bound(
+            pipe.denoiser, scheduler, heldout[part.start : part.stop], steps, generators(args.seed, 1, part), len(part)
+        )
+        for part in batches(len(heldout), args.train_batch_size)
+    ]
+    samples = sample(pipe, 2, args.num_eval_samples, heldout.shape[1], steps, args)
+    row: dict[str, Any] = {"sampler": name, "steps": steps, "nll": torch.cat(bounds).mean().item()}
+    row["entropy"] = unigram_entropy(samples).mean().item()
     if judge is not None:
         row["perplexity"] = generative_perplexity(pipe.tokenizer.batch_decode(samples, skip_special_tokens=True), judge)
     return row
@@ -317,8 +449,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir
     )
+    if args.report_to and not accelerator.log_with:
+        raise ValueError(f"`--report_to` {args.report_to} is not installed, or Accelerate does not know it")
+    if args.num_samples < accelerator.num_processes:
+        raise ValueError(
+            f"`--num_samples` {args.num_samples} leaves some of {accelerator.num_processes} processes idle"
+        )
     set_seed(args.seed)
-    show = accelerator.is_local_main_process
+    show = accelerator.is_main_process
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
@@ -333,12 +471,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError(
             "`--pretrained_model_name_or_path` is a uniform-noise model; these methods are for masked models"
         )
-    base = {k: v for k, v in pipe.scheduler.config.items() if k not in ("coefficients", "learned_for")} | {
-        "grid": "uniform"
-    }
-    length = args.sequence_length or pipe.config.denoiser.get("max_length")
+    base = {k: v for k, v in pipe.scheduler.config.items() if k not in ("coefficients", "learned_for")}
+    base |= {"grid": "uniform", "draw": "exact"}
+    longest = pipe.config.denoiser.get("max_length")
+    length = args.sequence_length or longest
     if length is None:
         raise ValueError("`--sequence_length` is required: this model does not say how long its sequences are")
+    if longest is not None and length > longest:
+        raise ValueError(f"`--sequence_length` is {length}; this model takes at most {longest}")
     if accelerator.is_main_process and args.report_to:
         accelerator.init_trackers(
             "distill", {k: v for k, v in vars(args).items() if k != "hub_token" and isinstance(v, str | int | float)}
@@ -348,8 +488,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     skipped = ("output_dir", "push_to_hub", "hub_model_id", "hub_token", "resume_from_checkpoint", "report_to")
     identity = {k: v for k, v in vars(args).items() if k not in (*skipped, "checkpoints_total_limit")}
     state, tensors = load_checkpoint(args, identity)
+    accelerator.wait_for_everyone()  # nobody reads any more when the main process replaces the checkpoint
 
-    def checkpoint(scheduler: Any = None) -> None:
+    def checkpoint(scheduler: DiscreteScheduler | None = None) -> None:
         if accelerator.is_main_process:
             save_checkpoint(args, state, tensors, scheduler)
         accelerator.wait_for_everyone()
@@ -358,25 +499,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         # gloo and NCCL both take float64; the tensor has to be where the process group works
         return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
 
-    # The teacher: this process rolls its share of the samples, every process keeps what it rolled
-    if args.method != "optimal_grid":
-        share = range(accelerator.process_index, args.num_samples, accelerator.num_processes)
-        noise = draw_noise(share, length, args.seed, accelerator.device)
-        every = args.teacher_steps // max_common_grid(args.num_inference_steps, args.teacher_steps)
-        if "states" not in tensors:
-            rolled = roll_teacher(pipe, base, args, noise, every, show)
-            tensors = {k: gather_samples(accelerator, v, k, args.num_samples) for k, v in rolled.items()}
-            checkpoint()
-        teacher_states = tensors["states"][:, list(share)].to(accelerator.device)
-
-    # Data to fit and to measure on; without any, the teacher's own samples
+    # Data to fit the curve and to measure on; without texts, samples of the model
     texts = load_texts(args) if accelerator.is_main_process or args.method == "optimal_grid" else None
-    judge = None
     if texts is not None:
-        fit = pack(texts[0], pipe.tokenizer, length, args.max_data_samples).to(accelerator.device)
-        heldout = pack(texts[1], pipe.tokenizer, length, args.num_eval_samples).to(accelerator.device)
-    else:
-        fit = heldout = sample_data(pipe, base, args, length, tensors, accelerator)
+        if pipe.tokenizer is None:
+            raise ValueError("texts need a tokenizer, which this model does not bring: leave out data arguments")
+        fit = pack(texts.fit, pipe.tokenizer, length, args.max_data_samples).to(accelerator.device)
+        heldout = pack(texts.heldout, pipe.tokenizer, length, args.num_eval_samples).to(accelerator.device)
+    elif args.method == "optimal_grid":
+        if "samples" not in tensors:
+            pipe.scheduler = AncestralScheduler.from_config(base, unmasking="counts", order="random")
+            tensors["samples"] = sample(pipe, 3, args.num_samples + args.num_eval_samples, length, length, args).cpu()
+            checkpoint()
+        fit, heldout = tensors["samples"].to(accelerator.device).split([args.num_samples, args.num_eval_samples])
 
     # Learn
     learned_for = {"base_model": args.pretrained_model_name_or_path, "revision": args.revision}
@@ -384,42 +519,74 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     scheduler: DiscreteScheduler
     if args.method == "optimal_grid":
         if "curve" not in state:
-            generator = torch.Generator().manual_seed(args.seed)
-            curve = information_curve(
-                pipe.denoiser, fit, base["mask_token_id"], generator=generator, batch_size=args.train_batch_size
+            asked = (pipe.denoiser, fit, base["mask_token_id"])
+            orders = [torch.Generator().manual_seed(args.seed) for _ in range(2)]
+            curve = information_curve(*asked, generator=orders[0], batch_size=args.train_batch_size)
+            # R on few levels: the stairs of a fit on all of them would make it too small
+            coarse = information_curve(
+                *asked, min(length, 16) if length > 1 else None, orders[1], args.train_batch_size
             )
-            state["curve"], state["evaluations"] = curve.to_config(), curve.num_evaluations
+            state |= {"curve": curve.to_config(), "schedule_gain": schedule_gain(coarse)}
+            state["evaluations"] += curve.num_evaluations + coarse.num_evaluations
             checkpoint()
-        gain = schedule_gain(InformationCurve.from_config(state["curve"]))
+        gain = state["schedule_gain"]
         accelerator.print(f"R = {gain:.3f}: the most a time grid can win is a factor of {1 / gain:.2f} in excess KL")
-        state["schedule_gain"] = gain
-        scheduler = AncestralScheduler.from_config(
-            base, grid="optimal", information_curve=state["curve"], learned_for=learned_for
-        )
+        settings = {"grid": "optimal", "information_curve": state["curve"], "learned_for": learned_for}
+        scheduler = AncestralScheduler.from_config(base, **settings)
     else:
-        settings: dict[str, Any] = {"scale": args.scale, "learned_for": learned_for}
+        # This process has its share of the samples; every process keeps the teacher's states of all of them
+        share = list(range(accelerator.process_index, args.num_samples, accelerator.num_processes))
+        noise = draw_noise(share, length, args.seed, accelerator.device)
+        mask = base["mask_token_id"]
+        passed: list[int] = []  # sequences in each call of the network since they were counted
+        counting = pipe.model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
+
+        def evaluations() -> int:
+            total = int(reduce(torch.tensor(sum(passed), dtype=torch.float64)))
+            passed.clear()
+            return total
+
+        segments = math.lcm(*args.num_inference_steps)  # of the teacher's grid, between times that students share
+        if not tensors:
+            tensors["states"] = torch.full((1, args.num_samples, length), mask)
+            tensors["masked"] = torch.zeros(0, dtype=torch.float64)
+        done = len(tensors["states"]) - 1
+        rolled = roll_teacher(pipe, base, args, noise, tensors["states"][-1, share].to(accelerator.device), done)
+        for number, (x, masked) in enumerate(
+            tqdm(rolled, desc="teacher", initial=done, total=segments, disable=not show), start=done + 1
+        ):
+            tensors["states"] = torch.cat([tensors["states"], gather_samples(accelerator, x, args.num_samples)[None]])
+            tensors["masked"] = torch.cat([tensors["masked"], reduce(masked)])
+            state["evaluations"] += evaluations()
+            if number == segments or number % -(-segments // 16) == 0:
+                checkpoint()
+        final = tensors["states"][-1]
+        if texts is None:
+            heldout = final[: args.num_eval_samples].to(accelerator.device)
+
+        learned_for |= {"objective": args.objective, "repaired": args.repaired}
+        settings = {"scale": args.scale, "learned_for": learned_for}
         if args.method == "lsd_plus":
             settings["grid"] = "learned"
+        unigram = torch.bincount(final.flatten(), minlength=base["vocab_size"])  # no mask is left in them
+        start = perturbed_start(noise, mask, args.hamming_share if args.relaxed else 0.0, unigram)
         for steps in args.num_inference_steps:
             if str(steps) in state["coefficients"]:
                 continue
-            blocks = {"scale": [1.0] * steps}
-            student = LSDScheduler.from_config(base, coefficients={str(steps): blocks}, scale=args.scale)
-            student.set_timesteps(steps)
-            at = torch.arange(steps) * (len(teacher_states) // steps)
-            start = perturbed_start(
-                noise,
-                base["mask_token_id"],
-                args.hamming_share if args.relaxed else 0.0,
-                unigram(tensors["final"], base),
+            student = LSDScheduler.from_config(
+                base, coefficients={str(steps): {"scale": [1.0] * steps}}, scale=args.scale
             )
-            blocks["scale"] = learn_phi(pipe, student, teacher_states[at], noise, start, args, reduce)
+            student.set_timesteps(steps)
+            at = torch.arange(steps) * (segments // steps)
+            teacher_states = tensors["states"][at][:, share].to(accelerator.device)
+            blocks = {"scale": learn_phi(pipe, student, teacher_states, noise, start, args, reduce)}
             if args.method == "lsd_plus":
                 blocks["times"] = learn_times(student, tensors["masked"], args)
             state["coefficients"][str(steps)] = blocks
+            state["evaluations"] += evaluations()
             accelerator.print(f"{steps} steps: {json.dumps(blocks)}")
             checkpoint(LSDScheduler.from_config(base, coefficients=state["coefficients"], **settings))
-        state["evaluations"] = int(tensors["evaluations"].sum())
+        counting.remove()
         scheduler = LSDScheduler.from_config(base, coefficients=state["coefficients"], **settings)
 
     # Measure, beside the same model's plain samplers
@@ -427,18 +594,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if not accelerator.is_main_process:
         accelerator.end_training()
         return {}
-    if texts is not None:
-        judge = NgramJudge(texts[2])
+    judge = NgramJudge(texts.judge) if texts is not None else None
     samplers = {
         "bernoulli": AncestralScheduler.from_config(base, unmasking="bernoulli", order="random"),
         "counts": AncestralScheduler.from_config(base, unmasking="counts", order="random"),
         "counts, spread": AncestralScheduler.from_config(base, unmasking="counts", order="spread"),
         args.method: scheduler,
     }
-    done = {(row["sampler"], row["steps"]) for row in state["table"]}
+    measured = {(row["sampler"], row["steps"]) for row in state["table"]}
     wanted = [(name, steps) for steps in args.num_inference_steps for name in samplers]
     for name, steps in tqdm(wanted, desc="measuring", disable=not show):
-        if (name, steps) in done:
+        if (name, steps) in measured:
             continue
         row = measure(pipe, name, samplers[name], steps, heldout, judge, args)
         state["table"].append(row)
@@ -452,6 +618,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "revision": args.revision,
         "method": args.method,
         "budgets": args.num_inference_steps,
+        "data": "held-out text" if texts is not None else "the model's own many-step samples",
         "sequence_evaluations": state["evaluations"],
         "schedule_gain": state.get("schedule_gain"),
         "data_entropy": unigram_entropy(heldout).mean().item(),
@@ -470,54 +637,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     accelerator.print(markdown_table(state["table"]))
     accelerator.print(f"results: {args.output_dir}")
     if args.push_to_hub:
-        accelerator.print(f"pushed: {push(args.output_dir, repo_id, args.hub_token)}")
+        repo_id = create_repository(args.output_dir, repo_id, args.hub_token)
+        write_card(args.output_dir / "README.md", repo_id, type(scheduler).__name__, metrics)  # now with the namespace
+        accelerator.print(f"pushed: {upload(args.output_dir, repo_id, args.hub_token)}")
     accelerator.end_training()
     return metrics
 
 
-def max_common_grid(budgets: list[int], teacher_steps: int) -> int:
-    """The coarsest subdivision of the teacher's grid that holds every budget's grid."""
-    return next(n for n in range(1, teacher_steps + 1) if teacher_steps % n == 0 and all(n % b == 0 for b in budgets))
+def gather_samples(accelerator: Accelerator, x: Tensor, num_samples: int) -> Tensor:
+    """What all processes rolled, (B, L) each, as (num_samples, L) in order of the sample index, on the CPU.
 
-
-def gather_samples(accelerator: Accelerator, tensor: Tensor, name: str, num_samples: int) -> Tensor:
-    """What all processes rolled: samples in order of their index, counts summed."""
-    if name in ("masked", "evaluations"):
-        return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
-    axis = tensor.dim() - 2  # samples stand before positions
-    first = tensor.movedim(axis, 0).contiguous().to(accelerator.device)
-    rows = accelerator.num_processes * (-(-num_samples // accelerator.num_processes))
-    padding = rows // accelerator.num_processes - len(first)  # processes with one sample fewer
-    first = torch.cat([first, first[:1].expand(padding, *first.shape[1:])]) if padding else first
-    everyone = accelerator.gather(first).view(accelerator.num_processes, -1, *first.shape[1:])
-    return everyone.transpose(0, 1).flatten(0, 1)[:num_samples].movedim(0, axis).contiguous().cpu()
-
-
-def unigram(samples: Tensor, base: dict[str, Any]) -> Tensor:
-    """Token law of the teacher's samples, (V,), 0 at the mask."""
-    return torch.bincount(samples.flatten(), minlength=base["vocab_size"]).double()
-
-
-def sample_data(
-    pipe: DiscreteDiffusionPipeline,
-    base: dict[str, Any],
-    args: argparse.Namespace,
-    length: int,
-    tensors: dict[str, Tensor],
-    accelerator: Accelerator,
-) -> Tensor:
-    """The model's own many-step samples as data: the teacher's, or one token at a time."""
-    if "final" in tensors:
-        return tensors["final"][: args.num_eval_samples].to(accelerator.device)
-    pipe.scheduler = AncestralScheduler.from_config(base, unmasking="counts", order="random")
-    generator = torch.Generator().manual_seed(args.seed + 3)
-    samples = [
-        pipe(
-            num_samples=args.train_batch_size, length=length, num_inference_steps=length, generator=generator
-        ).sequences
-        for _ in range(-(-args.num_eval_samples // args.train_batch_size))
-    ]
-    return torch.cat(samples)
+    Process r of P has the samples r, r + P, ...; those with one sample fewer pad.
+    """
+    rows = -(-num_samples // accelerator.num_processes)
+    x = torch.cat([x, x[:1].expand(rows - len(x), -1)])
+    everyone = accelerator.gather(x).view(accelerator.num_processes, rows, -1)
+    return everyone.transpose(0, 1).flatten(0, 1)[:num_samples].cpu()
 
 
 if __name__ == "__main__":

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
+
+UPLOADED = ["scheduler_config.json", "metrics.json", "plot.png", "README.md"]
 
 CARD = """{header}
 
 # {title}
 
-A scheduler for [`{base_model}`]({base_url}) with coefficients learned by `{method}` for {budgets} steps. The network is not
+A scheduler for {base_link} with coefficients learned by `{method}` for {budgets} steps. The network is not
 changed; this repository holds floats only.
 
 ```python
@@ -29,9 +32,9 @@ print(pipe(num_samples=4, num_inference_steps={last_budget}).texts)
 
 {table}
 
-NLL: bound on held-out data in nats per token, of the sampler itself, at its number of steps (lower is better). Entropy: of the
-tokens within a sample, in nats; data has {data_entropy}. Perplexity is under an in-domain n-gram judge, which copying can fool:
-read it beside the entropy only.
+Measured on {data}. NLL: bound in nats per token, of the sampler itself, at its number of steps (lower is better). Entropy: of
+the tokens within a sample, in nats; data has {data_entropy}. Perplexity, where there is one, is under an in-domain n-gram
+judge, which copying can fool: read it beside the entropy only.
 
 ![quality against steps](plot.png)
 
@@ -88,49 +91,65 @@ def write_plot(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_card(path: Path, repo_id: str, scheduler_class: str, metrics: dict[str, Any]) -> None:
-    """The model card: base model and revision, method, table, usage."""
+    """The model card: base model and revision, method, table, usage. A base model in a local folder is named in the text only:
+    the Hub refuses a card whose `base_model` is not a model id."""
+    base_model = metrics["base_model"]
+    is_local = Path(base_model).is_dir()
     data = ModelCardData(
-        base_model=metrics["base_model"],
+        base_model=None if is_local else base_model,
         library_name="discrete_schedulers",
         license="apache-2.0",
         tags=["discrete-diffusion", "diffusers", "diffusers-training", metrics["method"]],
     )
-    arguments = {"base_model": metrics["base_model"], "revision": metrics["revision"]} | metrics["arguments"]
+    arguments = {"base_model": base_model, "revision": metrics["revision"]} | metrics["arguments"]
     text = CARD.format(
         header=f"---\n{data.to_yaml()}\n---",
         title=repo_id.split("/")[-1],
-        base_model=metrics["base_model"],
-        base_url=f"https://huggingface.co/{metrics['base_model']}",
+        base_model=base_model,
+        base_link=f"`{base_model}`" if is_local else f"[`{base_model}`](https://huggingface.co/{base_model})",
         method=metrics["method"],
         budgets=", ".join(map(str, metrics["budgets"])),
         last_budget=metrics["budgets"][-1],
         scheduler_class=scheduler_class,
         repo_id=repo_id,
         table=markdown_table(metrics["table"]),
+        data=metrics["data"],
         data_entropy=f"{metrics['data_entropy']:.3f}",
         arguments="\n".join(f"- {key}: `{json.dumps(value)}`" for key, value in arguments.items()),
     )
     write_text(path, str(ModelCard(text)))
 
 
-def push(folder: Path, repo_id: str, token: str | None) -> str:
+@contextmanager
+def nothing_is_lost(folder: Path, repo_id: str) -> Iterator[None]:
+    """Whatever the Hub or the way to it raises becomes one error that says where the results are."""
+    try:
+        yield
+    except Exception as error:  # huggingface_hub passes on its HTTP library's errors, which differ between its versions
+        raise RuntimeError(
+            f"could not push to {repo_id!r}: {type(error).__name__}: {error}. Nothing is lost: the results are in {folder}, "
+            "and the same command with `--resume_from_checkpoint latest` uploads them without learning again"
+        ) from error
+
+
+def create_repository(folder: Path, repo_id: str, token: str | None) -> str:
+    """Make the repository if it is not there, and return its full id, with the namespace of the token's owner.
+
+    Raises:
+        RuntimeError: If the Hub refuses or cannot be reached.
+    """
+    with nothing_is_lost(folder, repo_id):
+        return HfApi(token=token).create_repo(repo_id, exist_ok=True).repo_id
+
+
+def upload(folder: Path, repo_id: str, token: str | None) -> str:
     """Upload the finished files of a folder in one commit and return the commit's address.
 
     Raises:
-        RuntimeError: If the Hub refuses or cannot be reached. The files stay in `folder`; `push_to_hub` can be tried again.
+        RuntimeError: If the Hub refuses or cannot be reached.
     """
-    api = HfApi(token=token)
-    try:
-        repo_id = api.create_repo(repo_id, exist_ok=True, repo_type="model").repo_id
-        info = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message="Learned scheduler",
-            allow_patterns=["scheduler_config.json", "metrics.json", "plot.png", "README.md"],
+    with nothing_is_lost(folder, repo_id):
+        info = HfApi(token=token).upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Learned scheduler", allow_patterns=UPLOADED
         )
-    except (HfHubHTTPError, OSError) as error:
-        raise RuntimeError(
-            f"could not push to {repo_id!r}: {error}. Nothing is lost: the results are in {folder}, and running the same "
-            "command with `--resume_from_checkpoint latest --push_to_hub` uploads them"
-        ) from error
     return info.commit_url

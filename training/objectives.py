@@ -8,22 +8,27 @@ a shared time the same positions are open as far as the two agree.
 
     Phi_k = argmin  E sum_{rows masked in both} d(s*(x*, t_k), Phi s(x, t_k)),          s = alpha / (1 - alpha) p_0
 
-| d                | between                       | optimum                                        |
-| generalised KL   | s* and Phi s, unnormalised    | sum s* / sum s: 1 for any normalised network   |
-| L2               | s* and Phi s                  | <s*, s> / <s, s>: below 1 as the states part   |
-| softmax KL       | p* and p^Phi, normalised      | a one-dimensional convex problem (Newton)      |
+| d              | between                        | optimum                                        | scale       |
+| generalised KL | s* and Phi s, unnormalised     | sum s* / sum s: 1 for any normalised network   | "score"     |
+| L2             | s* and Phi s                   | <s*, s> / <s, s>: below 1 as the states part   | "score"     |
+| softmax KL     | s* and s^Phi, both normalised  | a one-dimensional convex problem (Newton)      | "log_score" |
+
+alpha / (1 - alpha) is the same for all rows at t_k and cancels in all three. A softmax KL with a factor on the score itself
+does not depend on Phi at all, so each d goes with one scale.
 
 **LSD+** (eq. 8): kappa_k s(x_{tau_k}, tau_k) against (1 / N) s*(x*_{t_k}, t_k) with N teacher steps. As printed its optimum
 is near 1 / N, not 1 / M: only early stopping keeps the M steps from stopping short. The repaired form compares with the
-teacher's opening probability over the whole interval, (1 / N) sum_j hazard(t_j), and keeps sum kappa = 1 by a softmax.
+teacher's openings over the whole interval, (1 / N) sum_j hazard(t_j), and keeps sum kappa = 1 by a softmax.
 
 Source: arXiv 2509.19962 (NeurIPS 2025). Statistics are sums in float64; scores are never stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,7 +38,9 @@ from discrete_schedulers.processes import AbsorbingProcess
 from discrete_schedulers.sampling import RowLogits, categorical
 from discrete_schedulers.schedulers import LSDScheduler
 
-OBJECTIVES = ("generalised_kl", "l2", "softmax_kl")
+SCALE_OF = {"generalised_kl": "score", "l2": "score", "softmax_kl": "log_score"}  # what Phi multiplies in each d
+PHI_RANGE = (1e-3, 1e3)  # where Newton's method looks
+ROWS_IN_FLOAT64 = 256  # rows of logits held in float64 at a time: 100 MB at V = 50,000
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -54,7 +61,7 @@ class SharedNoise:
     junk_tokens: Tensor
 
 
-def draw_noise(indices: range, length: int, seed: int, device: torch.device | str = "cpu") -> SharedNoise:
+def draw_noise(indices: Iterable[int], length: int, seed: int, device: torch.device | str = "cpu") -> SharedNoise:
     """The shared uniforms of the samples with these indices, float64."""
     sheets = []
     for index in indices:
@@ -78,13 +85,12 @@ def perturbed_start(noise: SharedNoise, mask_token_id: int, share: float, unigra
     """
     batch, length = noise.junk.shape
     start = torch.full((batch, length), mask_token_id, device=noise.junk.device)
-    count = int(share * length)
-    if count == 0:
-        return start
+    count = math.floor(share * length + 1e-9)  # 0.29 * 100 is 28.999999999999996
     replaced = noise.junk.argsort(1).argsort(1) < count
-    law = unigram.double().log().expand(batch * length, -1)
-    junk = categorical(law, noise.junk_tokens.flatten()).view(batch, length)
-    return torch.where(replaced, junk, start)
+    law = unigram.to(start.device).double().log().expand(count, -1)
+    for row, chosen, u in zip(start, replaced, noise.junk_tokens, strict=True):  # (count, V) at a time
+        row[chosen] = categorical(law, u[chosen])
+    return start
 
 
 class CoupledRoll:
@@ -92,7 +98,7 @@ class CoupledRoll:
 
     Args:
         denoiser (`Denoiser`): The frozen network.
-        scheduler (`LSDScheduler`): With its timesteps set; its coefficients may change between steps.
+        scheduler (`LSDScheduler`): Absorbing, with its timesteps set; its coefficients may change between steps.
         noise (`SharedNoise`): Of the B samples.
         start (`torch.Tensor` of shape `(B, L)`): First state.
         batch_size (`int`): Sequences in one call of the network.
@@ -104,36 +110,45 @@ class CoupledRoll:
         self.denoiser, self.scheduler, self.noise, self.batch_size = denoiser, scheduler, noise, batch_size
         self.state = start.clone()
         self.survival = torch.ones_like(noise.thresholds)  # chance of each position to be masked still
-        self.num_evaluations = 0
 
     def step(self, index: int) -> None:
         """From `times[index]` to `times[index + 1]`."""
-        process = self.scheduler.noise_process
-        for start in range(0, len(self.state), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            x, threshold, survival = self.state[part], self.noise.thresholds[part], self.survival[part]
-            is_masked = x == process.mask_token_id
-            if self.scheduler.config.scale == "score":
-                opening, asked = self.scheduler.open_probability(index), None
-            else:
-                asked = self.denoiser(x, self.scheduler.times[index], positions=is_masked)
-                law = self.row_law(asked.logits, index)  # (R, V)
-                opening = torch.zeros_like(survival).masked_scatter(is_masked, 1 - law[:, process.mask_token_id])
-            survival = survival * (1 - opening)
-            opens = is_masked & (threshold >= survival)
-            self.num_evaluations += int((opens if asked is None else is_masked).any(1).sum())
-            if asked is None:
-                rows = self.denoiser(x, self.scheduler.times[index], positions=opens).logits
-            else:
-                rows = law.index_fill(1, torch.tensor([process.mask_token_id], device=law.device), 0.0)
-                rows = rows[opens[is_masked]].log()
-            self.state[part] = x.masked_scatter(opens, categorical(rows, self.noise.tokens[part][opens]))
-            self.survival[part] = survival
+        is_masked = self.state == self.scheduler.config.mask_token_id
+        if self.scheduler.config.scale == "log_score":
+            self.step_log_score(index, is_masked)
+            return
+        self.survival = self.survival * (1 - self.scheduler.open_probability(index))
+        opens = is_masked & (self.noise.thresholds >= self.survival)
+        for rows in self.batches(opens):  # the network sees only sequences in which something opens
+            logits = row_logits(self.denoiser, self.state[rows], self.scheduler.times[index], opens[rows])
+            tokens = categorical(self.scheduler.token_logits(logits), self.noise.tokens[rows][opens[rows]])
+            self.state[rows] = self.state[rows].masked_scatter(opens[rows], tokens)
 
-    def row_law(self, logits: Tensor, index: int) -> Tensor:
-        """The scheduler's transition law of masked rows, (R, V)."""
-        masks = torch.full((len(logits), 1), self.scheduler.config.mask_token_id, device=logits.device)
-        return self.scheduler.transition(logits[:, None], index, masks)[:, 0]
+    def step_log_score(self, index: int, is_masked: Tensor) -> None:
+        """The same where the chance to open depends on the logits: all masked rows are asked for."""
+        mask = self.scheduler.config.mask_token_id
+        for rows in self.batches(is_masked):
+            logits = row_logits(self.denoiser, self.state[rows], self.scheduler.times[index], is_masked[rows])
+            masks = torch.full((len(logits), 1), mask, device=logits.device)
+            law = self.scheduler.transition(logits[:, None], index, masks)[:, 0]  # (R, V)
+            stays = torch.ones_like(self.survival[rows]).masked_scatter(is_masked[rows], law[:, mask])
+            self.survival[rows] = self.survival[rows] * stays
+            opens = is_masked[rows] & (self.noise.thresholds[rows] >= self.survival[rows])
+            law[:, mask] = 0.0
+            tokens = categorical(law[opens[is_masked[rows]]].log(), self.noise.tokens[rows][opens])
+            self.state[rows] = self.state[rows].masked_scatter(opens, tokens)
+
+    def batches(self, wanted: Tensor) -> tuple[Tensor, ...]:
+        """Indices of the sequences that have a wanted position, in batches."""
+        rows = wanted.any(1).nonzero()[:, 0]
+        return rows.split(self.batch_size) if len(rows) else ()
+
+
+def row_logits(denoiser: Denoiser, x: Tensor, t: Tensor, positions: Tensor) -> Tensor:
+    """Logits at chosen positions, (R, V)."""
+    rows = denoiser(x, t, positions=positions)
+    assert isinstance(rows, RowLogits)
+    return rows.logits
 
 
 def common_rows(
@@ -144,8 +159,9 @@ def common_rows(
         part = slice(start, start + batch_size)
         both = (x[part] == process.mask_token_id) & (teacher_x[part] == process.mask_token_id)
         if both.any():
-            rows: list[RowLogits] = [denoiser(state, t, positions=both) for state in (x[part], teacher_x[part])]
-            yield rows[0].logits.double().log_softmax(-1), rows[1].logits.double().log_softmax(-1)
+            own, star = (row_logits(denoiser, state, t, both) for state in (x[part], teacher_x[part]))
+            for rows in zip(own.split(ROWS_IN_FLOAT64), star.split(ROWS_IN_FLOAT64), strict=True):
+                yield rows[0].double().log_softmax(-1), rows[1].double().log_softmax(-1)
 
 
 def fit_phi(
@@ -162,7 +178,7 @@ def fit_phi(
 
     Args:
         denoiser (`Denoiser`): The frozen network.
-        process (`AbsorbingProcess`): Gives the score's scale alpha / (1 - alpha).
+        process (`AbsorbingProcess`): Says what a mask is.
         x (`torch.Tensor` of shape `(B, L)`): Student's states at t.
         teacher_x (`torch.Tensor` of shape `(B, L)`): Teacher's states at t.
         t (`torch.Tensor`): The shared time.
@@ -173,33 +189,47 @@ def fit_phi(
     Returns:
         `float`: The minimiser; 1.0 where no row is masked in both states.
     """
-    odds = process.alpha(t) / (1 - process.alpha(t))
-    if objective != "softmax_kl":
-        sums = torch.zeros(3, dtype=torch.float64)  # rows, target, own
-        for log_p, log_star in common_rows(denoiser, process, x, teacher_x, t, batch_size):
-            score, star = odds * log_p.exp(), odds * log_star.exp()
-            own, target = (score, star) if objective == "generalised_kl" else (score * score, score * star)
-            sums += torch.stack([torch.tensor(float(len(score))), target.sum().cpu(), own.sum().cpu()])
-        sums = reduce(sums)
-        return float(sums[1] / sums[2]) if sums[0] > 0 else 1.0
+    if objective == "softmax_kl":
+        return fit_power(denoiser, process, x, teacher_x, t, batch_size, reduce)
+    sums = torch.zeros(2, dtype=torch.float64)  # <target>, <own>
+    for log_p, log_star in common_rows(denoiser, process, x, teacher_x, t, batch_size):
+        p, star = log_p.exp(), log_star.exp()
+        own, target = (p, star) if objective == "generalised_kl" else (p * p, p * star)
+        sums += torch.stack([target.sum(), own.sum()]).cpu()
+    target_sum, own_sum = reduce(sums).tolist()
+    return target_sum / own_sum if own_sum > 0 else 1.0
 
-    phi = 1.0
-    for _ in range(50):
+
+def fit_power(
+    denoiser: Denoiser,
+    process: AbsorbingProcess,
+    x: Tensor,
+    teacher_x: Tensor,
+    t: Tensor,
+    batch_size: int,
+    reduce: Reduce,
+) -> float:
+    """argmin over Phi of sum_rows KL(p* || p^Phi / Z), convex: Newton's method, kept between the points where the slope is
+    known to be negative and positive. Arguments as in `fit_phi`."""
+    phi, (low, high) = 1.0, PHI_RANGE
+    for _ in range(60):
         sums = torch.zeros(3, dtype=torch.float64)  # rows, first and second derivative
         for log_p, log_star in common_rows(denoiser, process, x, teacher_x, t, batch_size):
-            log_score = torch.where(log_p.isfinite(), log_p + odds.log(), 0.0)  # the scale cancels, kept as in eq. 6
+            log_score = log_p.masked_fill(log_p.isinf(), 0.0)  # 0 log 0 = 0
             law = (phi * log_p).softmax(-1)
             mean = (law * log_score).sum(-1)
             variance = (law * (log_score - mean[:, None]) ** 2).sum(-1)
             slope = mean - (log_star.exp() * log_score).sum(-1)
-            sums += torch.stack([torch.tensor(float(len(law))), slope.sum().cpu(), variance.sum().cpu()])
-        sums = reduce(sums)
-        if sums[0] == 0 or sums[2] <= 0:
+            sums += torch.stack([torch.ones_like(slope).sum(), slope.sum(), variance.sum()]).cpu()
+        count, slope_sum, variance_sum = reduce(sums).tolist()
+        if abs(slope_sum) <= 1e-13 * count:  # also where there are no rows, or uniform laws only
             return phi
-        change = float((sums[1] / sums[2]).clamp(-0.5, 0.5))
-        phi = max(phi - change, 1e-3)
-        if abs(change) < 1e-10:
-            break
+        low, high = (phi, high) if slope_sum < 0 else (low, phi)
+        newton = phi - slope_sum / variance_sum if variance_sum > 0 else math.inf
+        following = newton if low < newton < high else math.sqrt(low * high)
+        if abs(following - phi) < 1e-10:
+            return following
+        phi = following
     return phi
 
 
@@ -214,8 +244,8 @@ def phi_gradient(
     batch_size: int,
     reduce: Reduce,
 ) -> float:
-    """d/dPhi of the mean over common rows of d(s*, Phi s): what the paper's gradient steps follow. Arguments as in
-    `fit_phi`, and the current `phi`."""
+    """d/dPhi of the mean over common rows of d(s*, Phi s), or d(s*, s^Phi) with the softmax KL: what the paper's gradient
+    steps follow. Arguments as in `fit_phi`, and the current `phi`, positive."""
     odds = process.alpha(t) / (1 - process.alpha(t))
     sums = torch.zeros(2, dtype=torch.float64)  # rows, gradient
     for log_p, log_star in common_rows(denoiser, process, x, teacher_x, t, batch_size):
@@ -225,7 +255,7 @@ def phi_gradient(
         elif objective == "l2":
             gradient = (2 * score * (phi * score - star)).sum()
         else:
-            log_score = torch.where(log_p.isfinite(), log_p, 0.0)
+            log_score = log_p.masked_fill(log_p.isinf(), 0.0)  # the scale cancels between the two laws
             gradient = (((phi * log_p).softmax(-1) - log_star.exp()) * log_score).sum()
         sums += torch.stack([torch.tensor(float(len(score))), gradient.cpu()])
     sums = reduce(sums)
@@ -251,14 +281,16 @@ def literal_kappa_gradient(
 
 
 def repaired_step_sizes(process: AbsorbingProcess, opened: Tensor, weights: Tensor, iterations: int = 2000) -> Tensor:
-    """Step sizes kappa (M,), positive with sum 1, from the teacher's opening probability over each interval.
+    """Step sizes kappa (M,), positive with sum 1, from the teacher's openings in each interval.
 
-        min over softmax logits of  sum_k w_k [ kappa_k h_k - a_k log(kappa_k h_k) ],  h_k = hazard(tau_k), not differentiated
+        min over softmax logits of  sum_k [ w_k kappa_k h_k - a_k log(kappa_k h_k) ],   h_k = hazard(tau_k), not differentiated
+
+    the generalised KL of openings: where the constraint allows, kappa_k h_k = a_k / w_k, the teacher's chance to open.
 
     Args:
         process (`AbsorbingProcess`): Gives the hazard.
-        opened (`torch.Tensor` of shape `(M,)`): a_k, mean over rows masked at t_k of the accumulated teacher term.
-        weights (`torch.Tensor` of shape `(M,)`): Rows masked at t_k.
+        opened (`torch.Tensor` of shape `(M,)`): a_k, openings from t_k to t_{k+1}: sum_j masked_j hazard(t_j) / N.
+        weights (`torch.Tensor` of shape `(M,)`): w_k, rows masked at t_k.
         iterations (`int`, defaults to 2000): Steps of Adam on M numbers.
 
     Returns:
@@ -266,17 +298,16 @@ def repaired_step_sizes(process: AbsorbingProcess, opened: Tensor, weights: Tens
     """
     logits = torch.zeros(len(opened), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.02)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for _ in range(iterations):
         kappa = logits.softmax(0)
         tau = (1 - kappa.detach().cumsum(0) + kappa.detach()).clamp(min=1e-9, max=1.0)  # time before each step
         hazard = process.hazard(tau.reshape(-1)).reshape(-1)
-        jump = kappa * hazard
-        loss = (weights / weights.sum() * (jump - opened * jump.log())).sum()
+        loss = (weights * kappa * hazard - opened * kappa.log()).sum() / weights.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        scheduler.step()
+        lr_scheduler.step()
     return logits.detach().softmax(0)
 
 
@@ -287,7 +318,7 @@ def times_from_step_sizes(kappa: Tensor) -> list[float]:
         ValueError: If a step is not positive or the grid reaches 0 before the last step.
     """
     times = [1.0, *(1 - kappa.double().cumsum(0))[:-1].tolist(), 0.0]
-    if not all(a > b for a, b in zip(times, times[1:], strict=False)):
+    if not all(a > b for a, b in pairwise(times)):
         raise ValueError(
             f"learned step sizes {kappa.tolist()} give times {times}, which do not fall strictly from 1 to 0"
         )

@@ -16,6 +16,7 @@ import ast
 import lzma
 import re
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 SPLITS = {7: "validation", 22: "test"}  # chapter index modulo 30
@@ -33,7 +34,7 @@ def read_chapters() -> list[str]:
     for verse_id, start in verse_starts.items():  # verse ids are book * 10^6 + chapter * 10^3 + verse
         starts.setdefault(verse_id // 1000, start)
     bounds = [*sorted(starts.values()), len(text)]
-    return [clean(text[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [clean(text[a:b]) for a, b in pairwise(bounds)]
 
 
 def clean(text: str) -> str:

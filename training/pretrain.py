@@ -20,6 +20,7 @@ import shutil
 import time
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +49,8 @@ A masked diffusion model of English text, small enough for tests, examples and m
 - **Tokens**: byte-level BPE, {vocab_size} ids (the last is the mask), packed sequences of {sequence_length}.
 - **Data**: `corpus/`, made from the World English Bible (public domain; changed, hence not called by that name) by
   `training/prepare_corpus.py`. Of every 30 chapters one is kept for validation and one for test; no training saw them.
-- **Training**: {steps:,} steps of {train_batch_size} sequences, AdamW, learning rate {learning_rate}, {seconds:,} seconds on a CPU
-  that did other work meanwhile. One command: `accelerate launch training/pretrain.py --output_dir tiny-text
+- **Training**: {steps:,} steps of {train_batch_size} sequences, AdamW, learning rate {learning_rate}, {seconds:,} seconds on a
+  CPU that did other work meanwhile. One command: `accelerate launch training/pretrain.py --output_dir tiny-text
   --mixed_precision {mixed_precision} --max_train_steps {max_train_steps}`.
 - **Held-out bound** (validation, any order): {validation_nats_per_token:.3f} nats per token,
   {validation_bits_per_character:.3f} bits per character.
@@ -73,20 +74,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_blocks", type=int, default=5)
     parser.add_argument("--num_heads", type=int, default=4)
     # The optimisation
-    parser.add_argument("--max_train_steps", type=int, default=20_000)
+    parser.add_argument("--max_train_steps", type=int, default=11_000)
     parser.add_argument("--train_batch_size", type=int, default=32, help="Sequences per process and step.")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--lr_warmup_steps", type=int, default=200)
-    parser.add_argument("--lr_decay_share", type=float, default=0.4, help="Last share of the run with a falling rate.")
+    parser.add_argument("--lr_decay_share", type=float, default=0.6, help="Last share of the run with a falling rate.")
     parser.add_argument("--weight_decay", type=float, default=0.02)
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
     parser.add_argument("--ema_decay", type=float, default=0.999)
-    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     # The run
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--checkpoints_total_limit", type=int, default=2)
     parser.add_argument("--resume_from_checkpoint", default=None, help="A checkpoint folder, or `latest`.")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    counts = [
+        "max_train_steps",
+        "train_batch_size",
+        "lr_warmup_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+    ]
+    for name in counts:
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if not 0 < args.lr_decay_share <= 1:
+        parser.error(f"--lr_decay_share is {args.lr_decay_share}; allowed are numbers in (0, 1]")
+    return args
 
 
 def read_split(corpus_dir: Path | None, split: str) -> str:
@@ -96,7 +110,11 @@ def read_split(corpus_dir: Path | None, split: str) -> str:
 
 
 def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on the training split; the mask token takes the last id."""
+    """Byte-level BPE on the training split; the mask token takes the last id.
+
+    Raises:
+        ValueError: If the text has too few different pairs for so many tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -104,6 +122,10 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
     tokenizer.add_special_tokens([MASK_TOKEN])
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"`--vocab_size` is {vocab_size}, but this corpus makes {tokenizer.get_vocab_size()} tokens, the mask included"
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, mask_token=MASK_TOKEN, clean_up_tokenization_spaces=False
     )
@@ -111,6 +133,7 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
 
 def initialise(model: DDiTModel) -> None:
     """Residual branches and head start at zero: the first steps are then a unigram model, and none of them is lost."""
+    block: Any
     for block in model.blocks:
         nn.init.zeros_(block.attn_out.weight)
         nn.init.zeros_(block.mlp[2].weight)
@@ -191,9 +214,9 @@ def load_checkpoint(
         for name in average:
             average[name].copy_(state.get_tensor(f"average.{name}"))
         for name, parameter in model.named_parameters():
-            optimizer.state[parameter] = {
-                key: state.get_tensor(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            moments = {key: state.get_tensor(f"optimizer.{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+            optimizer.state[parameter]["step"] = state.get_tensor(f"optimizer.step.{name}")  # AdamW keeps it on the CPU
         return int(state.metadata()["step"]), float(state.metadata()["seconds"])
 
 
@@ -208,6 +231,10 @@ def main(argv: list[str] | None = None) -> None:
     stream = torch.tensor(tokenizer(train_text)["input_ids"])
     heldout_text = read_split(args.corpus_dir, "validation")
     heldout = torch.tensor(tokenizer(heldout_text)["input_ids"])
+    if min(len(stream), len(heldout)) <= args.sequence_length:
+        raise ValueError(
+            f"`--sequence_length` is {args.sequence_length}, but the splits have {len(stream)} and {len(heldout)} tokens"
+        )
     accelerator.print(f"{len(stream):,} training tokens, {len(heldout):,} held out")
 
     # Model
@@ -232,12 +259,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # Resume
     step, seconds = 0, 0.0
-    if args.resume_from_checkpoint:
-        known = checkpoints(args.output_dir)
-        path = Path(args.resume_from_checkpoint) if args.resume_from_checkpoint != "latest" else (known or [None])[-1]
-        if path is not None:
-            step, seconds = load_checkpoint(path, network, average, optimizer.optimizer)
-            accelerator.print(f"resumed from {path} at step {step}")
+    known = checkpoints(args.output_dir)
+    if args.resume_from_checkpoint and (known or args.resume_from_checkpoint != "latest"):
+        path = known[-1] if args.resume_from_checkpoint == "latest" else Path(args.resume_from_checkpoint)
+        step, seconds = load_checkpoint(path, network, average, optimizer.optimizer)
+        accelerator.print(f"resumed from {path} at step {step}")
 
     # Train
     began, running = time.time() - seconds, None
@@ -250,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
         clean, is_masked = clean.to(accelerator.device), is_masked.to(accelerator.device)
         noisy = clean.masked_fill(is_masked, args.vocab_size - 1)
         with accelerator.autocast():
-            logits = network.head(model(noisy, output_hidden_states=True).hidden_states[is_masked])
+            logits = model(noisy, positions=is_masked).logits
         loss = F.cross_entropy(logits.float(), clean[is_masked])
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -298,7 +324,8 @@ def save_pipeline(
     scheduler.register_to_config(information_curve=curve.to_config())
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    samples = pipe(num_samples=4, num_inference_steps=args.sequence_length, generator=generator).texts
+    steps = args.sequence_length
+    _, samples, _ = pipe(num_samples=4, num_inference_steps=steps, generator=generator, return_dict=False)
     pipe.to(torch.float16).save_pretrained(args.output_dir)
     (args.output_dir / "pretrain_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     quoted = "\n\n".join("> " + sample.replace("\n", " / ") for sample in samples)

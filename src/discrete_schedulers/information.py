@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class InformationCurve:
 
 @torch.no_grad()
 def information_curve(
-    denoiser: Callable[..., RowLogits],
+    denoiser: Callable[..., Any],
     data: Tensor,
     mask_token_id: int,
     num_levels: int | None = None,
@@ -310,7 +311,7 @@ def _levels(length: int, num_levels: int | None) -> list[int]:
 
 
 def _level_means(
-    denoiser: Callable[..., RowLogits], x_0: Tensor, rank: Tensor, levels: list[int], mask_token_id: int
+    denoiser: Callable[..., Any], x_0: Tensor, rank: Tensor, levels: list[int], mask_token_id: int
 ) -> Tensor:
     """Mean of -log p over the masked positions of each sequence at each level, float64 (B, levels)."""
     means = []

@@ -44,6 +44,19 @@ def survival(t: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
     raise ValueError(f"`noise_schedule` is {noise_schedule!r}; allowed: 'loglinear', 'linear', 'cosine', 'geometric'")
 
 
+def time_of_survival(alpha: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
+    """The time t in [0, 1] with alpha_t = alpha: the inverse of `survival`. Survivals that no time has give the nearest end."""
+    if noise_schedule == "loglinear":
+        t = (1 - alpha) / (1 - LOGLINEAR_EPS)
+    elif noise_schedule == "linear":
+        t = 1 - alpha
+    elif noise_schedule == "cosine":
+        t = 2 / math.pi * torch.asin((1 - alpha).clamp(0, 1))
+    else:
+        t = torch.log(-torch.log(alpha) / SIGMA_MIN) / math.log(SIGMA_MAX / SIGMA_MIN)
+    return torch.where(alpha >= 1, 0.0, t.clamp(0, 1))
+
+
 def survival_slope(t: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
     """d alpha / dt, negative."""
     if noise_schedule == "loglinear":
@@ -90,6 +103,12 @@ class Process(ABC):
     def alpha_slope(self, t: Tensor | float) -> Tensor:
         """d alpha / dt, negative, float64, shape as `alpha`."""
         return survival_slope(as_time(t, t.device if isinstance(t, Tensor) else "cpu"), self.noise_schedule)
+
+    def time_of_noise(self, share: Tensor) -> Tensor:
+        """The time at which a share of (1 - alpha_t) / (1 - alpha_1) of the noise at t = 1 is there, float64, in [0, 1]."""
+        share = share.double()
+        last = survival(torch.ones((), dtype=torch.float64), self.noise_schedule)
+        return torch.where(share >= 1, 1.0, time_of_survival(1 - share * (1 - last), self.noise_schedule))
 
     def total_noise(self, t: Tensor | float) -> Tensor:
         """sigma(t) = -log alpha_t, what SEDD-type networks take as their time input."""

@@ -204,8 +204,8 @@ def spread_subset(
     """Exactly `count` eligible positions of each row, far from what is known and from each other.
 
     Farthest-point sampling on the ring of positions (or the torus of a grid): each pick has the largest distance to all
-    positions that are not eligible or already picked, ties drawn uniformly. Starting with nothing known this is a van der
-    Corput sequence with random offset, so every position is equally likely at every rank.
+    positions that are not eligible or already picked; ties go by one random order of the positions. Starting with nothing
+    known every position is equally likely at every rank, and on a ring of 2^k positions each power of two is evenly spaced.
 
     Args:
         is_eligible (`torch.Tensor` of shape `(B, L)`): Bool.

@@ -125,7 +125,9 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             self.register_to_config(learned_for=copy.deepcopy(dict(config.learned_for)))
         if config.information_curve is not None:
             self.register_to_config(information_curve=[float(value) for value in config.information_curve])
-        elif config.grid == "optimal":
+        if config.grid == "optimal" and config.process != "absorbing":
+            raise ValueError("`grid='optimal'` is for the absorbing process: an information curve counts revealed tokens")
+        if config.grid == "optimal" and config.information_curve is None:
             raise ValueError("`grid='optimal'` needs `information_curve`: see discrete_schedulers.information_curve")
         if config.grid == "learned" and config.coefficients is None:
             raise ValueError("`grid='learned'` needs `coefficients` with a block 'times' for each step budget")
@@ -157,7 +159,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
     def time_grid(self, num_inference_steps: int) -> Tensor:
         """The grid of N + 1 times that the config asks for."""
         even = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
-        grid = self.config.grid
+        config, grid = self.config, self.config.grid
         if grid == "uniform":
             return even
         if grid == "cosine":  # MaskGIT, MD4: masked share cos(pi / 2 * k / N)
@@ -165,7 +167,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             times[-1] = 0.0
             return times
         if grid == "optimal":
-            return optimal_times(InformationCurve.from_config(self.config.information_curve), num_inference_steps)
+            masked_share = optimal_times(InformationCurve.from_config(config.information_curve), num_inference_steps)
+            return self.noise_process.time_of_noise(masked_share)
         return torch.tensor(self.learned("times", num_inference_steps), dtype=torch.float64)
 
     def learned(self, name: str, num_inference_steps: int) -> list[float]:

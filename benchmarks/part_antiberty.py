@@ -1,0 +1,159 @@
+"""Part `antiberty`: a published masked language model of antibodies that nobody here trained (package `antiberty` 0.1.3, MIT).
+
+A BERT with a masked-LM head *is* a denoiser for the absorbing process: [CLS], 120 masks, [SEP], special tokens never drawn. No
+antibody corpus is at hand, so data are the model's own samples of 120 steps, one token at a time. The bound of a sampler on
+these is then a distance to the model's own many-step law. The perplexity of samples is under that law too: exp of the model's bound with
+one random token per step, estimated at stratified levels. The optimal grid comes from the teacher's samples. bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM
+
+import language
+from discrete_schedulers import AncestralScheduler, DiscreteDiffusionPipeline, information_curve
+from discrete_schedulers.evaluation import distinct_n, unigram_entropy
+from store import Store, summary
+
+CLS, SEP, MASK, VOCAB = 2, 3, 4, 25
+SPECIAL = [0, 1, 2, 3]  # [PAD], [UNK], [CLS], [SEP]
+LETTERS = ".....ACDEFGHIKLMNPQRSTVWY"
+FULL = {
+    "length": 120,
+    "budgets": [4, 8, 16, 32, 64],
+    "heldout_sequences": 12,
+    "curve_levels": 40,
+    "samples": 8,  # for each seed, sampler, budget and temperature
+    "sample_budgets": [4, 8, 16, 32],
+    "sweep_budgets": [8],
+    "temperatures": [1.0, 0.9, 0.8],
+    "judge_levels": 6,
+    "teacher_steps": 1024,
+    "learning_samples": 8,
+}
+QUICK = FULL | {
+    "budgets": [4, 8],
+    "length": 24,
+    "heldout_sequences": 2,
+    "curve_levels": 4,
+    "samples": 2,
+    "sample_budgets": [4],
+    "temperatures": [1.2, 0.5],
+    "judge_levels": 2,
+    "teacher_steps": 16,
+    "learning_samples": 2,
+}
+
+
+def is_installed() -> bool:
+    """Whether the package is there, with its weights (later versions have none)."""
+    return find_spec("antiberty") is not None and (weights_folder() / "pytorch_model.bin").is_file()
+
+
+def weights_folder() -> Path:
+    """Where the package keeps the model; none of its code runs."""
+    return Path(find_spec("antiberty").submodule_search_locations[0]) / "trained_models" / "AntiBERTy_md_smooth"
+
+
+def load_pipeline() -> DiscreteDiffusionPipeline:
+    """AntiBERTy with an ancestral scheduler, no tokenizer; templates are ids."""
+    model = BertForMaskedLM(BertConfig(**json.loads((weights_folder() / "config.json").read_text())))
+    state = torch.load(weights_folder() / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    missing, _ = model.load_state_dict(state, strict=False)  # the rest: heads for species, chain and graft
+    if missing:
+        raise ValueError(f"the weights of AntiBERTy lack {missing}")
+    scheduler = AncestralScheduler(vocab_size=VOCAB, mask_token_id=MASK)
+    pipe = DiscreteDiffusionPipeline(model.eval(), scheduler, None, {"suppress_token_ids": SPECIAL, "max_length": 512})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def template(length: int) -> Tensor:
+    """[CLS], free places, [SEP], int64 (1, length + 2)."""
+    return torch.tensor([[CLS, *[-1] * length, SEP]])
+
+
+def letters(samples: Tensor) -> list[str]:
+    """Amino acids of token ids (n, L)."""
+    return ["".join(LETTERS[i] for i in row) for row in samples.tolist()]
+
+
+def ids(sequences: list[str]) -> Tensor:
+    """Token ids (n, L) of amino acids."""
+    return torch.tensor([[LETTERS.index(letter) for letter in row] for row in sequences])
+
+
+def any_order_nll(denoiser: Any, data: Tensor, num_levels: int, generator: torch.Generator) -> float:
+    """Mean over i = 0..L-1 of the cross-entropy of a masked token when i random others are known, nats per token.
+
+    With one token per step in random order this is the bound of `sampler_nll_bound`; here at `num_levels` stratified i.
+
+    Args:
+        denoiser (`Callable`): `denoiser(x_t, t, positions)` -> `RowLogits`.
+        data (`torch.Tensor` of shape `(n, L)`): Sequences.
+        num_levels (`int`): Levels for each sequence.
+        generator (`torch.Generator`): For levels and places.
+    """
+    count, length = data.shape
+    total = 0.0
+    for level in range(num_levels):
+        share = (level + torch.rand(count, 1, generator=generator)) / num_levels
+        revealed = (share * length).long().clamp(max=length - 1)  # float32 may round up to L
+        rank = torch.rand(count, length, generator=generator).argsort(1).argsort(1)
+        is_masked = rank >= revealed
+        rows = denoiser(data.masked_fill(is_masked, MASK), 1.0, is_masked).logits
+        nats = -rows.double().log_softmax(-1).gather(1, data[is_masked][:, None])[:, 0]
+        sums = torch.zeros(count, length, dtype=torch.float64).masked_scatter(is_masked, nats).sum(1)
+        total += float((sums / is_masked.sum(1)).mean())
+    return total / num_levels
+
+
+def run(folder: Path, seeds: list[int], quick: bool) -> Store | None:
+    """Compute what is missing of results/antiberty.json."""
+    if not is_installed():
+        print("antiberty: skipped, the package is missing (pip install --no-deps antiberty==0.1.3)")
+        return None
+    settings = {"seeds": seeds, "model": "antiberty==0.1.3", "precision": "bfloat16"} | (QUICK if quick else FULL)
+    store = Store(folder, "antiberty", settings)
+    if store.complete:
+        return store
+    pipe = load_pipeline().to(torch.bfloat16)
+    length = settings["length"]
+
+    def score(samples: Tensor, seed: int, steps: int, temperature: float) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            "entropy": float(unigram_entropy(samples).mean()),
+            "perplexity": math.exp(any_order_nll(subject.denoiser, samples, settings["judge_levels"], generator)),
+            "distinct_3": distinct_n(samples, 3),
+        }
+
+    subject = language.Subject("antiberty", pipe, template(length), score)
+    one_by_one = AncestralScheduler(**subject.base)
+    if store.get("heldout") is None:
+        print("antiberty: held-out data, one token a step", flush=True)
+        # seeds that no sampler uses
+        store.put(letters(subject.sample(one_by_one, length, 10**6, settings["heldout_sequences"])), "heldout")
+    if store.get("reference") is None:
+        print("antiberty: reference samples, one token a step", flush=True)
+        real = [score(subject.sample(one_by_one, length, seed, settings["samples"]), seed, 0, 1.0) for seed in seeds]
+        store.put({name: summary([item[name] for item in real]) for name in real[0]}, "reference")
+
+    def fit_curve(samples: list[Tensor]) -> list[float]:
+        levels = min(settings["curve_levels"], length)
+        generator = torch.Generator().manual_seed(0)
+        return information_curve(
+            subject.denoiser, torch.cat(samples), MASK, levels, generator, language.BATCH
+        ).to_config()
+
+    language.run(subject, store, ids(store.get("heldout")), fit_curve)
+    store.finish()
+    return store
