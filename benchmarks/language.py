@@ -5,10 +5,11 @@ it follows from the information curve of these sequences (`samplers.random_order
 `sampler_nll_bound` without its noise. The spread order and LSD on the log-score are measured with `sampler_nll_bound`. A seed
 draws other orders and, for LSD, other coefficients; the error bars are about these, not about the choice of sequences.
 
-Samples come from the pipeline, at temperature 1 and at those of the sweep. Perplexities of samplers are compared at one entropy:
+Samples come from the pipeline, at temperature 1 and at those of the sweep. Perplexities are compared at one entropy:
 
-    target    = unigram entropy of real data, moved into the range that all samplers reach in the sweep
-    perplexity: log perplexity, for each seed interpolated linearly in the entropy between the two temperatures around the target
+    target        the unigram entropy of real data, moved into the range that all samplers reach in the sweep
+    temperature   at which a sampler's entropy, the mean over seeds, is the target: linear between the sweep's neighbours
+    perplexity    at this temperature, its logarithm linear between the same neighbours, for each seed
 
 Samplers with equal plans are one sampler and share their numbers (`same_as`); the seeds of the samples are the same for all.
 """
@@ -22,13 +23,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from learning import learn
+from samplers import SAMPLERS, Plan, Sampler, plan_of, random_order_nll
+from store import Store, summary
 from torch import Tensor
 
 from discrete_schedulers import DiscreteDiffusionPipeline, DiscreteScheduler, RowLogits, information_curve
 from discrete_schedulers.evaluation import sampler_nll_bound
-from learning import learn
-from samplers import SAMPLERS, Plan, Sampler, plan_of, random_order_nll
-from store import Store, summary
 
 BATCH = 32  # sequences in one call of the network: larger batches leave the cache
 
@@ -71,7 +72,9 @@ class Subject:
 
     def denoiser(self, x_t: Tensor, t: Tensor | float, positions: Tensor) -> RowLogits:
         """The network as a function of the free places only."""
-        everywhere = torch.zeros(len(x_t), self.template.shape[1], dtype=torch.bool).masked_scatter(self.is_free, positions)
+        everywhere = torch.zeros(len(x_t), self.template.shape[1], dtype=torch.bool).masked_scatter(
+            self.is_free, positions
+        )
         return RowLogits(self.pipe.denoiser(self.framed(x_t), t, everywhere).logits, positions)
 
     def sample(self, scheduler: DiscreteScheduler, num_inference_steps: int, seed: int, num_samples: int) -> Tensor:
@@ -92,14 +95,14 @@ class Subject:
         return torch.cat(parts)
 
 
-def run(subject: Subject, store: Store, heldout: Tensor, fit_curve: Callable[[list[Tensor]], list[float]]) -> None:
+def run(subject: Subject, store: Store, heldout: Tensor) -> None:
     """Fill the store: coefficients, curves, one row for each sampler and budget, and perplexities at one entropy.
 
     Args:
         subject (`Subject`): The model.
-        store (`Store`): With the settings: see the parts.
+        store (`Store`): With the settings (see the parts) and "reference", the metrics of real data. Without
+            "information_curve" the one for the optimal grids is measured on the teachers' samples.
         heldout (`torch.Tensor` of shape `(n, L)`): Sequences for the bound.
-        fit_curve (`Callable`): Information curve for the optimal grids, from the teachers' samples of all seeds.
     """
     settings = store.get("settings")
     seeds, mask = settings["seeds"], subject.base["mask_token_id"]
@@ -108,16 +111,19 @@ def run(subject: Subject, store: Store, heldout: Tensor, fit_curve: Callable[[li
             print(f"{subject.part}: learning LSD, seed {seed}", flush=True)
             numbers = settings["learning_samples"], settings["teacher_steps"]
             learned, final = learn(subject.denoiser, subject.base, subject.length, settings["budgets"], seed, *numbers)
-            store.put(final.tolist(), "teacher_samples", str(seed))
+            if store.get("information_curve") is None:
+                store.put(final.tolist(), "teacher_samples", str(seed))
             store.put(learned, "coefficients", str(seed))
     learned = [store.get("coefficients", str(seed)) for seed in seeds]
+    levels = min(settings["curve_levels"], subject.length)
     if store.get("information_curve") is None:
-        store.put(fit_curve([torch.tensor(store.get("teacher_samples", str(seed))) for seed in seeds]), "information_curve")
+        fit = torch.cat([torch.tensor(store.get("teacher_samples", str(seed))) for seed in seeds])
+        curve = information_curve(subject.denoiser, fit, mask, levels, torch.Generator().manual_seed(0), BATCH)
+        store.put(curve.to_config(), "information_curve")
     for seed in seeds:
         if store.get("heldout_curves", str(seed)) is None:
             print(f"{subject.part}: information curve, seed {seed}", flush=True)
             generator = torch.Generator().manual_seed(seed)
-            levels = min(settings["curve_levels"], subject.length)
             curve = information_curve(subject.denoiser, heldout, mask, levels, generator, BATCH)
             store.put(curve.to_config(), "heldout_curves", str(seed))
     curves = [torch.tensor(store.get("heldout_curves", str(seed)), dtype=torch.float64) for seed in seeds]
@@ -183,42 +189,36 @@ def sample_metrics(
 
 
 def matched_entropy(samples: dict[str, dict[str, Any]], target: float) -> dict[str, Any]:
-    """Perplexity and temperature of each sampler at one entropy; the rule is in the module's docstring.
+    """Temperature and perplexity of each sampler at one entropy; the rule is in the module's docstring.
 
     Args:
         samples (`dict`): `{sampler: {temperature: {"entropy": summary, "perplexity": summary}}}`.
         target (`float`): Wanted entropy.
 
-    Raises:
-        ValueError: If no entropy is reached by all samplers.
+    Returns:
+        `dict`: `{"entropy": ..., "rows": {sampler: {"temperature": ..., "perplexity": summary}}}`; entropy `None` and no rows
+        where no entropy is reached by all samplers.
     """
-    curves = {}  # sampler -> for each seed its points (entropy, log perplexity, temperature), entropy rising
-    for name, by_temperature in samples.items():
-        columns = [
-            [(entropy, math.log(perplexity), float(temperature)) for entropy, perplexity in zip(*values, strict=True)]
-            for temperature, metrics in by_temperature.items()
-            for values in [(metrics["entropy"]["values"], metrics["perplexity"]["values"])]
+    curves = {}  # sampler -> (temperature, entropy, log perplexities of the seeds), temperature rising
+    for name, sweep in samples.items():
+        points = [
+            (float(t), item["entropy"]["mean"], [math.log(v) for v in item["perplexity"]["values"]])
+            for t, item in sweep.items()
         ]
-        curves[name] = [sorted(points) for points in zip(*columns, strict=True)]
-    lowest = max(points[0][0] for seeds in curves.values() for points in seeds)
-    highest = min(points[-1][0] for seeds in curves.values() for points in seeds)
+        curves[name] = sorted(points)
+    lowest = max(min(entropy for _, entropy, _ in points) for points in curves.values())
+    highest = min(max(entropy for _, entropy, _ in points) for points in curves.values())
     if lowest > highest:
-        raise ValueError(f"no entropy is reached by all samplers ({lowest} > {highest}): widen the sweep of temperatures")
+        return {"entropy": None, "rows": {}}
     entropy = min(max(target, lowest), highest)
-    rows = {}
-    for name, seeds in curves.items():
-        found = [interpolate(points, entropy) for points in seeds]
-        rows[name] = {
-            "perplexity": summary([math.exp(log_perplexity) for log_perplexity, _ in found]),
-            "temperature": summary([temperature for _, temperature in found]),
-        }
-    return {"entropy": entropy, "rows": rows}
+    return {"entropy": entropy, "rows": {name: at_entropy(points, entropy) for name, points in curves.items()}}
 
 
-def interpolate(points: list[tuple[float, float, float]], entropy: float) -> tuple[float, float]:
-    """Log perplexity and temperature at an entropy within the range of the points, linear between neighbours."""
-    for left, right in pairwise(points):
-        if left[0] <= entropy <= right[0]:
-            share = (entropy - left[0]) / (right[0] - left[0]) if right[0] > left[0] else 0.0
-            return left[1] + share * (right[1] - left[1]), left[2] + share * (right[2] - left[2])
-    raise ValueError(f"entropy {entropy} is outside the range of the points: {points}")
+def at_entropy(points: list[tuple[float, float, list[float]]], entropy: float) -> dict[str, Any]:
+    """Temperature and perplexity at an entropy within the range of the points; of several temperatures the highest."""
+    for low, high in reversed(list(pairwise(points))):
+        if min(low[1], high[1]) <= entropy <= max(low[1], high[1]):
+            share = (entropy - low[1]) / (high[1] - low[1]) if high[1] != low[1] else 1.0
+            values = [math.exp(a + share * (b - a)) for a, b in zip(low[2], high[2], strict=True)]
+            return {"temperature": low[0] + share * (high[0] - low[0]), "perplexity": summary(values)}
+    raise ValueError(f"`entropy` {entropy} is outside the range of the points: {points}")

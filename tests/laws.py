@@ -97,7 +97,8 @@ def random_denoiser(vocab_size: int, seed: int = 0) -> ExactDenoiser:
         code = torch.zeros(len(x_t), dtype=torch.int64)
         for column in x_t.unbind(1):
             code = (code * 48271 + column + 1) % modulus
-        h = (code[:, None, None] + 69621 * torch.arange(x_t.shape[1])[:, None] + 16807 * torch.arange(vocab_size)) % modulus
+        place = 69621 * torch.arange(x_t.shape[1])[:, None] + 16807 * torch.arange(vocab_size)  # (L, V)
+        h = (code[:, None, None] + place) % modulus
         for _ in range(4):
             h = (h * 48271 + seed + 12345) % modulus
             h = h ^ (h >> 11)
@@ -133,7 +134,8 @@ def spread_subset_law(eligible: Iterable[int], count: int, grid_shape: tuple[int
         chosen: list[int] = []
         for _ in range(count):
             free = [i for i in order if i not in chosen]
-            chosen.append(max(free, key=lambda i: min((gap[i, j] for j in known + chosen), default=0)))  # the first best
+            first_best = max(free, key=lambda i: min((gap[i, j] for j in known + chosen), default=0))
+            chosen.append(first_best)
         law[frozenset(chosen)] += 1 / math.factorial(len(eligible))
     return dict(law)
 

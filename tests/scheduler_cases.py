@@ -56,7 +56,9 @@ CASES = [
     SchedulerCase("ancestral-cosine", A, {"noise_schedule": "cosine"}),
     SchedulerCase("ancestral-geometric", A, {"noise_schedule": "geometric"}),
     SchedulerCase("ancestral-spread", A, {"order": "spread"}),
-    SchedulerCase("ancestral-spread-optimal", A, {"order": "spread", "grid": "optimal", "information_curve": INFORMATION_CURVE}),
+    SchedulerCase(
+        "ancestral-spread-optimal", A, {"order": "spread", "grid": "optimal", "information_curve": INFORMATION_CURVE}
+    ),
     SchedulerCase("ancestral-grid-cosine", A, {"grid": "cosine"}),
     SchedulerCase("ancestral-grid-optimal", A, {"grid": "optimal", "information_curve": INFORMATION_CURVE}),
     SchedulerCase("ancestral-grid-learned", A, {"grid": "learned", "coefficients": TIMES}),

@@ -10,10 +10,12 @@ import random
 import sys
 from pathlib import Path
 
+import laws
 import pytest
 import torch
 
 import discrete_schedulers
+from discrete_schedulers import AncestralScheduler, LSDScheduler
 from discrete_schedulers.evaluation import (
     CausalLMJudge,
     NgramJudge,
@@ -24,6 +26,7 @@ from discrete_schedulers.evaluation import (
     mean_and_error,
     perplexity,
     repetition,
+    sampler_nll_bound,
     self_bleu,
     total_variation,
     unigram_entropy,
@@ -409,3 +412,53 @@ class TestMeanAndError:
     def test_errors(self, values):
         with pytest.raises(ValueError, match=rf"at least 2 numbers .* got {len(values)}"):
             mean_and_error(values)
+
+
+class TestSamplerNllBound:
+    """With exact conditionals and one token per step every order gives -log p(x_0) itself, by the chain rule."""
+
+    @staticmethod
+    def problem(**arguments):
+        joint = laws.random_joint(2, 4)
+        scheduler = AncestralScheduler(3, 2, **arguments)
+        return joint, laws.exact_denoiser(joint, scheduler.noise_process), scheduler
+
+    @pytest.mark.parametrize("order", ["random", "spread"])
+    def test_one_token_per_step_is_exact(self, order):
+        joint, denoiser, scheduler = self.problem(order=order)
+        bounds = sampler_nll_bound(denoiser, scheduler, joint.states, 4, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(bounds, -joint.p.log() / 4)
+
+    @pytest.mark.parametrize("frozen", [[True, False, False, True], [False, True, False, False]])
+    def test_frozen_positions_are_given(self, frozen):
+        joint, denoiser, scheduler = self.problem()
+        given = torch.tensor(frozen)
+        steps = int((~given).sum())
+        bounds = sampler_nll_bound(
+            denoiser, scheduler, joint.states, steps, torch.Generator().manual_seed(0), frozen=given
+        )
+        same = (joint.states[:, None] == joint.states)[..., given].all(-1).double()  # rows that agree on what is given
+        torch.testing.assert_close(bounds, -(joint.p / (same @ joint.p)).log() / steps)
+
+    def test_frozen_positions_with_openings_that_depend_on_the_logits(self):
+        joint, denoiser, _ = self.problem()
+        scheduler = LSDScheduler(3, 2, scale="log_score", coefficients={"2": {"scale": [1.3, 1.0]}})
+        given = torch.tensor([True, True, True, False])  # one free token: any bound is exact but for the first step's power
+        bounds = sampler_nll_bound(
+            denoiser, scheduler, joint.states, 2, torch.Generator().manual_seed(0), frozen=given
+        )
+        pair = joint.p.view(8, 2)
+        p = pair / pair.sum(1, keepdim=True)
+        powered = p**1.3 / (p**1.3).sum(1, keepdim=True)
+        expected = torch.stack([-p.log().flatten(), -powered.log().flatten()])
+        gap = (bounds - expected).abs().min(0).values  # opened in the first step or in the last
+        assert gap.max() < 1e-12
+        assert ((bounds - expected[1]).abs() < 1e-12).any()
+
+    @pytest.mark.parametrize(
+        "frozen", [torch.ones(4, dtype=torch.bool), torch.zeros(3, dtype=torch.bool), torch.zeros(4)]
+    )
+    def test_frozen_is_checked(self, frozen):
+        joint, denoiser, scheduler = self.problem()
+        with pytest.raises(ValueError, match="`frozen`"):
+            sampler_nll_bound(denoiser, scheduler, joint.states, 2, frozen=frozen)

@@ -111,7 +111,7 @@ def test_tokens_of_an_ancestral_step_follow_a_zipf_law(num_draws: int) -> None:
     expected = float((weight * -torch.xlogy(few / opened, few / opened)).sum())
     common = law[:-1][~rare]
     expected += entropy(common) - float(((1 - common) / (2 * opened)).sum())  # second order in 1 / n
-    assert abs(entropy(counts / opened) - expected) < 0.02
+    assert abs(entropy(counts / opened) - expected) < max(0.02, 3 * spread)  # 0.02 nats with 100,000 draws
 
 
 def test_entropy_of_the_inversion_is_that_of_the_law() -> None:
@@ -144,7 +144,8 @@ def test_categorical_small_law_by_chi_square() -> None:
 
 def test_probability_0_is_never_drawn() -> None:
     logits = torch.tensor([-math.inf, 0.3, -math.inf, -2.0, -math.inf, -math.inf])
-    u = torch.cat([torch.tensor([0.0, LAST_U], dtype=torch.float64), torch.rand(1000, dtype=torch.float64, generator=seeded())])
+    u = torch.rand(1000, dtype=torch.float64, generator=seeded())
+    u[:2] = torch.tensor([0.0, LAST_U], dtype=torch.float64)
     drawn = categorical(logits.expand(len(u), -1), u)
     assert set(drawn.tolist()) == {1, 3}
     assert drawn[0] == 1
@@ -384,7 +385,7 @@ def test_spread_of_a_power_of_two_is_even() -> None:
 
 
 @pytest.mark.parametrize(("length", "grid_shape"), [(7, None), (8, None), (12, (3, 4))])
-def test_spread_takes_every_position_equally_often_at_every_rank(length: int, grid_shape: tuple[int, int] | None) -> None:
+def test_spread_takes_every_position_at_every_rank(length: int, grid_shape: tuple[int, int] | None) -> None:
     """The pick of rank k is what k + 1 picks have and k picks do not, with the same noise."""
     num_rows = 3000
     is_eligible = torch.ones(num_rows, length, dtype=torch.bool)
@@ -450,9 +451,8 @@ def test_distances_are_those_of_brute_force(grid_shape: tuple[int, int]) -> None
 @given(rows=st.lists(st.booleans(), min_size=1, max_size=20))
 def test_nearest_on_ring_is_brute_force(rows: list[bool]) -> None:
     size = len(rows)
-    expected = [
-        min((min((i - j) % size, (j - i) % size) for j in range(size) if rows[j]), default=2 * size) for i in range(size)
-    ]
+    sources = [j for j in range(size) if rows[j]]
+    expected = [min((min((i - j) % size, (j - i) % size) for j in sources), default=2 * size) for i in range(size)]
     assert nearest_on_ring(torch.tensor([rows])).tolist() == [expected]
 
 

@@ -33,6 +33,7 @@ from scheduler_cases import BUDGETS, CASES, INFORMATION_CURVE, SCALE, SCALE_AND_
 from torch import Tensor
 
 from discrete_schedulers import (
+    AbsorbingProcess,
     AncestralScheduler,
     DiscreteScheduler,
     DiscreteSchedulerOutput,
@@ -99,7 +100,8 @@ def test_draws_of_a_step_follow_its_law(case: SchedulerCase) -> None:
     scheduler, denoiser = case.build(width), random_denoiser(width, seed=1)
     scheduler.set_timesteps(3)
     noise = width - 1
-    for index, start in [(0, [noise, noise, noise]), (1, [noise, 1, noise]), (1, [noise, noise, noise]), (2, [0, noise, 1])]:
+    starts = [(0, [noise] * 3), (1, [noise, 1, noise]), (1, [noise] * 3), (2, [0, noise, 1])]
+    for index, start in starts:
         x = torch.tensor([start]).expand(batch, LENGTH)
         drawn = scheduler.step(denoiser(x, 1.0), index, x, generator=seeded(index)).prev_sample
         law = step_matrix(scheduler, denoiser, index, LENGTH)[state_index(x[:1], width)][0]
@@ -129,7 +131,7 @@ def test_spread_order_follows_its_law(length: int, grid_shape: list[int] | None)
     counts = torch.bincount(state_index(run(scheduler, denoiser, 3, x, seeded(8)), 3), minlength=3**length)
     assert chi_square_z(counts, law) < 4.5
     other = run_law(NAMED["ancestral"].build(3), denoiser, 3, length)
-    assert chi_square_z(counts, other) > 4.5  # the random order has another law
+    assert total_variation(law, other) > 0.01  # the random order has another law
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.is_absorbing], ids=lambda case: case.name)
@@ -208,19 +210,28 @@ def test_order_of_convergence(case: SchedulerCase) -> None:
     assert error[0] > 1e-3  # there is something to fall
     for slope in np.diff(np.log2(error)):
         assert slope == pytest.approx(-scheduler.order, abs=0.15)
-    assert np.log2(kl(joint.p, laws[2]) / kl(joint.p, laws[1])) == pytest.approx(-2 * scheduler.order, abs=0.35)
+    assert -2.1 * scheduler.order < np.log2(kl(joint.p, laws[2]) / kl(joint.p, laws[1])) < -1.5 * scheduler.order
 
 
-@pytest.mark.parametrize("case", FIRST_ORDER, ids=lambda case: case.name)
-def test_kl_of_the_path_falls_as_1_over_n(case: SchedulerCase) -> None:
-    """The KL of whole paths, which theory bounds (O(T / N) for first order), and which bounds that of the samples."""
-    if not case.is_absorbing and case.cls is not AncestralScheduler:
-        pytest.skip("Poisson and Euler steps leave no probability to stay where the rate is infinite")
-    if case.kwargs.get("noise_schedule") == "geometric":
-        pytest.skip("the process jumps at time 0, where every step size is large")
-    noise_schedule = "cosine" if case.kwargs.get("noise_schedule") == "cosine" else "linear"  # alpha_1 = 0
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ancestral-bernoulli",
+        "ancestral-bernoulli-cosine",
+        "ancestral-uniform",
+        "ancestral-uniform-cosine",
+        "euler",
+        "tau-leaping",
+        "tau-leaping-reject",
+    ],
+)
+def test_kl_of_the_path_falls_as_1_over_n(name: str) -> None:
+    """The KL of whole paths, which theory bounds (O(T / N) for first order), and which bounds that of the samples. Needs
+    alpha_1 = 0, and a step that can do all that the process can (not so: leaps of the uniform process at its infinite
+    rate at t = 1, Euler steps of cosine noise at its zero hazard there)."""
+    case = NAMED[name]
     joint = random_joint(TOKENS, LENGTH, seed=12)
-    scheduler = case.build(num_states(case), noise_schedule=noise_schedule)
+    scheduler = case.build(num_states(case), **{"noise_schedule": "linear"} | case.kwargs)
     denoiser = exact_denoiser(joint, scheduler.noise_process)
     path = [path_kl(scheduler, denoiser, n, joint) for n in (16, 32, 64)]
     for slope in np.diff(np.log2(path)):
@@ -385,8 +396,16 @@ def test_grids_by_hand() -> None:
     assert times() == [1, 0.75, 0.5, 0.25, 0]
     assert times(grid="cosine") == pytest.approx([math.cos(math.pi / 8 * k) for k in range(4)] + [0], abs=1e-15)
     curve = InformationCurve.from_config(INFORMATION_CURVE)
-    assert times(grid="optimal", information_curve=INFORMATION_CURVE) == optimal_times(curve, 4).tolist()
-    assert times(grid="optimal", information_curve=INFORMATION_CURVE)[1] > 0.75  # it goes slowly where the curve is steep
+    share = optimal_times(curve, 4)
+    assert share[1] > 0.75  # it goes slowly where the curve is steep
+    for noise_schedule in ("loglinear", "linear", "cosine"):
+        optimal = torch.tensor(
+            times(grid="optimal", information_curve=INFORMATION_CURVE, noise_schedule=noise_schedule),
+            dtype=torch.float64,
+        )
+        process = AbsorbingProcess(5, 4, noise_schedule)
+        reached = torch.stack([(1 - process.alpha(t)) / (1 - process.alpha(1.0)) for t in optimal])  # share of masks
+        torch.testing.assert_close(reached, share, rtol=0, atol=1e-12)
     assert times(grid="learned", coefficients=TIMES) == TIMES["4"]["times"]
 
 
@@ -461,7 +480,8 @@ def test_diffusers_interface() -> None:
     assert scheduler.scale_model_input(x, 1.0) is x
     assert scheduler.init_noise_sigma == 1.0
     assert scheduler.sample_prior((2, 3)).tolist() == [[4] * 3] * 2
-    assert AncestralScheduler(vocab_size=5, process="uniform").sample_prior((50, 3), seeded()).unique().tolist() == [0, 1, 2, 3, 4]
+    uniform = AncestralScheduler(vocab_size=5, process="uniform")
+    assert uniform.sample_prior((50, 3), seeded()).unique().tolist() == list(range(5))
 
 
 @pytest.mark.parametrize("process", ["absorbing", "uniform"])
@@ -593,7 +613,7 @@ def test_rest_of_the_base_keeps_its_signatures() -> None:
 def test_steps_that_are_no_number_are_refused(case: SchedulerCase) -> None:
     scheduler = case.build(7)
     for bad in (0, -3, 2.0, "8", None, True):
-        with pytest.raises(ValueError, match="`num_inference_steps` is .*integer of at least 1"):
+        with pytest.raises(ValueError, match=r"`num_inference_steps` is .*integer of at least 1"):
             scheduler.set_timesteps(bad)
 
 
@@ -604,10 +624,10 @@ def test_times_that_are_no_step_are_refused(case: SchedulerCase) -> None:
     x = partly_known(case, 2, 4, 7)
     logits = random_denoiser(7)(x, 1.0)
     for bad in (0.123, 0.0, math.nan, -1.0):
-        with pytest.raises(ValueError, match="`timestep` is .*not in `timesteps`"):
+        with pytest.raises(ValueError, match=r"`timestep` is .*not in `timesteps`"):
             scheduler.step(logits, bad, x)
     for bad in (3, -1, 1000):
-        with pytest.raises(ValueError, match="`timestep` is step index .*allowed are 0 to 2"):
+        with pytest.raises(ValueError, match=r"`timestep` is step index .*allowed are 0 to 2"):
             scheduler.step(logits, bad, x)
 
 
@@ -617,19 +637,19 @@ def test_shapes_and_ids_that_do_not_fit_are_refused(case: SchedulerCase) -> None
     x = partly_known(case, 2, 4, 7)
     logits = random_denoiser(7)(x, 1.0)
     for bad in (logits[..., :-1], logits[:, :-1], logits[:1], logits[0]):
-        with pytest.raises(ValueError, match="`model_output` has shape .* is needed"):
+        with pytest.raises(ValueError, match=r"`model_output` has shape .* is needed"):
             scheduler.step(bad, 0, x)
     for bad in (x.int(), x[0], x.double()):
-        with pytest.raises(ValueError, match="`sample` is .* must be int64"):
+        with pytest.raises(ValueError, match=r"`sample` is .* must be int64"):
             scheduler.step(logits, 0, bad)
     for bad_id in (-1, 7):
-        with pytest.raises(ValueError, match="`sample` has ids from .* allowed are 0 to 6"):
+        with pytest.raises(ValueError, match=r"`sample` has ids from .* allowed are 0 to 6"):
             scheduler.step(logits, 0, torch.full_like(x, bad_id))
     chosen = torch.ones_like(x, dtype=torch.bool)
     with pytest.raises(ValueError, match="`model_output` has shape"):
         scheduler.step(RowLogits(logits[chosen][:-1], chosen), 0, x)
     with pytest.raises(ValueError, match=r"`model_output.positions` has shape \(1, 4\), but `sample` has \(2, 4\)"):
-        scheduler.step(RowLogits(logits[chosen[:1]], chosen[:1]) if False else RowLogits(logits[0], chosen[:1]), 0, x)
+        scheduler.step(RowLogits(logits[0], chosen[:1]), 0, x)
 
 
 @every_case
@@ -668,6 +688,10 @@ def test_one_generator_for_each_row(case: SchedulerCase) -> None:
         ({"mask_token_id": 5}, r"`mask_token_id` is 5; an absorbing process needs one in \[0, 5\)"),
         ({"process": "uniform"}, "`mask_token_id` must be None for the uniform process"),
         ({"grid": "optimal"}, "`grid='optimal'` needs `information_curve`"),
+        (
+            {"grid": "optimal", "process": "uniform", "mask_token_id": None},
+            "`grid='optimal'` is for the absorbing process",
+        ),
         ({"grid": "learned"}, "`grid='learned'` needs `coefficients`"),
         ({"coefficients": {"2": {"scale": [1.0]}}}, "`coefficients` for 2 steps: 'scale' has 1 values, needs 2"),
         ({"coefficients": {"2": {"times": [1.0, 0.0]}}}, "'times' has 2 values, needs 3"),
@@ -698,10 +722,12 @@ def test_arguments_that_are_refused(cls: type[DiscreteScheduler], kwargs: dict[s
         (AncestralScheduler, {"draw": "one_stage_1e-6"}, "needs `unmasking='bernoulli'`"),
         (TauLeapingScheduler, {"jumps": "all"}, "`jumps` is 'all'; allowed: 'first', 'reject'"),
         (LSDScheduler, {"scale": "logits"}, "`scale` is 'logits'; allowed: 'score', 'log_score'"),
-        (LSDScheduler, {"coefficients": {"2": {"scale": [1.0, -0.1]}}}, "'scale' multiplies a rate, it cannot be negative"),
+        (LSDScheduler, {"coefficients": {"2": {"scale": [1.0, -0.1]}}}, "'scale' .* cannot be negative"),
     ],
 )
-def test_arguments_of_one_class_that_are_refused(cls: type[DiscreteScheduler], kwargs: dict[str, Any], message: str) -> None:
+def test_arguments_of_one_class_that_are_refused(
+    cls: type[DiscreteScheduler], kwargs: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         cls(vocab_size=5, mask_token_id=4, **kwargs)
 
@@ -743,7 +769,7 @@ def test_euler_is_ancestral_for_absorbing_loglinear_noise(noise_schedule: str, s
     for index in range(num_steps):
         laws = [scheduler.transition(logits, index, x) for scheduler in (euler, ancestral)]
         torch.testing.assert_close(laws[0], laws[1], rtol=0, atol=1e-10)
-        drawn = [scheduler.step(logits, index, x, generator=seeded(index)).prev_sample for scheduler in (euler, ancestral)]
+        drawn = [one.step(logits, index, x, generator=seeded(index)).prev_sample for one in (euler, ancestral)]
         assert torch.equal(drawn[0], drawn[1])
 
 
@@ -767,7 +793,9 @@ def clean(logits: Tensor, mask_token_id: int | None) -> Tensor:
     return logits.softmax(-1)
 
 
-def expected_jumps(scheduler: DiscreteScheduler, x: Tensor, logits: Tensor, index: int, score_power: float = 1.0) -> Tensor:
+def expected_jumps(
+    scheduler: DiscreteScheduler, x: Tensor, logits: Tensor, index: int, score_power: float = 1.0
+) -> Tensor:
     """(t - s) Q_t(v, x) s(v)^power, from the score itself, (B, L, V), 0 at x."""
     process, V = scheduler.noise_process, scheduler.config.vocab_size
     t, s = scheduler.times[index], scheduler.times[index + 1]
@@ -893,14 +921,15 @@ def test_a_scaled_score_is_another_grid_for_a_network_without_time(noise_schedul
 
 
 def test_a_scaled_score_leaves_the_tokens_law_alone() -> None:
-    plain, scaled = LSDScheduler(vocab_size=7, mask_token_id=6), LSDScheduler(vocab_size=7, mask_token_id=6, coefficients=SCALE)
+    plain, scaled = NAMED["lsd-untrained"].build(7), NAMED["lsd"].build(7)
     masks = torch.full((2, 5), 6)
     logits = random_denoiser(7)(masks, 1.0)
     for scheduler in (plain, scaled):
         scheduler.set_timesteps(7)
     for index in range(7):
-        law, base = (scheduler.transition(logits, index, masks)[..., :6] for scheduler in (scaled, plain))
-        torch.testing.assert_close(law / law.sum(-1, keepdim=True), base / base.sum(-1, keepdim=True), rtol=0, atol=1e-13)
+        laws = [scheduler.transition(logits, index, masks)[..., :6] for scheduler in (scaled, plain)]
+        tokens = [law / law.sum(-1, keepdim=True) for law in laws]
+        torch.testing.assert_close(tokens[0], tokens[1], rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.5, 0.85, 1.0, 1.15, 2.0])

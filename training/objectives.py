@@ -280,34 +280,44 @@ def literal_kappa_gradient(
     return own - target / teacher_steps / kappa
 
 
-def repaired_step_sizes(process: AbsorbingProcess, opened: Tensor, weights: Tensor, iterations: int = 2000) -> Tensor:
-    """Step sizes kappa (M,), positive with sum 1, from the teacher's openings in each interval.
+def repaired_step_sizes(process: AbsorbingProcess, opened: Tensor, weights: Tensor) -> Tensor:
+    """Step sizes kappa (M,), positive with sum 1, that open as much in each interval as the teacher does.
 
-        min over softmax logits of  sum_k [ w_k kappa_k h_k - a_k log(kappa_k h_k) ],   h_k = hazard(tau_k), not differentiated
+        min over kappa = softmax(logits) of  sum_k [ w_k r_k - a_k log r_k ],      r_k = kappa_k hazard(tau_k)
 
-    the generalised KL of openings: where the constraint allows, kappa_k h_k = a_k / w_k, the teacher's chance to open.
+    the generalised KL of openings, smallest where r_k = a_k / w_k, the teacher's chance to open. tau_k is the time before the
+    step and is differentiated too: with a constant hazard there, a grid that runs ahead would make its later steps look too
+    large, shrink them, and run further ahead, until one step is all.
 
     Args:
-        process (`AbsorbingProcess`): Gives the hazard.
+        process (`AbsorbingProcess`): Gives the hazard. Log-linear or linear noise: with cosine and geometric noise it is 0 at
+            t = 1, and no first step opens anything.
         opened (`torch.Tensor` of shape `(M,)`): a_k, openings from t_k to t_{k+1}: sum_j masked_j hazard(t_j) / N.
         weights (`torch.Tensor` of shape `(M,)`): w_k, rows masked at t_k.
-        iterations (`int`, defaults to 2000): Steps of Adam on M numbers.
 
     Returns:
         `torch.Tensor` of shape `(M,)`: Float64.
+
+    Raises:
+        ValueError: If the hazard is 0 at t = 1.
     """
+    if process.noise_schedule not in ("loglinear", "linear"):
+        raise ValueError(f"`--repaired` is for loglinear and linear noise; the model has {process.noise_schedule!r}")
     logits = torch.zeros(len(opened), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=0.02)
-    lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    for _ in range(iterations):
-        kappa = logits.softmax(0)
-        tau = (1 - kappa.detach().cumsum(0) + kappa.detach()).clamp(min=1e-9, max=1.0)  # time before each step
-        hazard = process.hazard(tau.reshape(-1)).reshape(-1)
-        loss = (weights * kappa * hazard - opened * kappa.log()).sum() / weights.sum()
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        lr_scheduler.step()
+        kappa = logits.softmax(0)
+        tau = kappa.flip(0).cumsum(0).flip(0).clamp(max=1.0)  # what is left of the time before each step
+        opening = kappa * process.hazard(tau).reshape(-1)
+        value = (weights * opening - opened * opening.log()).sum() / weights.sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
     return logits.detach().softmax(0)
 
 

@@ -359,6 +359,7 @@ def sampler_nll_bound(
     num_inference_steps: int,
     generator: Generators = None,
     batch_size: int = 64,
+    frozen: Tensor | None = None,
 ) -> Tensor:
     """Bound on -log p(x_0) under the *sampler*, in nats per token, for an absorbing scheduler with its own grid and order.
 
@@ -376,20 +377,27 @@ def sampler_nll_bound(
         num_inference_steps (`int`): Model calls N of the sampler.
         generator (`torch.Generator` or list, *optional*): For the choices of positions.
         batch_size (`int`, defaults to 64): Sequences in one call.
+        frozen (`torch.Tensor` of shape `(L,)`, *optional*): Bool; positions whose tokens the sampler is given, such as a prompt
+            or start and end tokens. The bound is then on -log p(the others | these), per token of the others.
 
     Returns:
         `torch.Tensor` of shape `(n,)`: One bound for each sequence, float64.
 
     Raises:
-        ValueError: If masks are left after the last step, or the scheduler has no mask.
+        ValueError: If masks are left after the last step, the scheduler has no mask, or `frozen` is not bool (L,) with an entry
+            that is false.
     """
     mask = scheduler.config.mask_token_id
     if mask is None:
         raise ValueError("`scheduler` has no mask: this bound is for absorbing processes")
+    if frozen is None:
+        frozen = torch.zeros(data.shape[1], dtype=torch.bool, device=data.device)
+    if frozen.shape != data.shape[1:] or frozen.dtype != torch.bool or frozen.all():
+        raise ValueError(f"`frozen` must be bool {tuple(data.shape[1:])} and not all true, got {frozen.tolist()}")
     scheduler.set_timesteps(num_inference_steps)
     bounds = []
     for x_0 in data.split(batch_size):
-        x_t, total = torch.full_like(x_0, mask), torch.zeros(len(x_0), dtype=torch.float64, device=data.device)
+        x_t, total = torch.where(frozen, x_0, mask), torch.zeros(len(x_0), dtype=torch.float64, device=data.device)
         for t in scheduler.timesteps:
             chosen = scheduler.positions(t, x_t, generator)
             if chosen is None:
@@ -406,5 +414,5 @@ def sampler_nll_bound(
             x_t = torch.where(chosen, x_0, x_t)
         if (x_t == mask).any():
             raise ValueError("`scheduler` leaves masks after its last step")
-        bounds.append(total / x_0.shape[1])
+        bounds.append(total / (~frozen).sum())
     return torch.cat(bounds)

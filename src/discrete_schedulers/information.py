@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from discrete_schedulers.sampling import Generators, RowLogits, uniforms
+from discrete_schedulers.sampling import Generators, uniforms
 
 _ROWS_IN_FLOAT64 = 256  # rows of logits held in float64 at a time: 100 MB at V = 50,000
 _EVENNESS = 1e-9  # share of the curve's range that breaks ties between optimal counts

@@ -63,6 +63,14 @@ def uniforms(
     return torch.stack(rows)
 
 
+def check_finite(total: Tensor) -> None:
+    """Raises `ValueError` if the total weight of a row is NaN or infinite."""
+    bad = int((~torch.isfinite(total)).sum())
+    if bad:
+        rows = total.numel()
+        raise ValueError(f"`model_output` has NaN, +inf or no finite entry in {bad} of {rows} rows to draw from")
+
+
 def categorical(logits: Tensor, u: Tensor) -> Tensor:
     """Exact draw from softmax(logits) by inversion in float64.
 
@@ -80,9 +88,7 @@ def categorical(logits: Tensor, u: Tensor) -> Tensor:
     weights = (weights - weights.amax(-1, keepdim=True)).exp_()  # (R, V), largest 1: cannot overflow
     cumulative = weights.cumsum_(-1)
     total = cumulative[:, -1:]
-    if not torch.isfinite(total).all():
-        bad = int((~torch.isfinite(total)).sum())
-        raise ValueError(f"`model_output` has NaN, +inf or no finite entry in {bad} of {len(logits)} rows to draw from")
+    check_finite(total)
     # `right=True` finds the first entry *above* the target, so a state of weight 0 is passed over.
     return torch.searchsorted(cumulative, u[:, None] * total, right=True).squeeze(-1)
 
@@ -115,6 +121,7 @@ def draw_states(law: Tensor, generator: Generators, draw: Draw = "exact") -> Ten
     if draw == "exact":
         everywhere = torch.ones(law.shape[:2], dtype=torch.bool, device=law.device)
         return draw_tokens(RowLogits(law.double().log().flatten(0, 1), everywhere), generator).view(law.shape[:2])
+    check_finite(law.sum(-1))
     noise = uniforms(tuple(law.shape), generator, law.device, torch.float32)
     return one_stage(law, noise, draw)
 
@@ -251,13 +258,12 @@ def torus_distance(is_source: Tensor) -> Tensor:
     in a row without one. Separable: along the width first, then the smallest sum over the height."""
     _, height, width = is_source.shape
     along = nearest_on_ring(is_source).double() ** 2  # (B, H, W)
-    along = torch.where(
-        is_source.any(-1, keepdim=True), along, float(height**2 + width**2)
-    )  # farther than any distance
+    farther_than_all = float(height**2 + width**2)
+    along = torch.where(is_source.any(-1, keepdim=True), along, farther_than_all)
     step = torch.arange(height, device=is_source.device)
     across = ring(step[:, None] - step[None, :], height).double() ** 2  # (H, H)
     distance = (along[:, None] + across[None, :, :, None]).amin(2)
-    return distance.clamp(max=float(height**2 + width**2))
+    return distance.clamp(max=farther_than_all)
 
 
 def nearest_on_ring(is_source: Tensor) -> Tensor:

@@ -69,9 +69,9 @@ class AncestralScheduler(DiscreteScheduler):
         learned_for: dict | None = None,
         information_curve: list[float] | None = None,
     ) -> None:
+        self.prepare()
         if draw != "exact" and unmasking != "bernoulli":
             raise ValueError(f"`draw={draw!r}` draws position and token in one; it needs `unmasking='bernoulli'`")
-        self.prepare()
 
     def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
         """q(x_s | x_t, p_0), see [`DiscreteScheduler.transition`]. With `unmasking="counts"` this is the law of each

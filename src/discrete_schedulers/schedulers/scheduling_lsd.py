@@ -100,9 +100,11 @@ class LSDScheduler(DiscreteScheduler):
             return rate.clamp(max=1e9).scatter(-1, sample[..., None], 0.0)
         alpha = process.alpha(t).clamp(min=1e-300)  # linear and cosine noise have alpha_1 = 0
         speed = -process.alpha_slope(t) * torch.exp((phi - 1) * torch.log(alpha) - phi * torch.log(1 - alpha))
-        rate = speed.clamp(max=1e9) * process.clean_law(p_0) ** phi
-        rate[..., process.mask_token_id] = 0.0  # 0 ** 0 is 1
-        return torch.where((sample == process.mask_token_id)[..., None], rate, 0.0)
+        p_0 = process.clean_law(p_0)
+        moves = (sample == process.mask_token_id)[..., None] & (p_0 > 0)
+        # Without the 0s: 0 ** phi has no slope for phi < 1, and 0 ** 0 is 1
+        power = torch.where(p_0 > 0, p_0, 1.0) ** phi
+        return torch.where(moves, speed.clamp(max=1e9) * power, 0.0)
 
     def open_probability(self, index: int) -> float:
         """P(a mask opens in this step) = min(1, Phi (t - s) hazard(t)), absorbing process with `scale="score"`; 1 in the last

@@ -4,8 +4,8 @@ r"""Tau-leaping: the rates are frozen over the step and every jump is a Poisson 
 
 On categorical data a sum of jumps means nothing, so a position takes the first of its jumps, P(v) = (1 - e^-Lambda)
 lambda_v / Lambda, or is kept unless it has exactly one (`jumps="reject"`), P(v) = lambda_v e^-Lambda. Both open too few masks:
-with log-linear noise on a uniform grid of 8 steps 18 % and 24 % are left before the last step (ancestral: 12.5 %). It opens them
-all, which is the final denoising call; as a leap like the others it would leave 6.6 % and 15 %.
+with log-linear noise on a uniform grid of 8 steps 18 % and 24 % are left before the last step (ancestral: 12.5 %). That
+step opens them all, as the final denoising call does; as a leap like the others it would leave 6.6 % and 15 %.
 
 Sources: Campbell et al. 2022 (tauLDR, section 4.2 and its `ConditionalTauLeaping`).
 """

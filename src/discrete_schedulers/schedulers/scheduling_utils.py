@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import numbers
+import os
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -84,6 +85,21 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         # diffusers looks the names up in its own package only
         library = sys.modules["discrete_schedulers"]
         return [getattr(library, name) for name in dict.fromkeys([cls.__name__, *cls._compatibles])]
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, which says of a Hub that cannot be reached that the repository does not have the file.
+
+        Raises:
+            OSError: If there is no config, or the Hub cannot be reached.
+        """
+        try:
+            return super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        except OSError as error:
+            if isinstance(error.__context__, FileNotFoundError):  # huggingface_hub: not reached, and not in its cache
+                name = str(pretrained_model_name_or_path)
+                raise OSError(f"the Hub cannot be reached, and the scheduler {name!r} is not in the local cache") from error
+            raise
 
     def register_to_config(self, **kwargs: Any) -> None:
         """As in diffusers, and a value set after `__init__` survives `from_config`: diffusers keeps such a key on its list

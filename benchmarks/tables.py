@@ -1,0 +1,202 @@
+"""Markdown tables of the results, and their places in the README: nothing in a table is typed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from samplers import SAMPLERS
+
+
+def cell(item: dict[str, Any] | None, digits: int) -> str:
+    """Mean ± standard error, `–` where there is nothing; no decimals from 1,000 on."""
+    if item is None:
+        return "–"
+    digits = digits if item["mean"] < 1000 else 0
+    text = f"{item['mean']:.{digits}f}"
+    return text if item["standard_error"] is None else f"{text} ± {item['standard_error']:.{digits}f}"
+
+
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; numbers stand on the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def by_sampler(head: list[str], columns: list[Any], entry: Callable[[str, Any], str], first: list[list[str]]) -> str:
+    """One line for each sampler of the list, after the lines `first`."""
+    return grid(head, first + [[s.label, *[entry(s.name, column) for column in columns]] for s in SAMPLERS])
+
+
+def folded(title: str, parts: list[str]) -> str:
+    """Tables that a reader opens on demand."""
+    return "\n\n".join([f"<details><summary>{title}</summary>", *parts, "</details>"])
+
+
+def seeds_of(content: dict[str, Any]) -> str:
+    return f"{len(content['settings']['seeds'])} seeds, mean ± standard error"
+
+
+def joints(content: dict[str, Any]) -> str:
+    """Exact KL for each joint and budget, and the best of the temperature sweep at 4 steps."""
+    settings = content["settings"]
+    budgets = [str(n) for n in settings["budgets"]]
+    parts = []
+    for name, joint in content["joints"].items():
+        num_tokens, length = settings["joints"][name]
+        parts.append(
+            f"**{name}** ({length} positions, {num_tokens} tokens, entropy {joint['entropy']:.3f} nats): KL(data ‖ sampler) in "
+            f"nats, exact; ± only where coefficients are learned ({seeds_of(content)}).\n\n"
+            + by_sampler(
+                ["steps", *budgets],
+                budgets,
+                lambda sampler, n, rows=joint["rows"]: cell(rows[sampler][n]["kl"], 4),
+                [],
+            )
+        )
+    steps = "4" if 4 in settings["sweep_budgets"] else str(settings["sweep_budgets"][0])
+
+    def tuned(sampler: str, name: str) -> str:
+        row = content["joints"][name]["rows"][sampler][steps]
+        return f"{row['kl']['mean']:.4f} → {row['best_kl']['mean']:.4f} at {row['best_temperature']}"
+
+    names = list(content["joints"])
+    swept = ", ".join(map(str, settings["temperatures"]))
+    parts.append(
+        f"**{steps} steps with one global temperature** (of {swept}): KL at 1 → at the best.\n\n"
+        + by_sampler(["sampler", *names], names, tuned, [])
+    )
+    first, *others, last = parts
+    return "\n\n".join([first, last, *([folded("The other joints", others)] if others else [])])
+
+
+def bound(content: dict[str, Any], data: str) -> str:
+    """NLL bounds by budget."""
+    budgets = [str(n) for n in content["settings"]["budgets"]]
+    return f"**NLL bound on {data}**, nats per token ({seeds_of(content)}).\n\n" + by_sampler(
+        ["steps", *budgets], budgets, lambda sampler, n: cell(content["rows"][sampler][n]["nll"], 4), []
+    )
+
+
+def of_samples(
+    content: dict[str, Any], title: str, metrics: list[tuple[str, int]], budgets: list[int], real: str
+) -> str:
+    """Metrics of samples at temperature 1 by budget, several in one cell, and real data in the first line."""
+
+    def entry(metrics_by_name: dict[str, Any]) -> str:
+        return " / ".join(cell(metrics_by_name.get(name), digits) for name, digits in metrics)
+
+    def at(sampler: str, n: str) -> str:
+        return entry(content["rows"][sampler][n]["samples"]["1.0"])
+
+    columns = [str(n) for n in budgets]
+    first = [[real, *[entry(content["reference"])] * len(columns)]]
+    return f"{title}\n\n" + by_sampler(["steps", *columns], columns, at, first)
+
+
+def at_one_entropy(content: dict[str, Any], judge: str) -> str:
+    """Perplexity of samples and the temperature that gives the entropy of real data."""
+    columns = list(content["matched_entropy"])
+    found = {n: item["entropy"] for n, item in content["matched_entropy"].items()}
+    named = ", ".join("none at " + n if e is None else f"{e:.3f} nats at {n} steps" for n, e in found.items())
+
+    def entry(sampler: str, n: str) -> str:
+        row = content["matched_entropy"][n]["rows"].get(sampler)
+        return "–" if row is None else f"{cell(row['perplexity'], 2)} (T {row['temperature']:.2f})"
+
+    real = content["reference"]["entropy"]["mean"]
+    swept = ", ".join(map(str, content["settings"]["temperatures"]))
+    title = (
+        f"**{judge} at one entropy**: {named} (real data: {real:.3f}). In brackets the temperature that gives it, "
+        f"interpolated between {swept}."
+    )
+    return f"{title}\n\n" + by_sampler(["steps", *columns], columns, entry, [])
+
+
+def tiny_text(content: dict[str, Any]) -> str:
+    """Bound, judges, diversity, and perplexity at one entropy."""
+    settings = content["settings"]
+    windows = settings["heldout_windows"]
+    parts = [
+        of_samples(
+            content,
+            f"**4-gram perplexity / unigram entropy** of {settings['samples']} samples a seed, temperature 1.",
+            [("perplexity", 1), ("entropy", 3)],
+            settings["sample_budgets"],
+            "held-out text",
+        )
+    ]
+    if settings["smollm2"] and all(n in settings["sample_budgets"] for n in settings["smollm2_budgets"]):
+        title = f"**SmolLM2-135M perplexity** of {settings['smollm2_samples']} samples a seed, temperature 1."
+        parts.append(
+            of_samples(content, title, [("smollm2_perplexity", 1)], settings["smollm2_budgets"], "held-out text")
+        )
+    parts.append(
+        of_samples(
+            content,
+            "**distinct-2 / repetition-4** of the same samples, temperature 1.",
+            [("distinct_2", 3), ("repetition_4", 4)],
+            settings["sample_budgets"],
+            "held-out text",
+        )
+    )
+    return "\n\n".join(
+        [
+            bound(content, f"{windows} held-out windows"),
+            "The same windows for all; with other windows all bounds would move together, by "
+            f"± {content['data_error']:.3f}.",
+            at_one_entropy(content, "4-gram perplexity"),
+            folded("Samples at temperature 1: perplexity under both judges, entropy, diversity", parts),
+        ]
+    )
+
+
+def antiberty(content: dict[str, Any]) -> str:
+    """Bound, perplexity under the model's own many-step law, diversity, and perplexity at one entropy."""
+    settings = content["settings"]
+    length = settings["length"]
+    real = f"{length} steps, one token each"
+    title = (
+        f"**Perplexity under the model's own {length}-step law / unigram entropy** of {settings['samples']} samples a "
+        "seed."
+    )
+    return "\n\n".join(
+        [
+            bound(content, f"{settings['heldout_sequences']} of the model's own {length}-step samples"),
+            at_one_entropy(content, f"Perplexity under the model's own {length}-step law"),
+            folded(
+                "Samples at temperature 1: perplexity, entropy, diversity",
+                [
+                    of_samples(content, title, [("perplexity", 2), ("entropy", 3)], settings["sample_budgets"], real),
+                    of_samples(
+                        content,
+                        "**distinct-3** of the same samples.",
+                        [("distinct_3", 3)],
+                        settings["sample_budgets"],
+                        real,
+                    ),
+                ],
+            ),
+        ]
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"joints": joints, "tiny-text": tiny_text, "antiberty": antiberty}
+
+
+def put_into(text: str, part: str, table: str) -> str:
+    """The text with this table between the part's markers.
+
+    Raises:
+        ValueError: If the text does not have both markers once.
+    """
+    opening, closing = f"<!-- results:{part} -->", f"<!-- /results:{part} -->"
+    if text.count(opening) != 1 or text.count(closing) != 1 or text.index(opening) > text.index(closing):
+        raise ValueError(f"the text must have {opening} and then {closing}, each once")
+    before, rest = text.split(opening)
+    return f"{before}{opening}\n{table}\n{closing}{rest.split(closing)[1]}"
+
+
+def taken_from(text: str, part: str) -> str:
+    """What stands between the part's markers."""
+    return text.split(f"<!-- results:{part} -->\n")[1].split(f"\n<!-- /results:{part} -->")[0]

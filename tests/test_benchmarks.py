@@ -1,0 +1,317 @@
+"""The benchmarks: their exact laws against the tests' own enumeration, their bounds, files and tables.
+
+The numbers in the README are those of benchmarks/results/*.json, which were made with the bundled weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import laws
+import pytest
+import torch
+from scheduler_cases import SCALE_AND_TIMES
+from tiny import MASK, WORDS, seeded, tiny_pipeline
+
+from discrete_schedulers import AncestralScheduler, InformationCurve, LSDScheduler
+from discrete_schedulers.evaluation import sampler_nll_bound
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import language  # noqa: E402
+import part_joints  # noqa: E402
+import part_tiny_text  # noqa: E402
+import run  # noqa: E402
+import tables  # noqa: E402
+from learning import METHODS, Memory, learn  # noqa: E402
+from samplers import SAMPLERS, Plan, plan_of, random_order_nll  # noqa: E402
+from store import Store, dumps, summary  # noqa: E402
+
+CURVE = [2.0, 1.0, 0.5]
+LEARNED = dict.fromkeys((*METHODS, "lsd-plus-literal", "lsd-plus-repaired"), SCALE_AND_TIMES)
+BY_NAME = {sampler.name: sampler for sampler in SAMPLERS}
+
+
+def small_joint(num_tokens: int = 2, length: int = 3) -> tuple[part_joints.Joint, laws.Joint]:
+    """The same joint for the benchmarks and for the tests' enumeration."""
+    joint = laws.random_joint(num_tokens, length)
+    return part_joints.Joint(joint.p, num_tokens, length), joint
+
+
+class TestResults:
+    @pytest.mark.parametrize("part", tables.TABLES)
+    def test_readme_has_the_tables_of_the_results(self, part):
+        path = ROOT / "benchmarks" / "results" / f"{part}.json"
+        if not path.is_file():
+            pytest.skip(f"{path.name} has not been made: python benchmarks/run.py {part} table")
+        assert tables.taken_from((ROOT / "README.md").read_text(), part) == tables.TABLES[part](
+            json.loads(path.read_text())
+        )
+
+    def test_results_are_those_of_the_bundled_weights(self):
+        path = ROOT / "benchmarks" / "results" / "tiny-text.json"
+        if not path.is_file():
+            pytest.skip(f"{path.name} has not been made: python benchmarks/run.py tiny-text table")
+        assert json.loads(path.read_text())["settings"]["weights"] == part_tiny_text.fingerprint()
+
+
+class TestJoints:
+    @pytest.mark.parametrize("name", BY_NAME)
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    def test_laws_are_those_of_the_schedulers(self, name, temperature):
+        mine, joint = small_joint()
+        scheduler = BY_NAME[name].build(mine.base, CURVE, LEARNED, temperature)
+        denoiser = laws.exact_denoiser(joint, scheduler.noise_process)
+        for steps in (1, 2, 4):
+            expected = laws.clean_part(laws.run_law(scheduler, denoiser, steps, 3), scheduler, joint)
+            torch.testing.assert_close(mine.final_law(scheduler, steps), expected, atol=1e-12, rtol=0)
+
+    def test_spread_law_is_the_one_of_the_scheduler(self):
+        # 8 places on a ring, 2 known: three picks with ties, against draws
+        masks, count, length = 0b11101110, 3, 8
+        scheduler = AncestralScheduler(3, 2, order="spread")
+        scheduler.set_timesteps(2)  # opens half of 6
+        sample = torch.tensor([[2 if masks >> i & 1 else 0 for i in range(length)]]).repeat(20_000, 1)
+        left = (sample == 2) & ~scheduler.positions(0, sample, seeded())
+        drawn = (left * 2 ** torch.arange(length)).sum(1).bincount(minlength=2**length)
+        law = torch.zeros(2**length, dtype=torch.float64)
+        for rest, probability in part_joints.spread_law(masks, count, length).items():
+            law[rest] = probability
+        assert laws.chi_square_z(drawn, law) < 4.5
+
+    def test_conditionals_and_curve_by_hand(self):
+        # two fair coins that agree with probability 3/4
+        joint = part_joints.Joint(torch.tensor([3, 1, 1, 3], dtype=torch.float64) / 8, 2, 2)
+        rows = joint(torch.tensor([[0, 2], [2, 2]]), 1.0, torch.tensor([[False, True], [True, False]]))
+        expected = torch.tensor([[0.75, 0.25, 0], [0.5, 0.5, 0]], dtype=torch.float64)
+        torch.testing.assert_close(rows.logits.exp(), expected)
+        agree = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+        assert joint.information_curve() == pytest.approx([math.log(2), agree])
+
+    def test_published_number(self):
+        # KL of one and of four Euler steps on ising(4), computed independently: 1.0976 and 0.0818
+        joint = part_joints.Joint(part_joints.joint_law("ising", 2, 4), 2, 4)
+        measured = [part_joints.measure(joint, SAMPLERS[0], n, CURVE, [{}], [1.0])["kl"]["mean"] for n in (1, 4)]
+        assert measured == pytest.approx([1.0976, 0.0818], abs=5e-5)
+
+
+class TestBounds:
+    @pytest.mark.parametrize("name", ["bernoulli-uniform", "counts-uniform", "tau-leaping", "lsd-plus-literal"])
+    @pytest.mark.parametrize("steps", [1, 2, 4, 8])
+    def test_random_order_by_enumeration(self, name, steps):
+        """Over all sets of masks: P(set) P(next set) sum_opened H(token | known tokens), from the law of the positions."""
+        mine, joint = small_joint()
+        entropy = {
+            kept: float(torch.special.entr(joint.p.view(2, 2, 2).sum([d for d in range(3) if d not in kept])).sum())
+            if len(kept) < 3
+            else joint.entropy
+            for size in range(4)
+            for kept in itertools.combinations(range(3), size)
+        }
+        plan = plan_of(BY_NAME[name].build(mine.base, CURVE, LEARNED), steps, 3)
+        law, expected = {0b111: 1.0}, 0.0
+        for k in range(steps):
+            following: dict[int, float] = {}
+            matrix = part_joints.next_masks(plan, k, 3)
+            for masks, p in law.items():
+                known = tuple(d for d in range(3) if not masks >> d & 1)
+                for rest in range(8):
+                    move = p * float(matrix[masks, rest])
+                    if move > 0:
+                        opened = [d for d in range(3) if masks >> d & 1 and not rest >> d & 1]
+                        nats = [entropy[tuple(sorted((*known, d)))] - entropy[known] for d in opened]
+                        expected += move * sum(nats)
+                        following[rest] = following.get(rest, 0.0) + move
+            law = following
+        assert law == pytest.approx({0: 1.0})
+        curve = torch.tensor(mine.information_curve(), dtype=torch.float64)
+        assert random_order_nll(curve, plan) == pytest.approx(expected / 3, abs=1e-12)
+
+    def test_random_order_is_the_mean_of_the_sampled_bound(self):
+        mine, joint = small_joint()
+        curve = torch.tensor(mine.information_curve(), dtype=torch.float64)
+        data = joint.states[torch.multinomial(joint.p, 20_000, replacement=True, generator=seeded())]
+        for name in ("bernoulli-cosine", "counts-optimal"):
+            scheduler = BY_NAME[name].build(mine.base, CURVE, LEARNED)
+            bounds = sampler_nll_bound(mine, scheduler, data, 2, seeded(1), 20_000)
+            error = float(bounds.std()) / len(bounds) ** 0.5
+            assert abs(float(bounds.mean()) - random_order_nll(curve, plan_of(scheduler, 2, 3))) < 4.5 * error
+
+    def test_other_orders_are_refused(self):
+        with pytest.raises(ValueError, match="'spread'"):
+            random_order_nll(torch.ones(3, dtype=torch.float64), Plan("spread", (3.0,)))
+
+    def test_plans(self):
+        base = {"vocab_size": 3, "mask_token_id": 0}
+        one = LSDScheduler(**base, coefficients={"4": {"scale": [1.0, 1.0, 1 - 1e-15, 5.0]}})
+        bernoulli = plan_of(BY_NAME["bernoulli-uniform"].build(base, [], {}), 4, 10)
+        assert plan_of(one, 4, 10) == bernoulli
+        assert bernoulli == Plan("bernoulli", (0.25, round(1 / 3, 9), 0.5, 1.0))
+        assert plan_of(BY_NAME["counts-uniform"].build(base, [], {}), 4, 10).numbers == (2, 3, 2, 3)
+        assert plan_of(BY_NAME["spread-uniform"].build(base, [], {}), 2, 10) == Plan("spread", (5, 5))
+        assert plan_of(BY_NAME["lsd-log-score"].build(base, [], LEARNED), 4, 10).choice == "logits"
+
+
+class TestLearning:
+    def test_memory_is_the_network(self):
+        pipe = tiny_pipeline()
+        calls: list[int] = []
+
+        def counted(x_t, t, positions):
+            calls.append(len(x_t))
+            return pipe.denoiser(x_t, t, positions)
+
+        memory = Memory(counted, MASK)
+        with torch.no_grad():
+            for trial in range(6):
+                generator = seeded(trial % 3)  # each sequence twice
+                memory.keeps_all = trial < 2
+                clean = torch.randint(0, len(WORDS) - 1, (5, 8), generator=generator)
+                is_masked = torch.rand(5, 8, generator=generator) < 0.5
+                asked = is_masked & (torch.rand(5, 8, generator=seeded(trial)) < 0.5)
+                x_t = clean.masked_fill(clean == MASK, MASK - 1).masked_fill(is_masked, MASK)
+                found, expected = memory(x_t, 0.5, asked), pipe.denoiser(x_t, 0.5, asked)
+                assert (found.positions == expected.positions).all()
+                torch.testing.assert_close(found.logits, expected.logits)
+            nothing = torch.zeros(5, 8, dtype=torch.bool)
+            assert memory(x_t, 0.5, nothing).logits.shape == (0, len(WORDS))
+        assert sum(calls) <= 3 * 5 + 5  # the last call asks for nothing
+
+    def test_learned_coefficients(self):
+        mine, _ = small_joint(length=4)
+        learned, final = learn(mine, mine.base, 4, [2, 4], seed=0, num_samples=64, teacher_steps=64)
+        again, _ = learn(mine, mine.base, 4, [2, 4], seed=0, num_samples=64, teacher_steps=64)
+        assert learned == again
+        assert final.shape == (64, 4)
+        assert not (final == mine.mask_token_id).any()
+        for steps in ("2", "4"):
+            assert learned["lsd-score-kl"][steps]["scale"] == pytest.approx([1.0] * int(steps), abs=1e-12)
+            assert all(value < 1 + 1e-12 for value in learned["lsd-score-l2"][steps]["scale"])
+            assert learned["lsd-log-score"][steps]["scale"][0] == pytest.approx(1.0)  # both states are all masks
+            assert learned["lsd-plus-repaired"][steps]["times"][-1] == 0.0
+        # as printed the first step shrinks from 1/2 towards 1/64
+        assert learned["lsd-plus-literal"]["2"]["times"][1] > 0.5
+
+
+class TestMatchedEntropy:
+    @staticmethod
+    def sweep(*points: tuple[float, float, list[float]]) -> dict:
+        return {str(t): {"entropy": summary([e, e]), "perplexity": summary(ppl)} for t, e, ppl in points}
+
+    def test_by_hand(self):
+        samples = {
+            "a": self.sweep((1.0, 4.0, [16.0, 64.0]), (0.5, 2.0, [4.0, 4.0])),
+            "b": self.sweep((1.0, 3.5, [9.0, 9.0]), (0.5, 3.0, [5.0, 5.0])),
+        }
+        found = language.matched_entropy(samples, 2.9)
+        assert found["entropy"] == 3.0  # b does not go lower
+        assert found["rows"]["a"]["temperature"] == pytest.approx(0.75)
+        assert found["rows"]["a"]["perplexity"]["values"] == pytest.approx([8.0, 16.0])  # geometric means
+        assert found["rows"]["b"]["perplexity"]["mean"] == pytest.approx(5.0)
+        assert language.matched_entropy(samples, 3.25)["rows"]["b"]["temperature"] == pytest.approx(0.75)
+        assert language.matched_entropy(samples, 9.0)["entropy"] == 3.5
+
+    def test_no_common_entropy(self):
+        samples = {
+            "a": self.sweep((1.0, 4.0, [9.0, 9.0]), (0.5, 3.8, [8.0, 8.0])),
+            "b": self.sweep((1.0, 3.5, [9.0, 9.0]), (0.5, 3.0, [5.0, 5.0])),
+        }
+        assert language.matched_entropy(samples, 3.6) == {"entropy": None, "rows": {}}
+
+
+class TestSubject:
+    def test_template_stands_around_the_free_places(self):
+        pipe = tiny_pipeline()
+        subject = language.Subject("tiny", pipe, torch.tensor([[3, -1, -1, 5, -1]]), lambda *arguments: {})
+        assert subject.length == 3
+        x = torch.tensor([[1, 2, MASK], [MASK, MASK, 4]])
+        framed = torch.tensor([[3, 1, 2, 5, MASK], [3, MASK, MASK, 5, 4]])
+        assert (subject.framed(x) == framed).all()
+        positions = x == MASK
+        with torch.no_grad():
+            rows = subject.denoiser(x, 1.0, positions)
+            expected = pipe.denoiser(framed, 1.0, framed == MASK)
+        torch.testing.assert_close(rows.logits, expected.logits)
+        assert (rows.positions == positions).all()
+        samples = subject.sample(pipe.scheduler, 2, seed=0, num_samples=40)
+        assert samples.shape == (40, 3)
+        assert (samples[:5] == subject.sample(pipe.scheduler, 2, seed=0, num_samples=5)).all()
+
+
+class TestFiles:
+    def test_store(self, tmp_path):
+        store = Store(tmp_path, "part", {"seeds": [0]})
+        store.put({"b": [1.5, None]}, "rows", "a")
+        assert Store(tmp_path, "part", {"seeds": [0]}).get("rows", "a", "b") == [1.5, None]
+        assert Store(tmp_path, "part", {"seeds": [1]}).get("rows") is None
+        assert not (tmp_path / "part.json").exists()
+        store.finish()
+        assert [path.name for path in tmp_path.iterdir()] == ["part.json"]
+        assert Store(tmp_path, "part", {"seeds": [0]}).complete
+        assert not Store(tmp_path, "part", {"seeds": [0, 1]}).complete
+
+    def test_dumps(self):
+        value = {"a": {"b": [1, 2.5, None], "é": {}}, "c": "x"}
+        assert json.loads(dumps(value)) == value
+        assert '"b": [1, 2.5, null]' in dumps(value)
+
+    def test_summary(self):
+        assert summary([2.0]) == {"values": [2.0], "mean": 2.0, "standard_error": None}
+        assert summary([1.0, 3.0]) == {"values": [1.0, 3.0], "mean": 2.0, "standard_error": 1.0}
+
+    def test_put_into(self):
+        text = "a\n<!-- results:x -->\nold\n<!-- /results:x -->\nb"
+        changed = tables.put_into(text, "x", "new\ntable")
+        assert changed == "a\n<!-- results:x -->\nnew\ntable\n<!-- /results:x -->\nb"
+        assert tables.taken_from(changed, "x") == "new\ntable"
+        for wrong in ("none", text + text, "<!-- /results:x --> <!-- results:x -->"):
+            with pytest.raises(ValueError, match="results:x"):
+                tables.put_into(wrong, "x", "new")
+
+
+class TestRun:
+    def test_quick_run_of_joints_goes_on_after_a_kill(self, tmp_path):
+        arguments = ["joints", "--quick", "--seeds", "0", "1", "--output_dir", str(tmp_path)]
+        run.main(arguments)
+        complete = json.loads((tmp_path / "joints.json").read_text())
+        names = [sampler.name for sampler in SAMPLERS]
+        for joint in part_joints.QUICK["joints"]:
+            rows = complete["joints"][joint]["rows"]
+            assert list(rows) == names
+            assert all(list(row) == [str(n) for n in part_joints.QUICK["budgets"]] for row in rows.values())
+            assert rows["counts-uniform"]["4"]["kl"]["mean"] < 1e-12  # one token at a time is exact
+            assert rows["spread-uniform"]["4"]["kl"]["mean"] < 1e-12
+            assert len(rows["lsd-score-l2"]["2"]["kl"]["values"]) == 2
+            for item in (rows[name][n] for name in names for n in rows[name]):
+                assert 0 <= item["kl"]["mean"] < 3
+
+        # killed before the last row: what was there is kept as it is, what was missing comes back
+        killed = json.loads(json.dumps(complete))
+        rows = killed["joints"][joint]["rows"]
+        lost = rows["lsd-plus-repaired"].pop("4")
+        rows["counts-uniform"]["1"]["kl"]["mean"] = 77.0
+        (tmp_path / "joints.json").unlink()
+        (tmp_path / "joints.partial.json").write_text(json.dumps(killed))
+        run.main([*arguments, "table"])
+        resumed = json.loads((tmp_path / "joints.json").read_text())["joints"][joint]["rows"]
+        assert resumed["lsd-plus-repaired"]["4"] == lost
+        assert resumed["counts-uniform"]["1"]["kl"]["mean"] == 77.0
+        table = (tmp_path / "tables.md").read_text()
+        assert "77.0000" in table
+        assert all(sampler.label in table for sampler in SAMPLERS)
+
+    def test_unknown_part(self, capsys):
+        with pytest.raises(SystemExit):
+            run.main(["joint"])
+        assert "allowed: joints, tiny-text, antiberty, table" in capsys.readouterr().err
+
+
+def test_optimal_grids_take_the_curve():
+    for name in ("counts-optimal", "spread-optimal", "bernoulli-optimal"):
+        scheduler = BY_NAME[name].build({"vocab_size": 3, "mask_token_id": 2}, CURVE, {})
+        assert list(scheduler.config.information_curve) == InformationCurve.from_config(CURVE).to_config()
