@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=None, help="Defaults to benchmarks/results.")
     parser.add_argument("--readme", type=Path, default=None, help="Defaults to README.md, or tables.md of a quick run.")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     wrong = set(args.parts) - {*PARTS, "table"}
     if wrong:
         parser.error(f"unknown part {sorted(wrong)}; allowed: {', '.join([*PARTS, 'table'])}")

@@ -98,7 +98,7 @@ def plan_of(scheduler: DiscreteScheduler, num_inference_steps: int, length: int)
         return Plan("logits", tuple(scheduler.phi(k) for k in range(num_inference_steps)))
     if config.get("unmasking") != "counts":
         # rounded: a factor that differs from 1 in the last digits is 1
-        return Plan("bernoulli", tuple(round(scheduler.open_probability(k), 9) for k in range(num_inference_steps)))
+        return Plan("bernoulli", tuple(round(scheduler.open_probability(k), 12) for k in range(num_inference_steps)))
     sample = torch.full((1, length), config.mask_token_id)
     counts = []
     for k in range(num_inference_steps):

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not part_antiberty.is_installed(), reason="antiberty==0.1.3 is not installed"),
 ]
 
-STEPS, LENGTH, SAMPLES = 8, 120, 4
+STEPS, LENGTH, SAMPLES = 8, 120, 2
 COEFFICIENTS = {"8": {"scale": [1.0, 0.98, 0.97, 0.98, 1.02, 1.0, 0.99, 1.0]}}
 TIMES = {"8": COEFFICIENTS["8"] | {"times": [(1 - k / 8) ** 1.2 for k in range(9)]}}
 SCHEDULERS = {
@@ -91,6 +91,6 @@ def test_knows_a_human_antibody(subject: language.Subject) -> None:
 
 
 def test_information_curve_falls(subject: language.Subject) -> None:
-    x_0 = subject.sample(AncestralScheduler(**subject.base), 30, 0, 3)
+    x_0 = subject.sample(AncestralScheduler(**subject.base), 15, 0, 2)
     curve = information_curve(subject.denoiser, x_0, part_antiberty.MASK, 4, torch.Generator().manual_seed(0))
     assert curve.values[0] > curve.values[-1] + 0.5

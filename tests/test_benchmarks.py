@@ -151,8 +151,8 @@ class TestBounds:
         one = LSDScheduler(**base, coefficients={"4": {"scale": [1.0, 1.0, 1 - 1e-15, 5.0]}})
         bernoulli = plan_of(BY_NAME["bernoulli-uniform"].build(base, [], {}), 4, 10)
         assert plan_of(one, 4, 10) == bernoulli
-        assert bernoulli == Plan("bernoulli", (0.25, round(1 / 3, 9), 0.5, 1.0))
-        assert plan_of(BY_NAME["counts-uniform"].build(base, [], {}), 4, 10).numbers == (2, 3, 2, 3)
+        assert bernoulli == Plan("bernoulli", (0.25, round(1 / 3, 12), 0.5, 1.0))
+        assert plan_of(BY_NAME["counts-uniform"].build(base, [], {}), 4, 8) == Plan("random", (2, 2, 2, 2))
         assert plan_of(BY_NAME["spread-uniform"].build(base, [], {}), 2, 10) == Plan("spread", (5, 5))
         assert plan_of(BY_NAME["lsd-log-score"].build(base, [], LEARNED), 4, 10).choice == "logits"
 

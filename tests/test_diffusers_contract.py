@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils import logging as diffusers_logging
 from tiny import LENGTH, MASK, WORDS, seeded, tiny_pipeline
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
@@ -325,18 +325,16 @@ def test_batch_is_its_rows(build: Build) -> None:
 
 
 @pipelines
+@pytest.mark.usefixtures("warnings_of_diffusers")
 def test_save_and_load(build: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipe = build()
     expected = pipe(**inputs())[0]
     for safe in (True, False):
         folder = tmp_path / str(safe)
         pipe.save_pretrained(folder, safe_serialization=safe)
-        diffusers_logging.enable_propagation()
-        diffusers_logging.set_verbosity_info()
         caplog.clear()
-        loaded = quiet(DiscreteDiffusionPipeline.from_pretrained(folder))
-        diffusers_logging.set_verbosity_warning()
-        diffusers_logging.disable_propagation()
+        with caplog.at_level(logging.INFO, logger="diffusers"):
+            loaded = quiet(DiscreteDiffusionPipeline.from_pretrained(folder))
         messages = [record.getMessage() for record in caplog.records]
         for name in ("model", "scheduler", "tokenizer"):  # each went through diffusers' own loader
             assert any(message.startswith(f"Loaded {name} as ") for message in messages)

@@ -10,9 +10,9 @@ import random
 import sys
 from pathlib import Path
 
-import laws
 import pytest
 import torch
+from laws import exact_denoiser, random_joint
 
 import discrete_schedulers
 from discrete_schedulers import AncestralScheduler, LSDScheduler
@@ -419,9 +419,9 @@ class TestSamplerNllBound:
 
     @staticmethod
     def problem(**arguments):
-        joint = laws.random_joint(2, 4)
+        joint = random_joint(2, 4)
         scheduler = AncestralScheduler(3, 2, **arguments)
-        return joint, laws.exact_denoiser(joint, scheduler.noise_process), scheduler
+        return joint, exact_denoiser(joint, scheduler.noise_process), scheduler
 
     @pytest.mark.parametrize("order", ["random", "spread"])
     def test_one_token_per_step_is_exact(self, order):
@@ -443,10 +443,8 @@ class TestSamplerNllBound:
     def test_frozen_positions_with_openings_that_depend_on_the_logits(self):
         joint, denoiser, _ = self.problem()
         scheduler = LSDScheduler(3, 2, scale="log_score", coefficients={"2": {"scale": [1.3, 1.0]}})
-        given = torch.tensor([True, True, True, False])  # one free token: any bound is exact but for the first step's power
-        bounds = sampler_nll_bound(
-            denoiser, scheduler, joint.states, 2, torch.Generator().manual_seed(0), frozen=given
-        )
+        given = torch.tensor([True, True, True, False])  # one free token
+        bounds = sampler_nll_bound(denoiser, scheduler, joint.states, 2, torch.Generator().manual_seed(0), frozen=given)
         pair = joint.p.view(8, 2)
         p = pair / pair.sum(1, keepdim=True)
         powered = p**1.3 / (p**1.3).sum(1, keepdim=True)

@@ -59,6 +59,8 @@ TABLE = {
 EXTRA = {
     "evaluation": {"sacrebleu"},  # self-BLEU
     "pipelines/pipeline_discrete_diffusion": {"numpy"},  # output_type="np", as diffusers has it
+    "training/distill": {"safetensors"},  # checkpoints
+    "training/hub": {"matplotlib"},  # the plot
     "training/pretrain": {"safetensors", "tokenizers", "transformers"},  # makes a tokenizer, writes weights
 }
 INSTALLED = {

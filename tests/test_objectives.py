@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -64,7 +65,11 @@ def two_states(t: float, seed: int = 0, batch: int = 9) -> tuple[Tensor, Tensor]
     """A student's and a teacher's states at t: different tokens, different masks."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        torch.where(torch.rand(batch, LENGTH, generator=generator) < t, MASK, torch.randint(MASK, (batch, LENGTH), generator=generator))
+        torch.where(
+            torch.rand(batch, LENGTH, generator=generator) < t,
+            MASK,
+            torch.randint(MASK, (batch, LENGTH), generator=generator),
+        )
         for _ in range(2)
     )
 
@@ -183,7 +188,9 @@ def test_batches_and_processes_only_split_the_sums(objective: str) -> None:
     assert fit_phi(NETWORK, PROCESS, x, teacher_x, t, objective, 3, alone) == pytest.approx(whole, abs=1e-10)
     gradient = phi_gradient(NETWORK, PROCESS, x, teacher_x, t, 1.2, objective, 10, alone)
     other: list[Tensor] = []
-    phi_gradient(NETWORK, PROCESS, x[1::2], teacher_x[1::2], t, 1.2, objective, 10, lambda sums: other.append(sums) or sums)
+    phi_gradient(
+        NETWORK, PROCESS, x[1::2], teacher_x[1::2], t, 1.2, objective, 10, lambda sums: other.append(sums) or sums
+    )
     both = phi_gradient(NETWORK, PROCESS, x[::2], teacher_x[::2], t, 1.2, objective, 10, lambda sums: sums + other[0])
     assert both == pytest.approx(gradient, abs=1e-10)
 
@@ -312,7 +319,7 @@ def test_repaired_times_of_a_rolled_teacher() -> None:
     assert learn_times(untrained(8), masked, args) == pytest.approx(np.linspace(1, 0, 9).tolist(), abs=0.03)
     few = torch.where(torch.arange(64) < 50, 3.0, 0.0).double()
     times = learn_times(untrained(8), few, args)
-    assert all(a > b for a, b in zip(times, times[1:], strict=False))
+    assert all(a > b for a, b in pairwise(times))
     with pytest.raises(ValueError, match=r"--repaired.*'cosine'"):
         learn_times(untrained(8, "cosine"), masked, args)
 
@@ -320,7 +327,11 @@ def test_repaired_times_of_a_rolled_teacher() -> None:
 def test_times_from_step_sizes() -> None:
     assert times_from_step_sizes(torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)) == [1.0, 0.5, 0.25, 0.0]
     assert times_from_step_sizes(torch.tensor([1.0])) == [1.0, 0.0]
-    assert times_from_step_sizes(torch.tensor([0.25, 0.25], dtype=torch.float64)) == [1.0, 0.75, 0.0]  # the rest at once
+    assert times_from_step_sizes(torch.tensor([0.25, 0.25], dtype=torch.float64)) == [
+        1.0,
+        0.75,
+        0.0,
+    ]  # the rest at once
     for wrong in ([0.5, -0.1, 0.6], [0.5, 0.0, 0.5], [0.7, 0.3, 0.1], [0.9, 0.9, 0.1]):
         with pytest.raises(ValueError, match="strictly from 1 to 0"):
             times_from_step_sizes(torch.tensor(wrong))
@@ -342,7 +353,9 @@ def test_noise_is_a_function_of_seed_and_index() -> None:
     assert not torch.equal(draw_noise(range(6), 5, seed=2).thresholds, whole.thresholds)
 
 
-@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.05, 1), (0.29, 29 * 20 // 100), (0.5, 10), (0.15, 3), (0.99, 19)])
+@pytest.mark.parametrize(
+    ("share", "count"), [(0.0, 0), (0.05, 1), (0.29, 29 * 20 // 100), (0.5, 10), (0.15, 3), (0.99, 19)]
+)
 def test_perturbed_start_has_floor_of_share_junk(share: float, count: int) -> None:
     unigram = torch.tensor([3.0, 0.0, 1.0, 0.0, 6.0, 0.0])
     start = perturbed_start(draw_noise(range(300), 20, seed=0), MASK, share, unigram)
@@ -356,7 +369,9 @@ def test_perturbed_start_has_floor_of_share_junk(share: float, count: int) -> No
 
 def test_perturbed_start_counts_despite_rounding() -> None:
     assert 0.29 * 100 < 29
-    start = perturbed_start(draw_noise(range(2), 100, seed=0), MASK, 0.29, torch.ones(V).index_fill(0, torch.tensor([MASK]), 0))
+    start = perturbed_start(
+        draw_noise(range(2), 100, seed=0), MASK, 0.29, torch.ones(V).index_fill(0, torch.tensor([MASK]), 0)
+    )
     assert (start != MASK).sum(1).tolist() == [29, 29]
 
 
@@ -395,7 +410,9 @@ def test_teacher_and_student_have_the_same_masks(noise_schedule: str, scale: str
 
 def test_junk_is_the_only_difference_of_a_perturbed_start() -> None:
     plain = torch.full((40, LENGTH), MASK)
-    junk = perturbed_start(draw_noise(range(40), LENGTH, 0), MASK, 0.3, torch.ones(V).index_fill(0, torch.tensor([MASK]), 0))
+    junk = perturbed_start(
+        draw_noise(range(40), LENGTH, 0), MASK, 0.3, torch.ones(V).index_fill(0, torch.tensor([MASK]), 0)
+    )
     teacher, student = rolled(untrained(64), plain), rolled(untrained(8), junk)
     for k, state in enumerate(student):
         assert torch.equal(state == MASK, (teacher[8 * k] == MASK) & (junk == MASK))
@@ -404,12 +421,16 @@ def test_junk_is_the_only_difference_of_a_perturbed_start() -> None:
 
 @pytest.mark.parametrize("scale", ["score", "log_score"])
 def test_rolls_do_not_depend_on_batches(scale: str) -> None:
-    scheduler = LSDScheduler(vocab_size=V, mask_token_id=MASK, scale=scale, coefficients={"4": {"scale": [1.2, 0.8, 1.1, 1]}})
+    scheduler = LSDScheduler(
+        vocab_size=V, mask_token_id=MASK, scale=scale, coefficients={"4": {"scale": [1.2, 0.8, 1.1, 1]}}
+    )
     scheduler.set_timesteps(4)
     start = torch.full((12, LENGTH), MASK)
     whole = rolled(scheduler, start)
     for batch_size in (1, 5):
-        assert all(torch.equal(a, b) for a, b in zip(rolled(scheduler, start, batch_size=batch_size), whole, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(rolled(scheduler, start, batch_size=batch_size), whole, strict=True)
+        )
 
 
 def test_network_sees_only_sequences_that_change() -> None:

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from discrete_schedulers import AncestralScheduler, RowLogits
 from discrete_schedulers.evaluation import sampler_nll_bound
-from torch import Tensor
 
 LENGTH, STATES = 32, 16
 MASK = STATES

@@ -124,7 +124,11 @@ print(json.dumps([output.texts, list(output.sequences.shape), output.num_model_c
 
 
 def test_launches_the_trainer(python: Path, tmp_path: Path) -> None:
-    launch = [python, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    printed = run(*launch, "-m", "discrete_schedulers.training.distill", "--help", cwd=tmp_path)
-    assert "--num_inference_steps" in printed
-    assert "--push_to_hub" in printed
+    """A real run, small: the installed module learns, measures and writes its results."""
+    launch = [python, "-m", "accelerate.commands.accelerate_cli", "launch", "-m", "discrete_schedulers.training.distill"]
+    model = ["--pretrained_model_name_or_path", "discrete-schedulers/tiny-text", "--output_dir", "learned"]
+    small = ["--teacher_steps", "8", "--num_samples", "2", "--num_eval_samples", "2", "--num_inference_steps", "4"]
+    run(*launch, *model, *small, cwd=tmp_path)
+    written = {path.name for path in (tmp_path / "learned").iterdir() if path.is_file()}
+    assert written == {"scheduler_config.json", "metrics.json", "plot.png", "README.md"}
+    assert set(json.loads((tmp_path / "learned/scheduler_config.json").read_text())["coefficients"]) == {"4"}

@@ -30,10 +30,9 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import set_seed, tqdm
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from discrete_schedulers import (
     AbsorbingProcess,

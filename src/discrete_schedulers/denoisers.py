@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,11 @@ class Denoiser(Protocol):
     vocab_size: int
     mask_token_id: int | None
 
-    def __call__(
-        self, x_t: Tensor, t: Tensor | float, positions: Tensor | None = None, **conditions: Any
-    ) -> Tensor | RowLogits:
+    @overload
+    def __call__(self, x_t: Tensor, t: Tensor | float, positions: None = None) -> Tensor: ...
+    @overload
+    def __call__(self, x_t: Tensor, t: Tensor | float, positions: Tensor) -> RowLogits: ...
+    def __call__(self, x_t: Tensor, t: Tensor | float, positions: Tensor | None = None) -> Tensor | RowLogits:
         """Logits of p(x_0 | x_t): (B, L, V), or those of the chosen `positions`, bool (B, L), only."""
         ...
 
@@ -120,6 +122,10 @@ class NetworkDenoiser:
         """Whether the same tokens at another time give other logits."""
         return self.time_input is not None
 
+    @overload
+    def __call__(self, x_t: Tensor, t: Tensor | float, positions: None = None, **conditions: Any) -> Tensor: ...
+    @overload
+    def __call__(self, x_t: Tensor, t: Tensor | float, positions: Tensor, **conditions: Any) -> RowLogits: ...
     def __call__(
         self, x_t: Tensor, t: Tensor | float, positions: Tensor | None = None, **conditions: Any
     ) -> Tensor | RowLogits:
@@ -158,7 +164,7 @@ class NetworkDenoiser:
         if self.process == "uniform":
             return log_p_0
         itself = torch.full_like(log_p_0, -math.inf).scatter(-1, x_t[..., None], 0.0)
-        return torch.where((x_t == self.mask_token_id)[..., None], log_p_0, itself)
+        return torch.where(self.is_masked(x_t)[..., None], log_p_0, itself)
 
     def log_score(self, x_t: Tensor, t: Tensor | float) -> Tensor:
         """log of the concrete score p_t(x_t with v) / p_t(x_t), shape (B, L, V), float64.
@@ -169,9 +175,8 @@ class NetworkDenoiser:
         if self.process == "uniform":
             return UniformProcess(self.vocab_size, self.noise_schedule).score(x_t, log_p_0.exp(), t).log()
         alpha = survival(as_time(t, x_t.device), self.noise_schedule)
-        log_score = torch.where(
-            (x_t == self.mask_token_id)[..., None], log_p_0 + alpha.log() - (1 - alpha).log(), -math.inf
-        )
+        log_odds = alpha.log() - (1 - alpha).log()
+        log_score = torch.where(self.is_masked(x_t)[..., None], log_p_0 + log_odds, -math.inf)
         return log_score.scatter(-1, x_t[..., None], 0.0)
 
     def raw(self, x_t: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
@@ -181,6 +186,11 @@ class NetworkDenoiser:
         if isinstance(output, Tensor):
             return output
         return output[0] if isinstance(output, tuple) else output.logits
+
+    def is_masked(self, x_t: Tensor) -> Tensor:
+        """Where the tokens are the mask, bool, of the shape of `x_t`; absorbing process."""
+        assert self.mask_token_id is not None
+        return x_t == self.mask_token_id
 
     def time_arguments(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, ...]:
         """The network's time input, float32 (B,), or nothing."""
@@ -206,7 +216,7 @@ class NetworkDenoiser:
             first = raw[:, :1]
             if self.shift_first == "copy":
                 itself = torch.full_like(first, -math.inf).scatter(-1, x_t[:, :1, None], 0.0)
-                first = torch.where((x_t[:, :1] == self.mask_token_id)[..., None], first, itself)
+                first = torch.where(self.is_masked(x_t[:, :1])[..., None], first, itself)
             raw = torch.cat([first, raw[:, :-1]], dim=1)
         if self.process == "absorbing" or self.parametrization == "x0":
             return self.restrict(raw)

@@ -16,14 +16,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from discrete_schedulers.denoisers import Denoiser
 from discrete_schedulers.sampling import Generators, bernoulli_subset
 
 
@@ -353,7 +352,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 @torch.no_grad()
 def sampler_nll_bound(
-    denoiser: Denoiser,
+    denoiser: Callable[..., Any],
     scheduler: Any,
     data: Tensor,
     num_inference_steps: int,

@@ -26,7 +26,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 SINUSOID_WIDTH = 256  # fixed in every published checkpoint, whatever the hidden size
-ROTARY_BASE = 10_000.0
+SINUSOID_BASE = ROTARY_BASE = 10_000.0
 
 
 @dataclass
@@ -66,10 +66,10 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, sigma: Tensor) -> Tensor:
         half = SINUSOID_WIDTH // 2
-        frequency = torch.exp(-torch.arange(half, device=sigma.device) * (torch.log(torch.tensor(1e4)) / half))
-        angle = sigma.float()[:, None] * frequency.to(sigma.device)  # (B, 128)
+        frequency = SINUSOID_BASE ** -(torch.arange(half, device=sigma.device) / half)
+        angle = sigma.float()[:, None] * frequency  # (B, 128)
         wave = torch.cat([angle.cos(), angle.sin()], dim=-1)  # (B, 256)
-        return self.mlp(wave.to(self.mlp[0].weight.dtype))
+        return self.mlp(wave.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -212,7 +212,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
             raise ValueError("`num_classes` needs `cond_dim`: a class is fed through the condition vector")
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
         self.sigma_map = None if cond_dim is None else TimestepEmbedder(cond_dim)
-        self.cond_map = None if num_classes is None else LabelEmbedder(num_classes, cond_dim)
+        self.cond_map = None if num_classes is None or cond_dim is None else LabelEmbedder(num_classes, cond_dim)
         self.rotary_emb = Rotary(hidden_size // num_heads)
         self.blocks = nn.ModuleList(DDiTBlock(hidden_size, num_heads, cond_dim, mlp_ratio) for _ in range(num_blocks))
         self.output_layer = DDiTFinalLayer(hidden_size, vocab_size, cond_dim)

@@ -82,7 +82,7 @@ class AncestralScheduler(DiscreteScheduler):
 
     def open_probability(self, index: int) -> float:
         """P(a mask opens in this step) = (alpha_s - alpha_t) / (1 - alpha_t), absorbing process."""
-        return float(self.noise_process.unmask_probability(self.times[index], self.times[index + 1]))
+        return float(self.absorbing_process.unmask_probability(self.times[index], self.times[index + 1]))
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
         """Masks that open in this step, see [`DiscreteScheduler.positions`]."""

@@ -68,7 +68,7 @@ class EulerScheduler(DiscreteScheduler):
     def open_probability(self, index: int) -> float:
         """P(a mask opens in this step) = min(1, (t - s) hazard(t)), absorbing process; 1 in the last step."""
         t, s = self.times[index], self.times[index + 1]
-        return 1.0 if s == 0 else min(1.0, float((t - s) * self.noise_process.hazard(t)))
+        return 1.0 if s == 0 else min(1.0, float((t - s) * self.absorbing_process.hazard(t)))
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
         """Masks that open in this step, see [`DiscreteScheduler.positions`]."""

@@ -24,7 +24,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule
+from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule, UniformProcess
 from discrete_schedulers.sampling import Draw, Generators
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
@@ -95,9 +95,10 @@ class LSDScheduler(DiscreteScheduler):
     def power_rate(self, sample: Tensor, p_0: Tensor, t: Tensor, phi: float) -> Tensor:
         """Reverse rate with the score raised to the power phi, shape (B, L, V), 0 at `sample`."""
         process = self.noise_process
-        if not isinstance(process, AbsorbingProcess):
+        if isinstance(process, UniformProcess):
             rate = process.jump_speed(t) / process.vocab_size * process.score(sample, p_0, t) ** phi
             return rate.clamp(max=1e9).scatter(-1, sample[..., None], 0.0)
+        process = self.absorbing_process
         alpha = process.alpha(t).clamp(min=1e-300)  # linear and cosine noise have alpha_1 = 0
         speed = -process.alpha_slope(t) * torch.exp((phi - 1) * torch.log(alpha) - phi * torch.log(1 - alpha))
         p_0 = process.clean_law(p_0)
@@ -110,7 +111,7 @@ class LSDScheduler(DiscreteScheduler):
         """P(a mask opens in this step) = min(1, Phi (t - s) hazard(t)), absorbing process with `scale="score"`; 1 in the last
         step."""
         t, s = self.times[index], self.times[index + 1]
-        return 1.0 if s == 0 else min(1.0, float((t - s) * self.phi(index) * self.noise_process.hazard(t)))
+        return 1.0 if s == 0 else min(1.0, float((t - s) * self.phi(index) * self.absorbing_process.hazard(t)))
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
         """Masks that open in this step; `None` with `scale="log_score"`, where that depends on the logits. See

@@ -84,7 +84,7 @@ class TauLeapingScheduler(DiscreteScheduler):
     def open_probability(self, index: int) -> float:
         """P(a mask opens in this step), absorbing process; 1 in the last step."""
         t, s = self.times[index], self.times[index + 1]
-        intensity = (t - s) * self.noise_process.hazard(t)
+        intensity = (t - s) * self.absorbing_process.hazard(t)
         return 1.0 if s == 0 else float(intensity * self.jump_share(intensity))
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:

@@ -98,7 +98,9 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         except OSError as error:
             if isinstance(error.__context__, FileNotFoundError):  # huggingface_hub: not reached, and not in its cache
                 name = str(pretrained_model_name_or_path)
-                raise OSError(f"the Hub cannot be reached, and the scheduler {name!r} is not in the local cache") from error
+                raise OSError(
+                    f"the Hub cannot be reached, and the scheduler {name!r} is not in the local cache"
+                ) from error
             raise
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -142,7 +144,9 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         if config.information_curve is not None:
             self.register_to_config(information_curve=[float(value) for value in config.information_curve])
         if config.grid == "optimal" and config.process != "absorbing":
-            raise ValueError("`grid='optimal'` is for the absorbing process: an information curve counts revealed tokens")
+            raise ValueError(
+                "`grid='optimal'` is for the absorbing process: an information curve counts revealed tokens"
+            )
         if config.grid == "optimal" and config.information_curve is None:
             raise ValueError("`grid='optimal'` needs `information_curve`: see discrete_schedulers.information_curve")
         if config.grid == "learned" and config.coefficients is None:
@@ -266,6 +270,17 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         tokens = None if noise is None or noise.is_floating_point() else noise
         return self.noise_process.add_noise(original_samples, t, generator, tokens)
 
+    @property
+    def absorbing_process(self) -> AbsorbingProcess:
+        """The process, for what only an absorbing one has.
+
+        Raises:
+            ValueError: If the process is uniform.
+        """
+        if not isinstance(self.noise_process, AbsorbingProcess):
+            raise ValueError(f"{type(self).__name__} has the uniform process: there are no masks to open")
+        return self.noise_process
+
     # The step
 
     @abstractmethod
@@ -314,21 +329,26 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             ValueError: If shapes, ids or logits are not allowed.
         """
         self.check_step(model_output, sample)
-        rows, logits, guess = model_output, None, None
-        if not isinstance(model_output, RowLogits):
-            logits = model_output
-            chosen = self.positions(timestep, sample, generator)
-            rows = None if chosen is None else RowLogits(model_output[chosen], chosen)
-        if rows is None:
-            guess = self.token_logits(logits).argmax(-1)
-            prev_sample = draw_states(self.transition(logits, timestep, sample), generator, self.config.draw)
+        logits = guess = None
+        if isinstance(model_output, RowLogits):
+            prev_sample = self.fill(sample, model_output, generator)
         else:
-            tokens = draw_tokens(RowLogits(self.token_logits(rows.logits), rows.positions), generator)
-            prev_sample = sample.masked_scatter(rows.positions, tokens)
-        if logits is not None and (self.config.temperature != 1 or self.config.top_p != 1):
-            logits = self.token_logits(logits)
+            chosen = self.positions(timestep, sample, generator)
+            shaped = self.config.temperature != 1 or self.config.top_p != 1
+            logits = self.token_logits(model_output) if shaped or chosen is None else model_output
+            if chosen is None:
+                guess = logits.argmax(-1)
+                law = self.transition(model_output, timestep, sample)
+                prev_sample = draw_states(law, generator, self.config.draw)
+            else:
+                prev_sample = self.fill(sample, RowLogits(model_output[chosen], chosen), generator)
         output = DiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=guess, pred_logits=logits)
         return output if return_dict else (output.prev_sample, output.pred_original_sample, output.pred_logits)
+
+    def fill(self, sample: Tensor, rows: RowLogits, generator: Generators) -> Tensor:
+        """`sample` with a token drawn from the clean law at each of the chosen positions."""
+        tokens = draw_tokens(RowLogits(self.token_logits(rows.logits), rows.positions), generator)
+        return sample.masked_scatter(rows.positions, tokens)
 
     def check_step(self, model_output: Tensor | RowLogits, sample: Tensor) -> None:
         """Raises `ValueError` if the arguments of `step` do not fit each other or the config."""
@@ -432,8 +452,6 @@ def check_coefficients(coefficients: Coefficients) -> Coefficients:
                     f"`coefficients` for {budget} steps: '{name}' has {len(values)} values, needs {length}"
                 )
         times = checked[str(budget)].get("times")
-        if times and not (
-            times[0] == 1 and times[-1] == 0 and all(a > b for a, b in pairwise(times))
-        ):
+        if times and not (times[0] == 1 and times[-1] == 0 and all(a > b for a, b in pairwise(times))):
             raise ValueError(f"`coefficients` for {budget} steps: 'times' must fall strictly from 1 to 0, not {times}")
     return checked
