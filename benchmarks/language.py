@@ -7,7 +7,8 @@ draws other orders and, for LSD, other coefficients; the error bars are about th
 
 Samples come from the pipeline, at temperature 1 and at those of the sweep. Perplexities are compared at one entropy:
 
-    target        the unigram entropy of real data, moved into the range that all samplers reach in the sweep
+    target        the entropy of real data (each part says which), moved into the range that all samplers reach in the
+                  sweep if there is one
     temperature   at which a sampler's entropy, the mean over seeds, is the target: linear between the sweep's neighbours
     perplexity    at this temperature, its logarithm linear between the same neighbours, for each seed
 
@@ -42,14 +43,15 @@ class Subject:
         part (`str`): Name of the part.
         pipe (`DiscreteDiffusionPipeline`): The model's pipeline.
         template (`torch.Tensor` of shape `(1, L')`): What every sample starts from, -1 where it is free, L places.
-        score (`Callable`): `score(samples, seed, steps, temperature)` -> metrics of samples, int64 (n, L). Has "entropy" and
-            "perplexity".
+        score (`Callable`): `score(samples, seed, steps, temperature)` -> metrics of samples, int64 (n, L). Has "perplexity".
+        entropy (`str`): The metric at which perplexities are compared.
     """
 
     part: str
     pipe: DiscreteDiffusionPipeline
     template: Tensor
     score: Callable[[Tensor, int, int, float], dict[str, float]]
+    entropy: str
 
     @property
     def base(self) -> dict[str, Any]:
@@ -132,8 +134,8 @@ def run(subject: Subject, store: Store, heldout: Tensor) -> None:
     known: dict[Any, str] = {}  # plans of all seeds -> name of the sampler
     for sampler, steps in rows:
         schedulers = [sampler.build(subject.base, store.get("information_curve"), item) for item in learned]
-        plans = [plan_of(scheduler, steps, subject.length) for scheduler in schedulers]
-        first = known.setdefault((steps, *plans), sampler.name)
+        plans = [plan_of(scheduler, steps) for scheduler in schedulers]
+        first = known.setdefault((steps, *(plan.key for plan in plans)), sampler.name)
         row = store.get("rows", sampler.name, str(steps))
         if row is None and first != sampler.name:
             store.put(store.get("rows", first, str(steps)) | {"same_as": first}, "rows", sampler.name, str(steps))
@@ -144,8 +146,8 @@ def run(subject: Subject, store: Store, heldout: Tensor) -> None:
             store.put(row, "rows", sampler.name, str(steps))
     for steps in settings["sweep_budgets"]:
         at = {sampler.name: store.get("rows", sampler.name, str(steps), "samples") for sampler in SAMPLERS}
-        target = store.get("reference", "entropy", "mean")
-        store.put(matched_entropy(at, target), "matched_entropy", str(steps))
+        target = store.get("reference", subject.entropy, "mean")
+        store.put(matched_entropy(at, subject.entropy, target), "matched_entropy", str(steps))
 
 
 def nll_bounds(
@@ -188,37 +190,37 @@ def sample_metrics(
     return metrics
 
 
-def matched_entropy(samples: dict[str, dict[str, Any]], target: float) -> dict[str, Any]:
+def matched_entropy(samples: dict[str, dict[str, Any]], metric: str, target: float) -> dict[str, Any]:
     """Temperature and perplexity of each sampler at one entropy; the rule is in the module's docstring.
 
     Args:
-        samples (`dict`): `{sampler: {temperature: {"entropy": summary, "perplexity": summary}}}`.
+        samples (`dict`): `{sampler: {temperature: {metric: summary, "perplexity": summary}}}`.
+        metric (`str`): Name of the entropy.
         target (`float`): Wanted entropy.
 
     Returns:
-        `dict`: `{"entropy": ..., "rows": {sampler: {"temperature": ..., "perplexity": summary}}}`; entropy `None` and no rows
-        where no entropy is reached by all samplers.
+        `dict`: `{"entropy": ..., "rows": {sampler: {"temperature": ..., "perplexity": summary}}}`. Where all samplers reach no
+        entropy it is the target itself, and there are rows for the samplers that reach it.
     """
     curves = {}  # sampler -> (temperature, entropy, log perplexities of the seeds), temperature rising
     for name, sweep in samples.items():
         points = [
-            (float(t), item["entropy"]["mean"], [math.log(v) for v in item["perplexity"]["values"]])
+            (float(t), item[metric]["mean"], [math.log(v) for v in item["perplexity"]["values"]])
             for t, item in sweep.items()
         ]
         curves[name] = sorted(points)
     lowest = max(min(entropy for _, entropy, _ in points) for points in curves.values())
     highest = min(max(entropy for _, entropy, _ in points) for points in curves.values())
-    if lowest > highest:
-        return {"entropy": None, "rows": {}}
-    entropy = min(max(target, lowest), highest)
-    return {"entropy": entropy, "rows": {name: at_entropy(points, entropy) for name, points in curves.items()}}
+    entropy = min(max(target, lowest), highest) if lowest <= highest else target
+    rows = {name: at_entropy(points, entropy) for name, points in curves.items()}
+    return {"entropy": entropy, "rows": {name: row for name, row in rows.items() if row is not None}}
 
 
-def at_entropy(points: list[tuple[float, float, list[float]]], entropy: float) -> dict[str, Any]:
-    """Temperature and perplexity at an entropy within the range of the points; of several temperatures the highest."""
+def at_entropy(points: list[tuple[float, float, list[float]]], entropy: float) -> dict[str, Any] | None:
+    """Temperature and perplexity at an entropy, of several temperatures the highest; `None` outside the points' range."""
     for low, high in reversed(list(pairwise(points))):
         if min(low[1], high[1]) <= entropy <= max(low[1], high[1]):
             share = (entropy - low[1]) / (high[1] - low[1]) if high[1] != low[1] else 1.0
             values = [math.exp(a + share * (b - a)) for a, b in zip(low[2], high[2], strict=True)]
             return {"temperature": low[0] + share * (high[0] - low[0]), "perplexity": summary(values)}
-    raise ValueError(f"`entropy` {entropy} is outside the range of the points: {points}")
+    return None

@@ -6,7 +6,7 @@ one step can connect (2 S + 1)^L pairs of them, with probability
     P(z' | z) = G(masks of z -> masks of z')  prod_{i opens} p(x_i = z'_i | tokens of z)
 
 where G, the law of the next set of masks, is a product for Bernoulli samplers, uniform over subsets for counts, and for the
-spread order follows every tie of the farthest-point picks. LSD with `scale="log_score"` chooses positions by the logits; there
+spread order the mean over all orders in which ties may go. LSD with `scale="log_score"` chooses positions by the logits; there
 the product of `transition` over positions is taken. Only learned coefficients depend on the seed.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from learning import learn
-from samplers import SAMPLERS, Plan, Sampler, plan_of
+from samplers import SAMPLERS, Plan, Sampler, count_law, plan_of
 from store import Store, summary
 from torch import Tensor
 
@@ -84,6 +83,7 @@ class Joint:
         self.first, self.second = self.index(steps[..., 0]), self.index(steps[..., 1])
         self.opens = steps[..., 0] != steps[..., 1]  # (pairs, L)
         bits = 2 ** torch.arange(length)
+        self.masks = ((self.states == self.mask_token_id) * bits).sum(1)  # sets of masks as bits
         self.first_masks = ((steps[..., 0] == self.mask_token_id) * bits).sum(1)
         self.second_masks = ((steps[..., 1] == self.mask_token_id) * bits).sum(1)
 
@@ -139,7 +139,7 @@ class Joint:
 
     def final_law(self, scheduler: DiscreteScheduler, num_inference_steps: int) -> Tensor:
         """Law of the sampler's output over clean rows, (S^L,)."""
-        plan = plan_of(scheduler, num_inference_steps, self.length)
+        plan = plan_of(scheduler, num_inference_steps)
         tokens = self.token_law(scheduler) if plan.choice != "logits" else None
         law = torch.zeros(len(self.states), dtype=torch.float64)
         law[-1] = 1.0  # all masks
@@ -147,52 +147,53 @@ class Joint:
             if tokens is None:
                 weight = self.pair_product(scheduler.transition(self.log_p_0, k, self.states))
             else:
-                subsets = next_masks(plan, k, self.length)  # (2^L, 2^L)
+                reached = law.new_zeros(2**self.length).index_add_(0, self.masks, law) > 0
+                subsets = next_masks(plan, k, reached)  # (2^L, 2^L)
                 weight = tokens * subsets[self.first_masks, self.second_masks]
             law = torch.zeros_like(law).index_add_(0, self.second, law[self.first] * weight)
         return law[self.clean]
 
 
-def next_masks(plan: Plan, step: int, length: int) -> Tensor:
-    """G: P(set of masks after a step | set before), (2^L, 2^L), sets as bits."""
+def next_masks(plan: Plan, step: int, reached: Tensor) -> Tensor:
+    """G: P(set of masks after a step | set before), (2^L, 2^L), sets as bits; 0 in the rows of sets that are not reached."""
+    length = len(reached).bit_length() - 1
     sets = torch.arange(2**length)
     size = sum((sets >> i) & 1 for i in range(length))
-    is_subset = (sets[:, None] & sets[None, :]) == sets[None, :]
-    number = plan.numbers[step]
-    opened = size[:, None] - size[None, :]
+    is_subset = ((sets[:, None] & sets) == sets) & reached[:, None]
+    opened = size[:, None] - size
+    probability = plan.numbers[step]
     if plan.choice == "bernoulli":
-        law = number ** opened.double() * (1 - number) ** size[None, :].double()
+        law = probability ** opened.double() * (1 - probability) ** size.double()
         return torch.where(is_subset, law, 0.0)
-    before = length - int(sum(plan.numbers[:step]))  # with counts the number of masks is known
-    after = before - int(number)
-    if plan.choice == "random":
-        reached = is_subset & (size[:, None] == before) & (size[None, :] == after)
-        return reached.double() / math.comb(before, after)
     law = torch.zeros(2**length, 2**length, dtype=torch.float64)
-    for masks in sets[size == before].tolist():
-        for rest, probability in spread_law(masks, int(number), length).items():
-            law[masks, rest] = probability
+    for masks in sets[reached].tolist():
+        for count, chance in count_law(int(size[masks]), probability).items():
+            if plan.choice == "random":
+                law[masks, is_subset[masks] & (opened[masks] == count)] = chance / math.comb(int(size[masks]), count)
+                continue
+            for rest, share in spread_law(masks, count, length).items():
+                law[masks, rest] = chance * share
     return law
 
 
 @cache
 def spread_law(masks: int, count: int, length: int) -> dict[int, float]:
-    """Law of the masks left by `count` farthest-point picks on a ring, ties equally likely: every branch is followed."""
-    law = {masks: 1.0}
+    """Law of the masks left by `count` farthest-point picks on a ring, ties by a random order of the places: over all orders."""
+    places = [i for i in range(length) if masks >> i & 1]
+    orders = torch.tensor(list(itertools.permutations(range(len(places)))))  # (orders, masks)
+    score = torch.full((len(orders), length), -math.inf)
+    score[:, places] = orders / len(places)
+    place = torch.arange(length)
+    gap = (place[:, None] - place).abs()
+    gap = torch.minimum(gap, length - gap)  # (L, L)
+    known = [i for i in range(length) if i not in places]
+    distance = (gap[:, known].amin(1) if known else torch.full((length,), length)).repeat(len(orders), 1)
     for _ in range(count):
-        following: dict[int, float] = defaultdict(float)
-        for left, probability in law.items():
-            known = [i for i in range(length) if not left >> i & 1]
-            gap = {
-                i: min((min(abs(i - j), length - abs(i - j)) for j in known), default=0)
-                for i in range(length)
-                if left >> i & 1
-            }
-            farthest = [i for i, value in gap.items() if value == max(gap.values())]
-            for i in farthest:
-                following[left & ~(1 << i)] += probability / len(farthest)
-        law = following
-    return dict(law)
+        best = (distance + score).argmax(1)
+        score[torch.arange(len(orders)), best] = -math.inf
+        distance = torch.minimum(distance, gap[best])
+    left, number = (score.isfinite() * 2**place).sum(1).unique(return_counts=True)
+    return dict(zip(left.tolist(), (number.double() / len(orders)).tolist(), strict=True))
 
 
 def measure(

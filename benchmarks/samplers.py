@@ -1,11 +1,13 @@
 """The one list of samplers that every part measures, and what can be said of them without running a network.
 
-For a network without time input, an absorbing sampler that chooses positions without looking at the logits is its plan:
-how many masks open in each step, or with which probability, and in which order. Samplers with equal plans are one sampler.
+For a network without time input, an absorbing sampler that chooses positions without looking at the logits is its plan: with
+which probability a mask opens in each step, whether each on its own or a number of them, and in which order. Samplers with
+equal plans are one sampler.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -81,39 +83,42 @@ class Plan(NamedTuple):
     """How positions are chosen.
 
     Args:
-        choice (`str`): `"bernoulli"` (each mask on its own), `"random"` or `"spread"` (a fixed number of masks), or
+        choice (`str`): `"bernoulli"` (each mask on its own), `"random"` or `"spread"` (a number of masks, see `count_law`), or
             `"logits"` (the choice depends on the network).
-        numbers (`tuple[float, ...]`): For each step the probability to open, the number that opens, or the learned factor.
+        numbers (`tuple[float, ...]`): For each step the probability that a mask opens; with `"logits"` the learned factor.
     """
 
     choice: str
     numbers: tuple[float, ...]
 
+    @property
+    def key(self) -> tuple[str, tuple[float, ...]]:
+        """Equal for equal samplers: a factor that differs from 1 in the last digits is 1."""
+        return self.choice, tuple(round(number, 12) for number in self.numbers)
 
-def plan_of(scheduler: DiscreteScheduler, num_inference_steps: int, length: int) -> Plan:
-    """The plan of a scheduler for sequences of L masks. Sets its timesteps."""
+
+def plan_of(scheduler: DiscreteScheduler, num_inference_steps: int) -> Plan:
+    """The plan of a scheduler. Sets its timesteps."""
     scheduler.set_timesteps(num_inference_steps)
-    config = scheduler.config
+    config, steps = scheduler.config, range(num_inference_steps)
     if config.get("scale") == "log_score":
-        return Plan("logits", tuple(scheduler.phi(k) for k in range(num_inference_steps)))
-    if config.get("unmasking") != "counts":
-        # rounded: a factor that differs from 1 in the last digits is 1
-        return Plan("bernoulli", tuple(round(scheduler.open_probability(k), 12) for k in range(num_inference_steps)))
-    sample = torch.full((1, length), config.mask_token_id)
-    counts = []
-    for k in range(num_inference_steps):
-        chosen = scheduler.positions(k, sample, torch.Generator().manual_seed(0))
-        sample = sample.masked_fill(chosen, int(config.mask_token_id == 0))  # any token that is not the mask
-        counts.append(float(chosen.sum()))
-    return Plan(config.order, tuple(counts))
+        return Plan("logits", tuple(scheduler.phi(k) for k in steps))
+    choice = config.order if config.get("unmasking") == "counts" else "bernoulli"
+    return Plan(choice, tuple(scheduler.open_probability(k) for k in steps))
+
+
+def count_law(num_masks: int, probability: float) -> dict[int, float]:
+    """Law of the number that opens with `unmasking="counts"`: what is due, rounded; a coin where less than one is due."""
+    due = num_masks * probability
+    return {0: 1 - due, 1: due} if 0 < due < 1 else {round(due): 1.0}
 
 
 def random_order_nll(curve: Tensor, plan: Plan) -> float:
     r"""Bound on the negative log-likelihood of a sampler with uniformly random order, in nats per token.
 
     With f(i) the cross-entropy of a masked token when i random others are known, and m the masks before a step, of which n
-    open, the bound is E sum_steps n f(L - m) / L. For counts m is known; for Bernoulli it is Binomial(L, survival), and n
-    has the mean m p. It has no noise but the curve's, which is the same for all samplers.
+    open, the bound is E sum_steps n f(L - m) / L. For Bernoulli m is Binomial(L, survival) and n has the mean m p; for counts
+    m is followed from step to step. There is no noise but the curve's, which is the same for all samplers.
 
     Args:
         curve (`torch.Tensor` of shape `(L,)`): f(0), ..., f(L - 1), float64.
@@ -124,18 +129,22 @@ def random_order_nll(curve: Tensor, plan: Plan) -> float:
     """
     length = len(curve)
     if plan.choice == "random":
-        revealed, total = 0, 0.0
-        for count in plan.numbers:
-            total += count * float(curve[min(revealed, length - 1)])  # with nothing left the count is 0
-            revealed += int(count)
-        return total / length
+        law, nats = {length: 1.0}, 0.0  # of the number of masks
+        for probability in plan.numbers:
+            following: dict[int, float] = defaultdict(float)
+            for masks, p in law.items():
+                for count, chance in count_law(masks, probability).items():
+                    nats += p * chance * count * (float(curve[length - masks]) if masks else 0.0)
+                    following[masks - count] += p * chance
+            law = following
+        return nats / length
     if plan.choice != "bernoulli":
         raise ValueError(f"`plan` has choice {plan.choice!r}; allowed: 'bernoulli', 'random'")
     masks = torch.arange(1, length + 1, dtype=torch.float64)
     cost = masks * curve.flip(0)  # m f(L - m), m = 1..L
-    total, survival = 0.0, 1.0
+    nats, survival = 0.0, 1.0
     for probability in plan.numbers:
-        law = torch.distributions.Binomial(length, torch.tensor(survival, dtype=torch.float64)).log_prob(masks).exp()
-        total += probability * float((law * cost).sum())
+        binomial = torch.distributions.Binomial(length, torch.tensor(survival, dtype=torch.float64))
+        nats += probability * float((binomial.log_prob(masks).exp() * cost).sum())
         survival *= 1 - probability
-    return total / length
+    return nats / length

@@ -94,21 +94,21 @@ def of_samples(
     return f"{title}\n\n" + by_sampler(["steps", *columns], columns, at, first)
 
 
-def at_one_entropy(content: dict[str, Any], judge: str) -> str:
+def at_one_entropy(content: dict[str, Any], judge: str, metric: str) -> str:
     """Perplexity of samples and the temperature that gives the entropy of real data."""
     columns = list(content["matched_entropy"])
     found = {n: item["entropy"] for n, item in content["matched_entropy"].items()}
-    named = ", ".join("none at " + n if e is None else f"{e:.3f} nats at {n} steps" for n, e in found.items())
+    named = ", ".join(f"{e:.3f} nats at {n} steps" for n, e in found.items())
 
     def entry(sampler: str, n: str) -> str:
         row = content["matched_entropy"][n]["rows"].get(sampler)
         return "–" if row is None else f"{cell(row['perplexity'], 2)} (T {row['temperature']:.2f})"
 
-    real = content["reference"]["entropy"]["mean"]
+    real = content["reference"][metric]["mean"]
     swept = ", ".join(map(str, content["settings"]["temperatures"]))
     title = (
-        f"**{judge} at one entropy**: {named} (real data: {real:.3f}). In brackets the temperature that gives it, "
-        f"interpolated between {swept}."
+        f"**{judge} at one {metric.replace('_', ' ')}**: {named} (real data: {real:.3f}). In brackets the temperature "
+        f"that gives it, interpolated between {swept}; – where none does."
     )
     return f"{title}\n\n" + by_sampler(["steps", *columns], columns, entry, [])
 
@@ -145,7 +145,7 @@ def tiny_text(content: dict[str, Any]) -> str:
             bound(content, f"{windows} held-out windows"),
             "The same windows for all; with other windows all bounds would move together, by "
             f"± {content['data_error']:.3f}.",
-            at_one_entropy(content, "4-gram perplexity"),
+            at_one_entropy(content, "4-gram perplexity", "entropy"),
             folded("Samples at temperature 1: perplexity under both judges, entropy, diversity", parts),
         ]
     )
@@ -163,15 +163,15 @@ def antiberty(content: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             bound(content, f"{settings['heldout_sequences']} of the model's own {length}-step samples"),
-            at_one_entropy(content, f"Perplexity under the model's own {length}-step law"),
+            at_one_entropy(content, f"Perplexity under the model's own {length}-step law", "trigram_entropy"),
             folded(
                 "Samples at temperature 1: perplexity, entropy, diversity",
                 [
                     of_samples(content, title, [("perplexity", 2), ("entropy", 3)], settings["sample_budgets"], real),
                     of_samples(
                         content,
-                        "**distinct-3** of the same samples.",
-                        [("distinct_3", 3)],
+                        "**trigram entropy / distinct-3** of each seed's samples together.",
+                        [("trigram_entropy", 3), ("distinct_3", 3)],
                         settings["sample_budgets"],
                         real,
                     ),

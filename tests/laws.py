@@ -164,14 +164,15 @@ def counts_matrix(scheduler: DiscreteScheduler, logits: Tensor, states: Tensor, 
     matrix = torch.zeros(len(states), len(states), dtype=torch.float64)
     for row, x_t in enumerate(states):
         masked = [i for i in range(length) if x_t[i] == scheduler.config.mask_token_id]
-        count = round(len(masked) * opens)
-        if scheduler.config.order == "spread":
-            subsets = spread_subset_law(masked, count, tuple(scheduler.config.grid_shape or (1, length)))
-        else:
-            subsets = uniform_subset_law(masked, count)
-        for subset, p in subsets.items():
-            factors = [clean[row, i, states[:, i]] if i in subset else states[:, i] == x_t[i] for i in range(length)]
-            matrix[row] += p * torch.stack([factor.double() for factor in factors]).prod(0)
+        due = len(masked) * opens
+        for count, chance in ({0: 1 - due, 1: due} if due < 1 else {round(due): 1.0}).items():
+            if scheduler.config.order == "spread":
+                subsets = spread_subset_law(masked, count, tuple(scheduler.config.grid_shape or (1, length)))
+            else:
+                subsets = uniform_subset_law(masked, count)
+            for subset, p in subsets.items():
+                factors = [clean[row, i, states[:, i]] if i in subset else states[:, i] == x_t[i] for i in range(length)]
+                matrix[row] += chance * p * torch.stack([factor.double() for factor in factors]).prod(0)
     return matrix
 
 

@@ -5,6 +5,7 @@ Needs the package `antiberty` with weights: pip install --no-deps antiberty==0.1
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -43,7 +44,9 @@ SCHEDULERS = {
 def subject() -> language.Subject:
     pipe = part_antiberty.load_pipeline()
     pipe.model.requires_grad_(False)
-    return language.Subject("antiberty", pipe, part_antiberty.template(LENGTH), lambda *arguments: {})
+    return language.Subject(
+        "antiberty", pipe, part_antiberty.template(LENGTH), lambda *arguments: {}, "trigram_entropy"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,13 @@ def test_knows_a_human_antibody(subject: language.Subject) -> None:
     is_masked = torch.rand(x_0.shape, generator=torch.Generator().manual_seed(0)).argsort(1).argsort(1) < 40
     rows = subject.denoiser(x_0.masked_fill(is_masked, part_antiberty.MASK), 1.0, is_masked)
     assert (rows.logits.argmax(-1) == x_0[is_masked]).float().mean() > 0.75
+
+
+def test_pooled_entropy_by_hand() -> None:
+    # trigrams aba bab aba, bab aba bab: two kinds, three of each
+    samples = torch.tensor([[5, 6, 5, 6, 5], [6, 5, 6, 5, 6]])
+    assert part_antiberty.pooled_entropy(samples, 3) == pytest.approx(math.log(2))
+    assert part_antiberty.pooled_entropy(torch.arange(10)[None], 3) == pytest.approx(math.log(8))
 
 
 def test_information_curve_falls(subject: language.Subject) -> None:

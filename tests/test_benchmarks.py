@@ -29,7 +29,7 @@ import part_tiny_text  # noqa: E402
 import run  # noqa: E402
 import tables  # noqa: E402
 from learning import METHODS, Memory, learn  # noqa: E402
-from samplers import SAMPLERS, Plan, plan_of, random_order_nll  # noqa: E402
+from samplers import SAMPLERS, Plan, count_law, plan_of, random_order_nll  # noqa: E402
 from store import Store, dumps, summary  # noqa: E402
 
 CURVE = [2.0, 1.0, 0.5]
@@ -101,7 +101,7 @@ class TestJoints:
 
 
 class TestBounds:
-    @pytest.mark.parametrize("name", ["bernoulli-uniform", "counts-uniform", "tau-leaping", "lsd-plus-literal"])
+    @pytest.mark.parametrize("name", ["bernoulli-uniform", "counts-cosine", "tau-leaping", "lsd-plus-literal"])
     @pytest.mark.parametrize("steps", [1, 2, 4, 8])
     def test_random_order_by_enumeration(self, name, steps):
         """Over all sets of masks: P(set) P(next set) sum_opened H(token | known tokens), from the law of the positions."""
@@ -113,11 +113,11 @@ class TestBounds:
             for size in range(4)
             for kept in itertools.combinations(range(3), size)
         }
-        plan = plan_of(BY_NAME[name].build(mine.base, CURVE, LEARNED), steps, 3)
+        plan = plan_of(BY_NAME[name].build(mine.base, CURVE, LEARNED), steps)
         law, expected = {0b111: 1.0}, 0.0
         for k in range(steps):
             following: dict[int, float] = {}
-            matrix = part_joints.next_masks(plan, k, 3)
+            matrix = part_joints.next_masks(plan, k, torch.ones(8, dtype=torch.bool))
             for masks, p in law.items():
                 known = tuple(d for d in range(3) if not masks >> d & 1)
                 for rest in range(8):
@@ -140,7 +140,7 @@ class TestBounds:
             scheduler = BY_NAME[name].build(mine.base, CURVE, LEARNED)
             bounds = sampler_nll_bound(mine, scheduler, data, 2, seeded(1), 20_000)
             error = float(bounds.std()) / len(bounds) ** 0.5
-            assert abs(float(bounds.mean()) - random_order_nll(curve, plan_of(scheduler, 2, 3))) < 4.5 * error
+            assert abs(float(bounds.mean()) - random_order_nll(curve, plan_of(scheduler, 2))) < 4.5 * error
 
     def test_other_orders_are_refused(self):
         with pytest.raises(ValueError, match="'spread'"):
@@ -149,12 +149,22 @@ class TestBounds:
     def test_plans(self):
         base = {"vocab_size": 3, "mask_token_id": 0}
         one = LSDScheduler(**base, coefficients={"4": {"scale": [1.0, 1.0, 1 - 1e-15, 5.0]}})
-        bernoulli = plan_of(BY_NAME["bernoulli-uniform"].build(base, [], {}), 4, 10)
-        assert plan_of(one, 4, 10) == bernoulli
-        assert bernoulli == Plan("bernoulli", (0.25, round(1 / 3, 12), 0.5, 1.0))
-        assert plan_of(BY_NAME["counts-uniform"].build(base, [], {}), 4, 8) == Plan("random", (2, 2, 2, 2))
-        assert plan_of(BY_NAME["spread-uniform"].build(base, [], {}), 2, 10) == Plan("spread", (5, 5))
-        assert plan_of(BY_NAME["lsd-log-score"].build(base, [], LEARNED), 4, 10).choice == "logits"
+        bernoulli = plan_of(BY_NAME["bernoulli-uniform"].build(base, [], {}), 4)
+        assert plan_of(one, 4).key == bernoulli.key
+        assert bernoulli.key == ("bernoulli", (0.25, round(1 / 3, 12), 0.5, 1.0))
+        assert plan_of(BY_NAME["counts-uniform"].build(base, [], {}), 2).key == ("random", (0.5, 1.0))
+        assert plan_of(BY_NAME["spread-uniform"].build(base, [], {}), 2).key == ("spread", (0.5, 1.0))
+        assert plan_of(BY_NAME["lsd-log-score"].build(base, [], LEARNED), 4).choice == "logits"
+
+    @pytest.mark.parametrize(("masks", "probability"), [(6, 0.4), (6, 0.5), (3, 0.2), (1, 1.0), (0, 0.5), (4, 0.9)])
+    def test_count_law_is_the_one_of_the_scheduler(self, masks, probability):
+        scheduler = AncestralScheduler(3, 2)
+        sample = torch.tensor([[2] * masks + [0] * (8 - masks)]).repeat(4_000, 1)
+        drawn = scheduler.open_masks(sample, probability, seeded(), "counts", "random").sum(1)
+        law = torch.zeros(9, dtype=torch.float64)
+        for count, chance in count_law(masks, probability).items():
+            law[count] = chance
+        assert laws.chi_square_z(drawn.bincount(minlength=9), law) < 4.5
 
 
 class TestLearning:
@@ -208,26 +218,28 @@ class TestMatchedEntropy:
             "a": self.sweep((1.0, 4.0, [16.0, 64.0]), (0.5, 2.0, [4.0, 4.0])),
             "b": self.sweep((1.0, 3.5, [9.0, 9.0]), (0.5, 3.0, [5.0, 5.0])),
         }
-        found = language.matched_entropy(samples, 2.9)
+        found = language.matched_entropy(samples, "entropy", 2.9)
         assert found["entropy"] == 3.0  # b does not go lower
         assert found["rows"]["a"]["temperature"] == pytest.approx(0.75)
         assert found["rows"]["a"]["perplexity"]["values"] == pytest.approx([8.0, 16.0])  # geometric means
         assert found["rows"]["b"]["perplexity"]["mean"] == pytest.approx(5.0)
-        assert language.matched_entropy(samples, 3.25)["rows"]["b"]["temperature"] == pytest.approx(0.75)
-        assert language.matched_entropy(samples, 9.0)["entropy"] == 3.5
+        assert language.matched_entropy(samples, "entropy", 3.25)["rows"]["b"]["temperature"] == pytest.approx(0.75)
+        assert language.matched_entropy(samples, "entropy", 9.0)["entropy"] == 3.5
 
     def test_no_common_entropy(self):
         samples = {
             "a": self.sweep((1.0, 4.0, [9.0, 9.0]), (0.5, 3.8, [8.0, 8.0])),
             "b": self.sweep((1.0, 3.5, [9.0, 9.0]), (0.5, 3.0, [5.0, 5.0])),
         }
-        assert language.matched_entropy(samples, 3.6) == {"entropy": None, "rows": {}}
+        found = language.matched_entropy(samples, "entropy", 3.9)
+        assert found["entropy"] == 3.9
+        assert list(found["rows"]) == ["a"]
 
 
 class TestSubject:
     def test_template_stands_around_the_free_places(self):
         pipe = tiny_pipeline()
-        subject = language.Subject("tiny", pipe, torch.tensor([[3, -1, -1, 5, -1]]), lambda *arguments: {})
+        subject = language.Subject("tiny", pipe, torch.tensor([[3, -1, -1, 5, -1]]), lambda *arguments: {}, "entropy")
         assert subject.length == 3
         x = torch.tensor([[1, 2, MASK], [MASK, MASK, 4]])
         framed = torch.tensor([[3, 1, 2, 5, MASK], [3, MASK, MASK, 5, 4]])

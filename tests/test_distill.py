@@ -380,6 +380,9 @@ def test_models_and_data_are_refused(work: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fewer than one sequence of `--sequence_length` 8"):
         distill.main([*arguments(work, tmp_path), "--train_file", str(tmp_path / "short.txt")])
 
+    with pytest.raises(ValueError, match="a curve needs 2 sequences or more; there is 1"):
+        distill.main([*arguments(work, tmp_path), "--method", "optimal_grid", "--num_samples", "1"])
+
     shutil.copytree(work / "model", tmp_path / "mute")
     shutil.rmtree(tmp_path / "mute" / "tokenizer")
     index = json.loads((tmp_path / "mute" / "model_index.json").read_text())
@@ -668,12 +671,14 @@ for given in json.loads(sys.argv[1]):
 
 
 @pytest.mark.slow
-def test_over_the_hub(hub: LoopbackHub, work: Path, tmp_path: Path) -> None:
+def test_over_the_hub(hub: LoopbackHub, finished: Callable, work: Path, tmp_path: Path) -> None:
     """A model from the Hub, its learned scheduler to the Hub, and both back again; failures in between lose nothing."""
-    # The model goes up and comes back
+    # The model goes up and comes back. An upload whose connection stays away: an error, and nothing half done
     code = """
 import sys, torch
+from pathlib import Path
 from discrete_schedulers import DiscreteDiffusionPipeline
+from discrete_schedulers.training.hub import create_repository, upload
 local = DiscreteDiffusionPipeline.from_pretrained(sys.argv[1])
 local.push_to_hub("base")
 pipe = DiscreteDiffusionPipeline.from_pretrained("tester/base")
@@ -681,9 +686,21 @@ texts = [p(num_samples=3, num_inference_steps=4, generator=torch.Generator().man
 assert texts[0] == texts[1] and len(set(texts[0])) > 1
 assert type(pipe.scheduler) is type(local.scheduler)
 assert dict(pipe.config.denoiser) == dict(local.config.denoiser)
-print("same")
+name = create_repository(Path(sys.argv[2]), "x", None)
+try:
+    upload(Path(sys.argv[2]), name, None)
+except RuntimeError as error:
+    print("RESULT", name, error)
 """
-    assert "same" in hub.python(code, work / "model")
+    _, done = finished("lsd")
+    before = {name: (done / name).read_bytes() for name in FINISHED}
+    hub.drop_next(100, matching="tester/x/preupload")
+    printed = hub.python(code, work / "model", done)
+    assert re.search(
+        "^RESULT tester/x could not push to 'tester/x': .* Nothing is lost: the results are in", printed, re.M
+    )
+    assert [commit.title for commit in hub.repos["tester/x"].commits] == ["initial commit"]
+    assert before == {name: (done / name).read_bytes() for name in FINISHED}
     assert "model/diffusion_pytorch_model.safetensors" in hub.repos["tester/base"].files
 
     # A dropped connection, a refused token, and then it works
@@ -717,29 +734,6 @@ print("same")
     code = "import json\n" + snippet + "\nprint('LEARNED', json.dumps(pipe.scheduler.config.coefficients))"
     coefficients = json.loads(re.search(r"LEARNED (.*)", hub.python(code, token=None))[1])
     assert coefficients == json.loads((folder / "metrics.json").read_text())["coefficients"]  # bit for bit
-
-
-@pytest.mark.slow
-def test_upload_that_breaks_off(hub: LoopbackHub, finished: Callable, work: Path, tmp_path: Path) -> None:
-    """The connection stays away while the commit is sent: an error, an empty repository, and all files here."""
-    _, folder = finished("lsd")
-    code = """
-import sys
-from pathlib import Path
-from discrete_schedulers.training.hub import create_repository, upload
-name = create_repository(Path(sys.argv[1]), "x", None)
-try:
-    upload(Path(sys.argv[1]), name, None)
-except RuntimeError as error:
-    print(name, error)
-"""
-    hub.drop_next(100, matching="/preupload/")
-    before = {name: (folder / name).read_bytes() for name in FINISHED}
-    assert re.match(
-        "tester/x could not push to 'tester/x': .* Nothing is lost: the results are in", hub.python(code, folder)
-    )
-    assert [commit.title for commit in hub.repos["tester/x"].commits] == ["initial commit"]
-    assert before == {name: (folder / name).read_bytes() for name in FINISHED}
 
 
 @pytest.mark.slow
@@ -778,7 +772,7 @@ def test_main_job_on_the_bundled_model(tmp_path: Path, method: str) -> None:
     for row in metrics["table"]:
         assert 2 < row["nll"] < math.log(2048)  # better than a uniform guess, worse than knowing the text
         assert 2 < row["entropy"] <= math.log(64)
-        assert 10 < row["perplexity"] < 1e5
+        assert 10 < row["perplexity"] < 1e8  # of bad texts: each new word pays for its spelling
     assert metrics["arguments"]["teacher_steps"] == 1024
     if method == "lsd":
         assert flat(metrics["coefficients"]) == pytest.approx([1.0] * 4, abs=1e-6)

@@ -517,6 +517,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     learned_for |= {"vocab_size": base["vocab_size"], "method": args.method}
     scheduler: DiscreteScheduler
     if args.method == "optimal_grid":
+        if len(fit) < 2:
+            raise ValueError(
+                f"a curve needs 2 sequences or more; there is {len(fit)} (`--max_data_samples`, `--num_samples`)"
+            )
         if "curve" not in state:
             asked = (pipe.denoiser, fit, base["mask_token_id"])
             orders = [torch.Generator().manual_seed(args.seed) for _ in range(2)]

@@ -56,7 +56,7 @@ A masked diffusion model of English text, small enough for tests, examples and m
   {validation_bits_per_character:.3f} bits per character.
 - **Licence**: Apache-2.0 for the weights, the text is in the public domain.
 
-It writes in the style of its only book and knows nothing. Samples, {sequence_length} steps, first four of seed 0, not chosen:
+It writes in the style of its only book and knows nothing. Samples, {sequence_length} steps, the first of seed 0, not chosen:
 
 {samples}
 """
@@ -323,13 +323,16 @@ def save_pipeline(
     )
     scheduler.register_to_config(information_curve=curve.to_config())
     pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    steps = args.sequence_length
-    _, samples, _ = pipe(num_samples=4, num_inference_steps=steps, generator=generator, return_dict=False)
+    quoted = []
+    for temperature in (1.0, 0.8):
+        pipe.scheduler = AncestralScheduler.from_config(scheduler.config, temperature=temperature)
+        call = {"num_samples": 3, "num_inference_steps": args.sequence_length, "return_dict": False}
+        _, samples, _ = pipe(**call, generator=torch.Generator().manual_seed(0))
+        quoted += [f"Temperature {temperature}:", *("> " + sample.replace("\n", " / ") for sample in samples)]
+    pipe.scheduler = scheduler
     pipe.to(torch.float16).save_pretrained(args.output_dir)
     (args.output_dir / "pretrain_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
-    quoted = "\n\n".join("> " + sample.replace("\n", " / ") for sample in samples)
-    (args.output_dir / "README.md").write_text(CARD.format(**vars(args), **results, samples=quoted))
+    (args.output_dir / "README.md").write_text(CARD.format(**vars(args), **results, samples="\n\n".join(quoted)))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from discrete_schedulers.sampling import (
     draw_tokens,
     spread_subset,
     uniform_subset,
+    uniforms,
 )
 
 ProcessName: TypeAlias = Literal["absorbing", "uniform"]
@@ -61,9 +62,10 @@ class DiscreteSchedulerOutput(BaseOutput):
     Args:
         prev_sample (`torch.Tensor` of shape `(B, L)`): Tokens x_s at the next, less noisy time, int64.
         pred_original_sample (`torch.Tensor` of shape `(B, L)`, *optional*): Most probable clean tokens, int64. `None` where
-            only chosen rows were read; `pred_logits.argmax(-1)` has it where all logits were passed.
+            only chosen rows were read; `pred_logits` has it where all logits were passed.
         pred_logits (`torch.Tensor` of shape `(B, L, V)`, *optional*): Logits of the clean law that was drawn from, after
-            temperature and top-p. `None` where only chosen rows were passed.
+            temperature and top-p. Where these are 1 it is `model_output` itself, whose mask column is not read. `None` where
+            only chosen rows were passed.
     """
 
     prev_sample: Tensor
@@ -265,7 +267,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         if timesteps is None:
             raise ValueError("`timesteps` is required: times in [0, 1], or step indices")
         t = timesteps.reshape(-1)
-        t = self.times[t.cpu()] if not t.is_floating_point() else t
+        if not t.is_floating_point():
+            t = torch.stack([self.times[self.step_index(index)] for index in t])
         t = t.double().to(original_samples.device).expand(len(original_samples))
         tokens = None if noise is None or noise.is_floating_point() else noise
         return self.noise_process.add_noise(original_samples, t, generator, tokens)
@@ -393,13 +396,16 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
     ) -> Tensor:
         """Masked positions that open when each should with the given probability, bool (B, L).
 
-        With `counts` their number is the nearest integer to probability * masks, which has the same mean up to rounding and
-        no variance; `order` says which ones.
+        With `counts` their number is the nearest integer to what is due, probability * masks, so that it has no variance. Where
+        less than one position is due it opens with that chance: rounded, a run with more steps than positions would lag
+        behind its times. `order` says which ones open.
         """
         is_masked = sample == self.config.mask_token_id
         if unmasking == "bernoulli":
             return bernoulli_subset(is_masked, probability, generator)
-        count = (is_masked.sum(1).double() * probability).round().long()
+        due = is_masked.sum(1, dtype=torch.float64) * probability  # (B,)
+        coin = uniforms((len(sample), 1), generator, sample.device).squeeze(1)
+        count = torch.where(due < 1, (coin < due).double(), due.round()).long()
         if order == "spread":
             grid_shape = self.config.grid_shape
             return spread_subset(is_masked, count, generator, None if grid_shape is None else tuple(grid_shape))
