@@ -31,8 +31,8 @@ from discrete_schedulers.evaluation import kl_divergence
 FULL = {
     "joints": {"ising": [2, 8], "random": [2, 8], "random-3": [3, 5]},  # tokens S, length L
     "budgets": [1, 2, 4, 8, 16, 32, 64],
-    "temperatures": [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7],
-    "sweep_budgets": [1, 2, 4, 8, 16],
+    "temperatures": [1.0, 0.9, 0.8, 0.7, 0.6, 0.5],
+    "sweep_budgets": [2, 4, 8],
     "teacher_steps": 1024,
     "learning_samples": 64,
 }
@@ -82,6 +82,7 @@ class Joint:
         steps = moves[self.product(len(moves))]  # (pairs, L, 2)
         self.first, self.second = self.index(steps[..., 0]), self.index(steps[..., 1])
         self.opens = steps[..., 0] != steps[..., 1]  # (pairs, L)
+        self.token_laws: dict[float, Tensor] = {}
         bits = 2 ** torch.arange(length)
         self.masks = ((self.states == self.mask_token_id) * bits).sum(1)  # sets of masks as bits
         self.first_masks = ((steps[..., 0] == self.mask_token_id) * bits).sum(1)
@@ -125,8 +126,11 @@ class Joint:
         return [after - before for before, after in itertools.pairwise(mean)]
 
     def token_law(self, scheduler: DiscreteScheduler) -> Tensor:
-        """Probability of the tokens drawn by each pair, given its positions."""
-        return self.pair_product(scheduler.clean_law(self.log_p_0), self.opens)
+        """Probability of the tokens drawn by each pair, given its positions; kept, since only the temperature changes it."""
+        temperature = scheduler.config.temperature
+        if temperature not in self.token_laws:
+            self.token_laws[temperature] = self.pair_product(scheduler.clean_law(self.log_p_0), self.opens)
+        return self.token_laws[temperature]
 
     def pair_product(self, law: Tensor, counted: Tensor | None = None) -> Tensor:
         """Product over (counted) positions of P(z'_i | z), of a law (V^L, L, V)."""
@@ -178,7 +182,7 @@ def next_masks(plan: Plan, step: int, reached: Tensor) -> Tensor:
 
 @cache
 def spread_law(masks: int, count: int, length: int) -> dict[int, float]:
-    """Law of the masks left by `count` farthest-point picks on a ring, ties by a random order of the places: over all orders."""
+    """Law of the masks left by `count` farthest-point picks on a ring, ties by a random order of the places: all orders."""
     places = [i for i in range(length) if masks >> i & 1]
     orders = torch.tensor(list(itertools.permutations(range(len(places)))))  # (orders, masks)
     score = torch.full((len(orders), length), -math.inf)

@@ -1,6 +1,6 @@
 """All reported numbers, in one command:
 
-    python benchmarks/run.py                  # everything, about half an hour on two cores; a killed run goes on
+    python benchmarks/run.py                  # everything, about 40 minutes on two cores; a killed run goes on
     python benchmarks/run.py joints table     # parts: joints, tiny-text, antiberty, table
     python benchmarks/run.py --quick          # tiny settings, to see that it runs; results in runs/benchmarks-quick
 

@@ -165,7 +165,7 @@ def counts_matrix(scheduler: DiscreteScheduler, logits: Tensor, states: Tensor, 
     for row, x_t in enumerate(states):
         masked = [i for i in range(length) if x_t[i] == scheduler.config.mask_token_id]
         due = len(masked) * opens
-        for count, chance in ({0: 1 - due, 1: due} if due < 1 else {round(due): 1.0}).items():
+        for count, chance in ({0: 1 - due, 1: due} if 0 < due < 0.5 else {round(due): 1.0}).items():
             if scheduler.config.order == "spread":
                 subsets = spread_subset_law(masked, count, tuple(scheduler.config.grid_shape or (1, length)))
             else:

@@ -253,6 +253,9 @@ class TestSubject:
         samples = subject.sample(pipe.scheduler, 2, seed=0, num_samples=40)
         assert samples.shape == (40, 3)
         assert (samples[:5] == subject.sample(pipe.scheduler, 2, seed=0, num_samples=5)).all()
+        generators = [torch.Generator().manual_seed(10**9 + i) for i in range(5)]
+        whole = pipe(template=subject.template, num_samples=5, num_inference_steps=2, generator=generators).sequences
+        assert (samples[:5] == whole[:, [1, 2, 4]]).all()
 
 
 class TestFiles:

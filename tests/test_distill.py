@@ -31,6 +31,7 @@ from tiny import MASK, WORDS, tiny_model, tiny_pipeline
 
 from discrete_schedulers import (
     AncestralScheduler,
+    DDiTModel,
     DiscreteDiffusionPipeline,
     InformationCurve,
     LSDScheduler,
@@ -314,6 +315,28 @@ def test_coefficients_do_not_depend_on_batches(finished: Callable, work: Path, t
         assert row["nll"] == pytest.approx(same["nll"], abs=1e-4)
         assert row["entropy"] == pytest.approx(same["entropy"], abs=1e-6)
     assert other["sequence_evaluations"] == metrics["sequence_evaluations"]
+
+
+@pytest.mark.usefixtures("no_plot")
+@pytest.mark.parametrize("name", ["lsd l2", "optimal_grid text"])
+def test_evaluations_are_counted(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Every sequence that goes through the network until the coefficients are there, and none of those that measure."""
+    rows: list[int] = []
+    counting = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: rows.append(len(inputs[0])) if isinstance(module, DDiTModel) else None
+    )
+    measure, before_measuring = distill.measure, []
+
+    def measure_later(*args: Any) -> dict[str, Any]:
+        before_measuring.append(sum(rows))
+        return measure(*args)
+
+    monkeypatch.setattr(distill, "measure", measure_later)
+    texts = ["--train_file", str(work / "texts.txt")] if name.endswith("text") else []
+    metrics = distill.main([*arguments(work, tmp_path), *METHODS[name], *texts])
+    counting.remove()
+    assert metrics["sequence_evaluations"] == before_measuring[0] > 0
+    assert sum(rows) > before_measuring[0]
 
 
 @pytest.mark.usefixtures("no_plot")

@@ -397,15 +397,15 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         """Masked positions that open when each should with the given probability, bool (B, L).
 
         With `counts` their number is the nearest integer to what is due, probability * masks, so that it has no variance. Where
-        less than one position is due it opens with that chance: rounded, a run with more steps than positions would lag
-        behind its times. `order` says which ones open.
+        less than half a position is due one opens with that chance: rounded down it would wait for the end of a run with
+        more steps than positions. `order` says which ones open.
         """
         is_masked = sample == self.config.mask_token_id
         if unmasking == "bernoulli":
             return bernoulli_subset(is_masked, probability, generator)
         due = is_masked.sum(1, dtype=torch.float64) * probability  # (B,)
         coin = uniforms((len(sample), 1), generator, sample.device).squeeze(1)
-        count = torch.where(due < 1, (coin < due).double(), due.round()).long()
+        count = torch.where(due < 0.5, (coin < due).double(), due.round()).long()
         if order == "spread":
             grid_shape = self.config.grid_shape
             return spread_subset(is_masked, count, generator, None if grid_shape is None else tuple(grid_shape))
