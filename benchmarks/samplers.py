@@ -108,9 +108,9 @@ def plan_of(scheduler: DiscreteScheduler, num_inference_steps: int) -> Plan:
 
 
 def count_law(num_masks: int, probability: float) -> dict[int, float]:
-    """Law of the number that opens with `unmasking="counts"`: what is due, rounded; a coin where less than one is due."""
+    """Law of the number that opens with `unmasking="counts"`: what is due, rounded; a coin where less than a half is due."""
     due = num_masks * probability
-    return {0: 1 - due, 1: due} if 0 < due < 1 else {round(due): 1.0}
+    return {0: 1 - due, 1: due} if 0 < due < 0.5 else {round(due): 1.0}
 
 
 def random_order_nll(curve: Tensor, plan: Plan) -> float:

@@ -156,7 +156,9 @@ class TestBounds:
         assert plan_of(BY_NAME["spread-uniform"].build(base, [], {}), 2).key == ("spread", (0.5, 1.0))
         assert plan_of(BY_NAME["lsd-log-score"].build(base, [], LEARNED), 4).choice == "logits"
 
-    @pytest.mark.parametrize(("masks", "probability"), [(6, 0.4), (6, 0.5), (3, 0.2), (1, 1.0), (0, 0.5), (4, 0.9)])
+    @pytest.mark.parametrize(
+        ("masks", "probability"), [(6, 0.4), (6, 0.5), (3, 0.2), (3, 0.1), (1, 1.0), (0, 0.5), (4, 0.9)]
+    )
     def test_count_law_is_the_one_of_the_scheduler(self, masks, probability):
         scheduler = AncestralScheduler(3, 2)
         sample = torch.tensor([[2] * masks + [0] * (8 - masks)]).repeat(4_000, 1)
