@@ -1,6 +1,6 @@
 """Sample, continue and fill in with the bundled model, and swap the scheduler in one line.
 
-    python examples/sample.py
+python examples/sample.py
 """
 
 from __future__ import annotations

@@ -171,7 +171,9 @@ def counts_matrix(scheduler: DiscreteScheduler, logits: Tensor, states: Tensor, 
             else:
                 subsets = uniform_subset_law(masked, count)
             for subset, p in subsets.items():
-                factors = [clean[row, i, states[:, i]] if i in subset else states[:, i] == x_t[i] for i in range(length)]
+                factors = [
+                    clean[row, i, states[:, i]] if i in subset else states[:, i] == x_t[i] for i in range(length)
+                ]
                 matrix[row] += chance * p * torch.stack([factor.double() for factor in factors]).prod(0)
     return matrix
 

@@ -86,5 +86,7 @@ def test_counts_beat_bernoulli(chain: MarkovDenoiser) -> None:
     """At 16 calls two tokens of a step are seldom neighbours, but Bernoulli steps often open more than two."""
     counts, counts_error = excess(chain, 16)
     bernoulli, bernoulli_error = excess(chain, 16, unmasking="bernoulli")
-    print(f"KL at 16 calls: counts {counts:.3f} +- {counts_error:.3f}, Bernoulli {bernoulli:.3f} +- {bernoulli_error:.3f}")
+    print(
+        f"KL at 16 calls: counts {counts:.3f} +- {counts_error:.3f}, Bernoulli {bernoulli:.3f} +- {bernoulli_error:.3f}"
+    )
     assert bernoulli - counts > 3 * math.hypot(counts_error, bernoulli_error)

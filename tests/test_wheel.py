@@ -125,7 +125,14 @@ print(json.dumps([output.texts, list(output.sequences.shape), output.num_model_c
 
 def test_launches_the_trainer(python: Path, tmp_path: Path) -> None:
     """A real run, small: the installed module learns, measures and writes its results."""
-    launch = [python, "-m", "accelerate.commands.accelerate_cli", "launch", "-m", "discrete_schedulers.training.distill"]
+    launch = [
+        python,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "-m",
+        "discrete_schedulers.training.distill",
+    ]
     model = ["--pretrained_model_name_or_path", "discrete-schedulers/tiny-text", "--output_dir", "learned"]
     small = ["--teacher_steps", "8", "--num_samples", "2", "--num_eval_samples", "2", "--num_inference_steps", "4"]
     run(*launch, *model, *small, cwd=tmp_path)
