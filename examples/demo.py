@@ -31,8 +31,8 @@ METHODS = {
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo_results"))
-    parser.add_argument("--num_samples", type=int, default=32, help="Samples that coefficients are fitted on.")
-    parser.add_argument("--num_eval_samples", type=int, default=48, help="Samples and sequences that are measured.")
+    parser.add_argument("--num_samples", type=int, default=16, help="Samples that coefficients are fitted on.")
+    parser.add_argument("--num_eval_samples", type=int, default=24, help="Samples and sequences that are measured.")
     args = parser.parse_args(argv)
     began = time.time()
 
