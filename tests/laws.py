@@ -140,7 +140,9 @@ def spread_subset_law(eligible: Iterable[int], count: int, grid_shape: tuple[int
     return dict(law)
 
 
-# Laws of schedulers
+# Laws of schedulers. A scheduler that draws a set of positions and then a token for each needs the law of these sets:
+# class name -> function of (scheduler, masked places, index, length) to the probability of each subset.
+SUBSET_LAWS: dict[str, Callable[[DiscreteScheduler, list[int], int, int], dict[frozenset[int], float]]] = {}
 
 
 def step_matrix(scheduler: DiscreteScheduler, denoiser: ExactDenoiser, index: int, length: int) -> Tensor:
@@ -149,32 +151,49 @@ def step_matrix(scheduler: DiscreteScheduler, denoiser: ExactDenoiser, index: in
     num_states = scheduler.config.vocab_size
     states = all_states(num_states, length)
     logits = denoiser(states, scheduler.timesteps[index])
+    subsets = SUBSET_LAWS.get(type(scheduler).__name__)
     if scheduler.config.get("unmasking") == "counts" and scheduler.config.process == "absorbing":
-        return counts_matrix(scheduler, logits, states, index)
+        subsets = counts_subset_law
+    if subsets is not None:
+        return subset_matrix(scheduler, logits, states, index, subsets)
     law = scheduler.transition(logits, index, states)  # (S, L, V)
     return torch.stack([law[:, i, states[:, i]] for i in range(length)]).prod(0)
 
 
-def counts_matrix(scheduler: DiscreteScheduler, logits: Tensor, states: Tensor, index: int) -> Tensor:
-    """P(x_s | x_t), (S, S), when a fixed number of masks opens."""
-    t, s = scheduler.times[index], scheduler.times[index + 1]
-    opens = float(scheduler.noise_process.unmask_probability(t, s))
+def counts_subset_law(
+    scheduler: DiscreteScheduler, masked: list[int], index: int, length: int
+) -> dict[frozenset[int], float]:
+    """The sets that open when a fixed number of masks does."""
+    due = len(masked) * float(
+        scheduler.noise_process.unmask_probability(scheduler.times[index], scheduler.times[index + 1])
+    )
+    law: dict[frozenset[int], float] = defaultdict(float)
+    for count, chance in ({0: 1 - due, 1: due} if 0 < due < 0.5 else {round(due): 1.0}).items():
+        if scheduler.config.order == "spread":
+            subsets = spread_subset_law(masked, count, tuple(scheduler.config.grid_shape or (1, length)))
+        else:
+            subsets = uniform_subset_law(masked, count)
+        for subset, p in subsets.items():
+            law[subset] += chance * p
+    return dict(law)
+
+
+def subset_matrix(
+    scheduler: DiscreteScheduler,
+    logits: Tensor,
+    states: Tensor,
+    index: int,
+    subsets: Callable[[DiscreteScheduler, list[int], int, int], dict[frozenset[int], float]],
+) -> Tensor:
+    """P(x_s | x_t), (S, S), when a random set of masks opens, each to a token of its own law."""
     clean = scheduler.clean_law(logits)  # (S, L, V)
     length = states.shape[1]
     matrix = torch.zeros(len(states), len(states), dtype=torch.float64)
     for row, x_t in enumerate(states):
         masked = [i for i in range(length) if x_t[i] == scheduler.config.mask_token_id]
-        due = len(masked) * opens
-        for count, chance in ({0: 1 - due, 1: due} if 0 < due < 0.5 else {round(due): 1.0}).items():
-            if scheduler.config.order == "spread":
-                subsets = spread_subset_law(masked, count, tuple(scheduler.config.grid_shape or (1, length)))
-            else:
-                subsets = uniform_subset_law(masked, count)
-            for subset, p in subsets.items():
-                factors = [
-                    clean[row, i, states[:, i]] if i in subset else states[:, i] == x_t[i] for i in range(length)
-                ]
-                matrix[row] += chance * p * torch.stack([factor.double() for factor in factors]).prod(0)
+        for subset, p in subsets(scheduler, masked, index, length).items():
+            factors = [clean[row, i, states[:, i]] if i in subset else states[:, i] == x_t[i] for i in range(length)]
+            matrix[row] += p * torch.stack([factor.double() for factor in factors]).prod(0)
     return matrix
 
 

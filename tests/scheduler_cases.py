@@ -1,5 +1,7 @@
 """The one list of schedulers. Every law and contract test runs over it; a new scheduler is a line here.
 
+Those whose steps have a law that can be written down as a product (`has_law`) meet the law tests too.
+
 `BUDGETS` are the step numbers that the learned cases have coefficients for, and so the ones that tests may ask for.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from discrete_schedulers import AncestralScheduler, DiscreteScheduler, EulerScheduler, LSDScheduler, TauLeapingScheduler
+from discrete_schedulers.schedulers.scheduling_utils import FactorisedScheduler
 
 BUDGETS = (1, 2, 3, 4, 7, 8, 64)
 
@@ -41,6 +44,16 @@ class SchedulerCase(NamedTuple):
     def is_absorbing(self) -> bool:
         """Whether there is a mask."""
         return self.kwargs.get("process", "absorbing") == "absorbing"
+
+    @property
+    def has_law(self) -> bool:
+        """Whether `laws.step_matrix` has the law of its steps. The others have tests of their own."""
+        return issubclass(self.cls, FactorisedScheduler) and self.cls.order == 1
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether a token, once revealed, stays."""
+        return self.is_absorbing and not self.cls.revises_tokens
 
     def build(self, vocab_size: int, **overrides: Any) -> DiscreteScheduler:
         """The scheduler for V states; the mask is the last of them."""

@@ -29,7 +29,8 @@ class Part(NamedTuple):
 
 
 CORE = {"sampling", "processes", "denoisers", "information", "evaluation"}
-SOURCE = CORE | {"models", "models/*", "schedulers", "schedulers/*", "schedulers/scheduling_utils"}
+SOURCE = CORE | {"models", "models/*", "schedulers", "schedulers/*"}
+SOURCE |= {"schedulers/scheduling_utils", "schedulers/order_utils"}
 
 # A name with a slash is one file of a folder, "folder/*" any other one in it, a bare folder its __init__.py, "" that of
 # the package.
@@ -45,8 +46,10 @@ TABLE = {
     "models/*": Part({"denoisers", "models/*"}, {"torch", "diffusers", "transformers"}),
     "schedulers": Part({"schedulers/*", "schedulers/scheduling_utils"}, set()),
     "schedulers/scheduling_utils": Part({"sampling", "processes", "information"}, {"torch", "diffusers"}),
+    "schedulers/order_utils": Part({"sampling", "schedulers/scheduling_utils"}, {"torch"}),
     "schedulers/*": Part(
-        {"sampling", "processes", "information", "schedulers/scheduling_utils"}, {"torch", "diffusers"}
+        {"sampling", "processes", "information", "schedulers/scheduling_utils", "schedulers/order_utils"},
+        {"torch", "diffusers"},
     ),
     "pipelines": Part({"pipelines/*"}, set()),
     "pipelines/*": Part(SOURCE | {"pipelines/*"}, {"torch", "diffusers", "transformers"}),

@@ -19,7 +19,7 @@ from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule
 from discrete_schedulers.sampling import Draw, Generators
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
-    DiscreteScheduler,
+    FactorisedScheduler,
     Grid,
     Order,
     ProcessName,
@@ -27,7 +27,7 @@ from discrete_schedulers.schedulers.scheduling_utils import (
 )
 
 
-class AncestralScheduler(DiscreteScheduler):
+class AncestralScheduler(FactorisedScheduler):
     """Ancestral sampling for absorbing and uniform processes.
 
     Args:
@@ -42,7 +42,7 @@ class AncestralScheduler(DiscreteScheduler):
         order (`str`, defaults to `"random"`): Which positions a count takes: `"random"`, or `"spread"`: far from what is
             known and from each other.
         grid_shape (`list[int]`, *optional*): (height, width) for `order="spread"` on images.
-        temperature (`float`, defaults to 1.0): Divides the logits; positive.
+        temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most probable token.
         top_p (`float`, defaults to 1.0): Smallest mass of most probable tokens that is kept, in (0, 1].
         draw (`str`, defaults to `"exact"`): `"exact"`, or the published float32 races `"one_stage_float32"` and
             `"one_stage_1e-6"` (with `unmasking="bernoulli"`).
@@ -74,7 +74,7 @@ class AncestralScheduler(DiscreteScheduler):
             raise ValueError(f"`draw={draw!r}` draws position and token in one; it needs `unmasking='bernoulli'`")
 
     def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
-        """q(x_s | x_t, p_0), see [`DiscreteScheduler.transition`]. With `unmasking="counts"` this is the law of each
+        """q(x_s | x_t, p_0), see [`FactorisedScheduler.transition`]. With `unmasking="counts"` this is the law of each
         position, while positions of a row exclude each other."""
         index = self.step_index(timestep)
         t, s = self.times[index], self.times[index + 1]

@@ -18,14 +18,14 @@ from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule
 from discrete_schedulers.sampling import Draw, Generators
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
-    DiscreteScheduler,
+    FactorisedScheduler,
     Grid,
     ProcessName,
     euler_law,
 )
 
 
-class EulerScheduler(DiscreteScheduler):
+class EulerScheduler(FactorisedScheduler):
     """Euler steps for absorbing and uniform processes. The arguments are those of [`AncestralScheduler`].
 
     Args:
@@ -34,7 +34,7 @@ class EulerScheduler(DiscreteScheduler):
         process (`str`, defaults to `"absorbing"`): `"absorbing"` or `"uniform"`.
         noise_schedule (`str`, defaults to `"loglinear"`): `"loglinear"`, `"linear"`, `"cosine"` or `"geometric"`.
         grid (`str`, defaults to `"uniform"`): `"uniform"`, `"cosine"`, `"optimal"` or `"learned"`.
-        temperature (`float`, defaults to 1.0): Divides the logits; positive.
+        temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most probable token.
         top_p (`float`, defaults to 1.0): Smallest mass of most probable tokens that is kept, in (0, 1].
         draw (`str`, defaults to `"exact"`): `"exact"`, `"one_stage_float32"` or `"one_stage_1e-6"`.
         coefficients (`dict`, *optional*): Learned floats by step budget.
@@ -60,7 +60,7 @@ class EulerScheduler(DiscreteScheduler):
         self.prepare()
 
     def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
-        """The Euler law, see [`DiscreteScheduler.transition`]."""
+        """The Euler law, see [`FactorisedScheduler.transition`]."""
         index = self.step_index(timestep)
         p_0 = self.clean_law(model_output)
         return euler_law(self.noise_process, sample, p_0, self.times[index], self.times[index + 1])

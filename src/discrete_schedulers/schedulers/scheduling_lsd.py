@@ -28,7 +28,7 @@ from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule, Unifo
 from discrete_schedulers.sampling import Draw, Generators
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
-    DiscreteScheduler,
+    FactorisedScheduler,
     Grid,
     ProcessName,
     euler_law,
@@ -36,7 +36,7 @@ from discrete_schedulers.schedulers.scheduling_utils import (
 )
 
 
-class LSDScheduler(DiscreteScheduler):
+class LSDScheduler(FactorisedScheduler):
     """Euler steps with learned scale and step sizes. Arguments not named here are those of [`AncestralScheduler`].
 
     Args:
@@ -46,7 +46,7 @@ class LSDScheduler(DiscreteScheduler):
         noise_schedule (`str`, defaults to `"loglinear"`): `"loglinear"`, `"linear"`, `"cosine"` or `"geometric"`.
         grid (`str`, defaults to `"uniform"`): `"learned"` (LSD+) takes the grid of the coefficients.
         scale (`str`, defaults to `"score"`): What Phi multiplies: the `"score"` (paper) or the `"log_score"` (released code).
-        temperature (`float`, defaults to 1.0): Divides the logits; positive.
+        temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most probable token.
         top_p (`float`, defaults to 1.0): Smallest mass of most probable tokens that is kept, in (0, 1].
         draw (`str`, defaults to `"exact"`): `"exact"`, `"one_stage_float32"` or `"one_stage_1e-6"`.
         coefficients (`dict`, *optional*): `{"8": {"scale": [8 floats], "times": [9 floats]}}`, `"times"` for LSD+ only.
@@ -84,7 +84,7 @@ class LSDScheduler(DiscreteScheduler):
         return self.learned("scale", len(self.timesteps))[index]
 
     def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
-        """Equation 5; p_0 in the last step. See [`DiscreteScheduler.transition`]."""
+        """Equation 5; p_0 in the last step. See [`FactorisedScheduler.transition`]."""
         index = self.step_index(timestep)
         t, s = self.times[index], self.times[index + 1]
         p_0 = self.clean_law(model_output)

@@ -22,14 +22,14 @@ from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule
 from discrete_schedulers.sampling import Draw, Generators
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
-    DiscreteScheduler,
+    FactorisedScheduler,
     Grid,
     ProcessName,
     jump_law,
 )
 
 
-class TauLeapingScheduler(DiscreteScheduler):
+class TauLeapingScheduler(FactorisedScheduler):
     """Tau-leaping for absorbing and uniform processes. Arguments not named here are those of [`AncestralScheduler`].
 
     Args:
@@ -39,7 +39,7 @@ class TauLeapingScheduler(DiscreteScheduler):
         noise_schedule (`str`, defaults to `"loglinear"`): `"loglinear"`, `"linear"`, `"cosine"` or `"geometric"`.
         grid (`str`, defaults to `"uniform"`): `"uniform"`, `"cosine"`, `"optimal"` or `"learned"`.
         jumps (`str`, defaults to `"first"`): What a position with several jumps does: take the `"first"`, or `"reject"` them.
-        temperature (`float`, defaults to 1.0): Divides the logits; positive.
+        temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most probable token.
         top_p (`float`, defaults to 1.0): Smallest mass of most probable tokens that is kept, in (0, 1].
         draw (`str`, defaults to `"exact"`): `"exact"`, `"one_stage_float32"` or `"one_stage_1e-6"`.
         coefficients (`dict`, *optional*): Learned floats by step budget.
@@ -72,7 +72,7 @@ class TauLeapingScheduler(DiscreteScheduler):
         return torch.where(total > 0, -torch.expm1(-total) / total.clamp(min=1e-300), 1.0)
 
     def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
-        """The law of the leap; p_0 in the last step. See [`DiscreteScheduler.transition`]."""
+        """The law of the leap; p_0 in the last step. See [`FactorisedScheduler.transition`]."""
         index = self.step_index(timestep)
         t, s = self.times[index], self.times[index + 1]
         p_0 = self.clean_law(model_output)

@@ -1,15 +1,18 @@
 r"""What every scheduler of the library shares: the contract, the time grids, the checks, and one `step`.
 
-A concrete scheduler says two things. `transition` is its law of x_s given x_t, as a pure function. `positions` names the
-positions that move before the network has run, or is `None` where that needs the logits. `step` is then the same for all:
-draw at the named positions from the clean law, or everywhere from the transition law. Both have the same law.
+`step` asks the scheduler which positions it wants to read (`positions`) and hands it their logits (`move_rows`), or all of
+them (`move_all`) where it wants no choice. Most schedulers are [`FactorisedScheduler`]s: given the positions that move,
+each token has its own law. They say two things. `transition` is the law of x_s given x_t, as a pure function; `positions`
+names the positions that move before the network has run, or is `None` where that needs the logits. Drawing at the named
+positions from the clean law, or everywhere from the transition law, is then the same law.
 
-Times are float64 in (0, 1], strictly decreasing from 1, one for each model call; the grid behind them ends at exactly 0.
+Times are float64 in (0, 1], decreasing from 1, one for each model call; the grid behind them ends at exactly 0.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import numbers
 import os
@@ -30,6 +33,7 @@ from discrete_schedulers.sampling import (
     Generators,
     RowLogits,
     bernoulli_subset,
+    check_finite,
     draw_states,
     draw_tokens,
     spread_subset,
@@ -52,6 +56,7 @@ CHOICES = {
     "draw": ("exact", "one_stage_float32", "one_stage_1e-6"),
     "scale": ("score", "log_score"),
     "jumps": ("first", "reject"),
+    "rounding": ("up", "down"),
 }
 
 
@@ -75,18 +80,26 @@ class DiscreteSchedulerOutput(BaseOutput):
 
 class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
     """Abstract base. A concrete class has an `__init__` with `@register_to_config` that ends in `self.prepare()`, and
-    `positions` and `transition`."""
+    `positions`, `move_rows` and `move_all`: or is a [`FactorisedScheduler`], which needs `positions` and `transition`.
+
+    Class attributes:
+        order (`int`): Model calls for each step, and order of convergence where that is declared.
+        processes (`tuple[str, ...]`): The processes it is for.
+        revises_tokens (`bool`): Whether a token that is not a mask may become another one, or a mask, in absorbing noise.
+    """
 
     order = 1
     init_noise_sigma = 1.0  # discrete priors have no scale; diffusers' pipelines multiply by it
+    processes: tuple[str, ...] = ("absorbing", "uniform")
+    revises_tokens = False
     learned_block: str | None = None  # the block of `coefficients` without which a budget cannot be run
-    _compatibles = ["AncestralScheduler", "EulerScheduler", "LSDScheduler", "TauLeapingScheduler"]
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
-        # diffusers looks the names up in its own package only
-        library = sys.modules["discrete_schedulers"]
-        return [getattr(library, name) for name in dict.fromkeys([cls.__name__, *cls._compatibles])]
+        # diffusers looks names up in its own package only
+        library = vars(sys.modules["discrete_schedulers.schedulers"]).values()
+        concrete = [c for c in library if isinstance(c, type) and issubclass(c, DiscreteScheduler)]
+        return [c for c in concrete if not inspect.isabstract(c)]
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -123,10 +136,13 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         for name, allowed in CHOICES.items():
             if name in config and config[name] not in allowed:
                 raise ValueError(f"`{name}` is {config[name]!r}; allowed: {', '.join(map(repr, allowed))}")
-        if not config.temperature > 0:
-            raise ValueError(f"`temperature` is {config.temperature}; it must be positive")
+        if not config.temperature >= 0:
+            raise ValueError(f"`temperature` is {config.temperature}; it must be positive, or 0 for the best token")
         if not 0 < config.top_p <= 1:
             raise ValueError(f"`top_p` is {config.top_p}; allowed are numbers in (0, 1]")
+        if config.process not in self.processes:
+            known = ", ".join(map(repr, self.processes))
+            raise ValueError(f"`process` is {config.process!r}; {type(self).__name__} is for {known}")
         self.noise_process: Process
         if config.process == "absorbing":
             self.noise_process = AbsorbingProcess(config.vocab_size, config.mask_token_id, config.noise_schedule)
@@ -154,16 +170,26 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         if config.grid == "learned" and config.coefficients is None:
             raise ValueError("`grid='learned'` needs `coefficients` with a block 'times' for each step budget")
         self.num_inference_steps: int | None = None
-        self.times = torch.linspace(1, 0, 2, dtype=torch.float64)
-        self.timesteps = self.times[:-1]
+        self.set_grid(torch.linspace(1, 0, 2, dtype=torch.float64))
 
     # Time
 
+    def set_grid(self, times: Tensor, device: torch.device | str | None = None) -> None:
+        """Set the state that follows from the grid (N + 1,)."""
+        self.times = times
+        self.calls = self.call_times(times)  # on the CPU: `step_index` reads it without waiting for a device
+        self.timesteps = self.calls.to(device)
+        self.last_call: int | None = None  # tells the calls at one time apart
+
+    def call_times(self, times: Tensor) -> Tensor:
+        """The time of each model call, in order, on a grid (N + 1,): one for each step. Methods with more calls say so."""
+        return times[:-1]
+
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Set `timesteps` (N,) and the grid behind it, `times` (N + 1,), from 1 to exactly 0, float64.
+        """Set `timesteps`, one for each model call, and the grid behind it, `times` (N + 1,), from 1 to exactly 0, float64.
 
         Args:
-            num_inference_steps (`int`): Number N of model calls, 1 or more.
+            num_inference_steps (`int`): Number N of steps, 1 or more; also of model calls, for methods with one in a step.
             device (`torch.device`, *optional*): Where `timesteps` lives. `times` stays on the CPU.
 
         Raises:
@@ -174,9 +200,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             raise ValueError(f"`num_inference_steps` is {steps!r}; it must be an integer of at least 1")
         if self.learned_block is not None and self.config.coefficients is not None:
             self.learned(self.learned_block, int(steps))
-        self.times = self.time_grid(int(steps))
+        self.set_grid(self.time_grid(int(steps)), device)
         self.num_inference_steps = int(steps)
-        self.timesteps = self.times[:-1].to(device)
 
     def time_grid(self, num_inference_steps: int) -> Tensor:
         """The grid of N + 1 times that the config asks for."""
@@ -213,21 +238,23 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         return blocks[name]
 
     def step_index(self, timestep: int | float | Tensor) -> int:
-        """The step that a time out of `timesteps`, or an int index, names.
+        """The place in `timesteps` that a time out of them, or an int index, names. A time that stands there several times
+        names its calls in turn.
 
         Raises:
             ValueError: If it names none.
         """
-        steps = len(self.timesteps)
         value = timestep.item() if isinstance(timestep, Tensor) else timestep
         if isinstance(value, numbers.Integral):
-            if 0 <= value < steps:
+            if 0 <= value < len(self.calls):
                 return int(value)
-            raise ValueError(f"`timestep` is step index {value}; allowed are 0 to {steps - 1}")
-        gap, index = (self.times[:-1] - value).abs().min(0)
+            raise ValueError(f"`timestep` is step index {value}; allowed are 0 to {len(self.calls) - 1}")
+        gap, nearest = (self.calls - value).abs().min(0)
         if not gap <= 1e-6:  # room for times that went through float32; NaN is no time
-            raise ValueError(f"`timestep` is {value}, which is not in `timesteps`: {self.times[:-1].tolist()}")
-        return int(index)
+            raise ValueError(f"`timestep` is {value}, which is not in `timesteps`: {self.calls.tolist()}")
+        same = (self.calls == self.calls[nearest]).nonzero().flatten().tolist()
+        after = [index for index in same if self.last_call is not None and index > self.last_call]
+        return after[0] if after else same[0]
 
     # diffusers' scheduler interface
 
@@ -287,24 +314,23 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
     # The step
 
     @abstractmethod
-    def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
-        """Law of x_s for each position, shape (B, L, V), float64; differentiable in the logits and coefficients.
-
-        Args:
-            model_output (`torch.Tensor` of shape `(B, L, V)`): Logits of log p(x_0 | x_t).
-            timestep (`float`, `int` or `torch.Tensor`): A time out of `timesteps`, or a step index.
-            sample (`torch.Tensor` of shape `(B, L)`): Tokens x_t, int64.
-        """
-
-    @abstractmethod
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
-        """The positions that move in this step, bool (B, L), drawn without the logits; `None` where that cannot be.
+        """The positions whose logits `step` reads, bool (B, L), known before the network has run: those that move, or those
+        to choose from. `None`: all of them.
 
         Args:
-            timestep (`float`, `int` or `torch.Tensor`): A time out of `timesteps`, or a step index.
+            timestep (`float`, `int` or `torch.Tensor`): A time out of `timesteps`, or an index.
             sample (`torch.Tensor` of shape `(B, L)`): Tokens x_t, int64.
             generator (`torch.Generator`, `list[torch.Generator]`, *optional*): Source of randomness.
         """
+
+    @abstractmethod
+    def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
+        """x_s, int64 (B, L), from the logits at `positions`, in the call `index`."""
+
+    @abstractmethod
+    def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
+        """x_s, int64 (B, L), from all logits (B, L, V), in the call `index`; where `positions` is `None`."""
 
     def step(
         self,
@@ -332,26 +358,22 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             ValueError: If shapes, ids or logits are not allowed.
         """
         self.check_step(model_output, sample)
+        index = self.step_index(timestep)
         logits = guess = None
         if isinstance(model_output, RowLogits):
-            prev_sample = self.fill(sample, model_output, generator)
+            prev_sample = self.move_rows(model_output, index, sample, generator)
         else:
             chosen = self.positions(timestep, sample, generator)
             shaped = self.config.temperature != 1 or self.config.top_p != 1
             logits = self.token_logits(model_output) if shaped or chosen is None else model_output
             if chosen is None:
                 guess = logits.argmax(-1)
-                law = self.transition(model_output, timestep, sample)
-                prev_sample = draw_states(law, generator, self.config.draw)
+                prev_sample = self.move_all(model_output, index, sample, generator)
             else:
-                prev_sample = self.fill(sample, RowLogits(model_output[chosen], chosen), generator)
+                prev_sample = self.move_rows(RowLogits(model_output[chosen], chosen), index, sample, generator)
+        self.last_call = index
         output = DiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=guess, pred_logits=logits)
         return output if return_dict else (output.prev_sample, output.pred_original_sample, output.pred_logits)
-
-    def fill(self, sample: Tensor, rows: RowLogits, generator: Generators) -> Tensor:
-        """`sample` with a token drawn from the clean law at each of the chosen positions."""
-        tokens = draw_tokens(RowLogits(self.token_logits(rows.logits), rows.positions), generator)
-        return sample.masked_scatter(rows.positions, tokens)
 
     def check_step(self, model_output: Tensor | RowLogits, sample: Tensor) -> None:
         """Raises `ValueError` if the arguments of `step` do not fit each other or the config."""
@@ -373,10 +395,15 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             raise ValueError(f"`sample` has ids from {sample.min()} to {sample.max()}; allowed are 0 to {width - 1}")
 
     def token_logits(self, logits: Tensor) -> Tensor:
-        """Logits (..., V) of the clean law that is drawn from: no mask, then temperature, then top-p. A copy."""
+        """Logits (..., V) of the clean law that is drawn from: no mask, then temperature (0 keeps the most probable token,
+        the first among equals), then top-p. A copy."""
         logits = logits.clone()
         if self.config.mask_token_id is not None:
             logits[..., self.config.mask_token_id] = -math.inf
+        if self.config.temperature == 0:
+            check_finite(logits.amax(-1))
+            best = logits.argmax(-1, keepdim=True)
+            return torch.full_like(logits, -math.inf).scatter(-1, best, 0.0)
         if self.config.temperature != 1:
             # bfloat16 would round the quotient a second time, by a tenth of a nat at logits of 30
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.config.temperature
@@ -410,6 +437,29 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             grid_shape = self.config.grid_shape
             return spread_subset(is_masked, count, generator, None if grid_shape is None else tuple(grid_shape))
         return uniform_subset(is_masked, count, generator)
+
+
+class FactorisedScheduler(DiscreteScheduler):
+    """Abstract: a scheduler whose tokens have laws of their own, given which positions move."""
+
+    @abstractmethod
+    def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
+        """Law of x_s for each position, shape (B, L, V), float64; differentiable in the logits and coefficients.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(B, L, V)`): Logits of log p(x_0 | x_t).
+            timestep (`float`, `int` or `torch.Tensor`): A time out of `timesteps`, or an index.
+            sample (`torch.Tensor` of shape `(B, L)`): Tokens x_t, int64.
+        """
+
+    def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
+        """`sample` with a token drawn from the clean law at each of the chosen positions."""
+        tokens = draw_tokens(RowLogits(self.token_logits(rows.logits), rows.positions), generator)
+        return sample.masked_scatter(rows.positions, tokens)
+
+    def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
+        """A state for each position, drawn from the transition law."""
+        return draw_states(self.transition(logits, index, sample), generator, self.config.get("draw", "exact"))
 
 
 def euler_law(
