@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_blocks", type=int, default=5)
     parser.add_argument("--num_heads", type=int, default=4)
     # The optimisation
-    parser.add_argument("--max_train_steps", type=int, default=11_000)
+    parser.add_argument("--max_train_steps", type=int, default=24_000)
     parser.add_argument("--train_batch_size", type=int, default=32, help="Sequences per process and step.")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--lr_warmup_steps", type=int, default=200)
