@@ -36,7 +36,7 @@ FULL = {
     "heldout_sequences": 12,
     "curve_levels": 40,
     "samples": 8,  # for each seed, sampler, budget and temperature
-    "sample_budgets": [8, 16],
+    "sample_budgets": [4, 8, 16, 32, 64],
     "sweep_budgets": [8],
     "temperatures": [1.0, 0.85, 0.7],
     "judge_levels": 4,

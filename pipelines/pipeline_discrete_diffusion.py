@@ -2,8 +2,9 @@ r"""The loop between a network and a scheduler, for text and any other tokens.
 
     x ~ prior, known tokens put in
     for t in timesteps:
+        more   = model_inputs(t, x)           what the method tells its network beside x and t: for most, nothing
         where  = positions(t, x)              which positions move, if that can be said before the network runs
-        logits = denoiser(x, t, where)        at these positions only
+        logits = denoiser(x, t, where, more)  at these positions only
         x      = step(logits, t, x)           known tokens put back
 
 The loop never asks which scheduler or network it has.
@@ -26,18 +27,23 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from discrete_schedulers.denoisers import NetworkDenoiser
-from discrete_schedulers.models import DDiTModel
+from discrete_schedulers.interop import FOREIGN, ForeignScheduler
+from discrete_schedulers.models import DDiTModel, HollowTransformerModel
 from discrete_schedulers.pipelines.text import infill_template, prefix_template
 from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import DiscreteScheduler
 
 BUNDLED = "discrete-schedulers/"
+SCHEDULER_FACTS = ("vocab_size", "mask_token_id", "process", "noise_schedule")  # of the model, in a scheduler's config
 
 
 def require_ours(scheduler: Any) -> None:
     """Raises `ValueError` for a scheduler that this library's contract does not hold for."""
     if not isinstance(scheduler, DiscreteScheduler):
-        raise ValueError(f"`scheduler` is a {type(scheduler).__name__}; this pipeline runs discrete_schedulers' own")
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__}; this pipeline runs discrete_schedulers' own, and those of diffusers "
+            "for tokens as ForeignScheduler(...)"
+        )
 
 
 @dataclass
@@ -61,10 +67,10 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
     Args:
         model (`torch.nn.Module`): The network.
         scheduler (`DiscreteScheduler`): Any scheduler of this library; swap it with
-            `pipe.scheduler = X.from_config(pipe.scheduler.config)`.
+            `pipe.scheduler = X.from_config(pipe.scheduler.config)`, or for one of diffusers' for tokens.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): For prompts and texts.
         denoiser (`dict`, *optional*): Facts about the network: the arguments of [`NetworkDenoiser`] that differ from what
-            the scheduler's config and a [`DDiTModel`]'s config say.
+            the scheduler's config and the config of a [`DDiTModel`] or [`HollowTransformerModel`] say.
 
     Example:
 
@@ -93,7 +99,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         super().__init__()
         require_ours(scheduler)
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
-        facts = {name: scheduler.config[name] for name in ("vocab_size", "mask_token_id", "process", "noise_schedule")}
+        facts = {name: scheduler.config[name] for name in SCHEDULER_FACTS}
         if isinstance(model, DDiTModel):
             timed = model.config.cond_dim is not None and model.config.time_conditioning
             facts |= {
@@ -101,7 +107,20 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
                 "max_length": model.config.max_length,
                 "time_input": "sigma" if timed else None,
             }
+        if isinstance(model, HollowTransformerModel):
+            facts |= {
+                "split_head": True,
+                "max_length": model.config.max_length,
+                "revealed_logits": "leave_one_out",
+            }
         self.register_to_config(denoiser=facts | dict(denoiser or {}))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in diffusers, and one of its schedulers for tokens becomes a [`ForeignScheduler`] for this model."""
+        if name == "scheduler" and isinstance(value, tuple(FOREIGN)):
+            facts = {key: self.config.denoiser[key] for key in SCHEDULER_FACTS}
+            value = ForeignScheduler(value, **facts)
+        super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> DiscreteDiffusionPipeline:
@@ -194,8 +213,9 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
 
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
+                conditions = scheduler.model_inputs(t, latents, frozen, generator)
                 chosen = scheduler.positions(t, latents, generator)  # None: all of them
-                model_output = denoiser(latents, t, chosen)
+                model_output = denoiser(latents, t, chosen, **conditions)
                 num_model_calls += 1 if chosen is None else int(chosen.any())
                 latents = scheduler.step(model_output, t, latents, generator=generator).prev_sample
                 latents = torch.where(frozen, template_ids, latents)
@@ -268,6 +288,12 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(
                     f"`scheduler` has {name} {self.scheduler.config[name]!r}, but the model has {self.config.denoiser[name]!r}"
                 )
+        if self.scheduler.needs_revealed_logits and denoiser.revealed_logits == "none":
+            raise ValueError(
+                f"`scheduler` is a {type(self.scheduler).__name__}, which reads the law of each revealed token given the "
+                "others; this model has none. Use a HollowTransformerModel, or estimate it with "
+                "denoiser={'revealed_logits': 'shadow'} where the network takes `attention_mask` and `position_ids`"
+            )
         learned_for, name = self.scheduler.config.get("learned_for"), self.config.get("_name_or_path")
         if learned_for and name and learned_for.get("base_model") not in (None, name):
             warnings.warn(

@@ -19,6 +19,7 @@ from torch import Tensor
 from discrete_schedulers.processes import AbsorbingProcess, Process
 from discrete_schedulers.sampling import RowLogits
 from discrete_schedulers.schedulers import DiscreteScheduler
+from discrete_schedulers.schedulers.position_orders import pattern_ranks
 
 ExactDenoiser: TypeAlias = Callable[..., "Tensor | RowLogits"]
 
@@ -176,6 +177,73 @@ def counts_subset_law(
         for subset, p in subsets.items():
             law[subset] += chance * p
     return dict(law)
+
+
+def equal_groups_law(
+    scheduler: DiscreteScheduler, masked: list[int], index: int, length: int
+) -> dict[frozenset[int], float]:
+    """First hitting: as many masks as make the calls left come out even, rounded up."""
+    return uniform_subset_law(masked, math.ceil(len(masked) / (scheduler.num_inference_steps - index)))
+
+
+def gillespie_subset_law(
+    scheduler: DiscreteScheduler, masked: list[int], index: int, length: int
+) -> dict[frozenset[int], float]:
+    """k-Gillespie on masks: k_j of them if all that can be are still masked, else the same share; all in the last call."""
+    steps = scheduler.num_inference_steps
+    learned = (scheduler.config.coefficients or {}).get(str(steps), {})
+    counts = learned.get("counts") or [length * (j + 1) // steps - length * j // steps for j in range(steps)]
+    left = sum(counts[index:])
+    share = 1.0 if index == steps - 1 else counts[index] / left if left else 0.0
+    return uniform_subset_law(masked, round(len(masked) * share))
+
+
+SUBSET_LAWS |= {"FirstHittingScheduler": equal_groups_law, "GillespieScheduler": gillespie_subset_law}
+
+
+def shifted_order_law(
+    eligible: list[int], count: int, order: list[int], grid_shape: tuple[int, int]
+) -> dict[frozenset[int], float]:
+    """The first eligible cells of an order of the cells, moved by a shift of the torus: all shifts of which the longest
+    beginning is not eligible, equally likely."""
+    height, width = grid_shape
+    longest, opened = -1, []
+    for y, x in itertools.product(range(height), range(width)):
+        moved = [(cell // width + y) % height * width + (cell % width + x) % width for cell in order]
+        known = min((rank for rank, cell in enumerate(moved) if cell in eligible), default=len(moved))
+        if known > longest:
+            longest, opened = known, []
+        if known == longest:
+            opened.append(frozenset([cell for cell in moved if cell in eligible][:count]))
+    return {subset: opened.count(subset) / len(opened) for subset in set(opened)}
+
+
+def spread_scheduler_law(
+    scheduler: DiscreteScheduler, masked: list[int], index: int, length: int
+) -> dict[frozenset[int], float]:
+    """Block after block, each with as many as are still due."""
+    config = scheduler.config
+    due = len(masked) * float(
+        scheduler.noise_process.unmask_probability(scheduler.times[index], scheduler.times[index + 1])
+    )
+    left = math.ceil(due - 1e-9) if config.rounding == "up" else math.floor(due + 1e-9)
+    law = {frozenset[int](): 1.0}
+    for start in range(0, length, config.block_length or length):
+        size = min(config.block_length or length, length - start)
+        eligible = [i - start for i in masked if start <= i < start + size]
+        count = min(left, len(eligible))
+        left -= count
+        shape = tuple(config.grid_shape or (1, size))
+        if config.pattern == "farthest":
+            block = spread_subset_law(eligible, count, shape)
+        else:
+            order = pattern_ranks(config.pattern, *shape).flatten().argsort().tolist()
+            block = shifted_order_law(eligible, count, order, shape)
+        law = {subset | {i + start for i in here}: p * q for subset, p in law.items() for here, q in block.items()}
+    return law
+
+
+SUBSET_LAWS |= {"SpreadScheduler": spread_scheduler_law}
 
 
 def subset_matrix(

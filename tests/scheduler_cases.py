@@ -9,7 +9,37 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from discrete_schedulers import AncestralScheduler, DiscreteScheduler, EulerScheduler, LSDScheduler, TauLeapingScheduler
+from discrete_schedulers import (
+    AncestralScheduler,
+    ConfidenceRemaskingScheduler,
+    ConfidenceScheduler,
+    DiscreteDDIMScheduler,
+    DiscreteScheduler,
+    EntropyBoundScheduler,
+    EulerScheduler,
+    FirstHittingScheduler,
+    FlowMatchingScheduler,
+    GibbsCorrectorScheduler,
+    GillespieScheduler,
+    InformedCorrectorScheduler,
+    KLASSScheduler,
+    LSDScheduler,
+    MaskGITScheduler,
+    PathPlanningScheduler,
+    PCSamplerScheduler,
+    PredictorCorrectorScheduler,
+    PsiScheduler,
+    RemaskingScheduler,
+    SCUDScheduler,
+    SpreadScheduler,
+    TauLeapingScheduler,
+    ThetaRK2Scheduler,
+    ThetaTrapezoidalScheduler,
+    ThresholdScheduler,
+    TransitionTimeScheduler,
+    UniformEntropyBoundScheduler,
+    WINOScheduler,
+)
 from discrete_schedulers.schedulers.scheduling_utils import FactorisedScheduler
 
 BUDGETS = (1, 2, 3, 4, 7, 8, 64)
@@ -30,7 +60,18 @@ def learned_scale(num_steps: int) -> list[float]:
 
 TIMES = {str(n): {"times": learned_times(n)} for n in BUDGETS}
 SCALE = {str(n): {"scale": learned_scale(n)} for n in BUDGETS}
+SIGMA_SHARE = {str(n): {"sigma_share": [0.2 + 0.2 * (k % 5) for k in range(n)]} for n in BUDGETS}
+KAPPA = {str(n): {"kappa": [0.2 + 0.2 * (k % 5) for k in range(n)]} for n in BUDGETS}
+FACTORS = {str(n): {"factor": [1.0 + 0.2 * (k % 4) for k in range(n)]} for n in BUDGETS}
+REMASK = {str(n): {"remask": [0.2 + 0.2 * (k % 5) for k in range(n)]} for n in BUDGETS}
+CHOICE = {str(n): {"choice_temperature": [2.0 + (k % 3) for k in range(n)]} for n in BUDGETS}
+DREAM = {"score": "entropy", "score_law": "tempered", "score_temperature": 0.3, "rounding": "down"}
+DREAM |= {"temperature": 0.7, "top_p": 0.9}
+CORRECTED = {str(n): {"divergence_free": [0.3 * (k % 4) for k in range(n)]} for n in BUDGETS}
+THETA = {str(n): {"theta": [0.3 + 0.1 * (k % 4) for k in range(n)]} for n in BUDGETS}
 SCALE_AND_TIMES = {str(n): {"scale": learned_scale(n), "times": learned_times(n)} for n in BUDGETS}
+
+EVENTS = {str(n): {"events": [1.0 + k for k in range(n)]} for n in BUDGETS}
 
 
 class SchedulerCase(NamedTuple):
@@ -110,4 +151,79 @@ CASES = [
         L,
         {"process": "uniform", "noise_schedule": "cosine", "scale": "log_score", "coefficients": SCALE},
     ),
+    SchedulerCase("discrete-ddim", DiscreteDDIMScheduler, {"process": "uniform"}),
+    SchedulerCase(
+        "discrete-ddim-learned",
+        DiscreteDDIMScheduler,
+        {"process": "uniform", "temperature": 0.7, "top_p": 0.9, "coefficients": SIGMA_SHARE},
+    ),
+    SchedulerCase("psi", PsiScheduler, {"process": "uniform", "coefficients": KAPPA}),
+    SchedulerCase("gibbs-corrector", GibbsCorrectorScheduler, {"process": "uniform"}),
+    SchedulerCase(
+        "gibbs-corrector-informed",
+        GibbsCorrectorScheduler,
+        {
+            "process": "uniform",
+            "num_corrector_steps": 2,
+            "positions_per_correction": 3,
+            "selection": "lowest_margin",
+            "temperature": 0.7,
+        },
+    ),
+    # Two calls in a step, correctors, rates with a divergence-free part
+    SchedulerCase("theta-trapezoidal", ThetaTrapezoidalScheduler, {"coefficients": THETA}),
+    SchedulerCase("theta-trapezoidal-frozen", ThetaTrapezoidalScheduler, {"hazard": "frozen", "temperature": 0.7}),
+    SchedulerCase("theta-trapezoidal-uniform", ThetaTrapezoidalScheduler, {"process": "uniform"}),
+    SchedulerCase("theta-rk2", ThetaRK2Scheduler, {"theta": 0.7}),
+    SchedulerCase("theta-rk2-frozen", ThetaRK2Scheduler, {"hazard": "frozen", "theta": 0.9}),
+    SchedulerCase("theta-rk2-uniform", ThetaRK2Scheduler, {"process": "uniform", "hazard": "frozen"}),
+    SchedulerCase("predictor-corrector", PredictorCorrectorScheduler, {"corrector_entry_time": 1.0}),
+    SchedulerCase(
+        "predictor-corrector-uniform",
+        PredictorCorrectorScheduler,
+        {"process": "uniform", "corrector_entry_time": 0.5, "num_corrector_steps": 2},
+    ),
+    SchedulerCase("flow-matching", FlowMatchingScheduler, {"divergence_free": 0.5}),
+    SchedulerCase("flow-matching-uniform", FlowMatchingScheduler, {"process": "uniform", "coefficients": CORRECTED}),
+    # Remasking and exact simulation
+    SchedulerCase("remasking-both-rates", RemaskingScheduler, {"strength": "forward_backward"}),
+    SchedulerCase("remasking-learned", RemaskingScheduler, {"strength": "learned", "coefficients": REMASK}),
+    SchedulerCase("remasking-confidence", ConfidenceRemaskingScheduler, {"remask_mass": 3.0, "top_p": 0.9}),
+    SchedulerCase("first-hitting", FirstHittingScheduler, {}),
+    SchedulerCase("transition-time", TransitionTimeScheduler, {}),
+    SchedulerCase("transition-time-beta-uniform", TransitionTimeScheduler, {"process": "uniform", "density": "beta"}),
+    SchedulerCase("gillespie", GillespieScheduler, {}),
+    SchedulerCase("gillespie-uniform", GillespieScheduler, {"process": "uniform"}),
+    # Orders: fixed, and by the predictions
+    SchedulerCase("spread", SpreadScheduler, {}),
+    SchedulerCase("spread-van-der-corput", SpreadScheduler, {"pattern": "van_der_corput", "rounding": "down"}),
+    SchedulerCase("spread-dilated-blocks", SpreadScheduler, {"pattern": "dilated", "block_length": 4}),
+    SchedulerCase("confidence", ConfidenceScheduler, {}),
+    SchedulerCase("confidence-llada", ConfidenceScheduler, {"score": "margin", "block_length": 4, "temperature": 0.7}),
+    SchedulerCase("confidence-dream", ConfidenceScheduler, DREAM),
+    SchedulerCase("maskgit", MaskGITScheduler, {}),
+    SchedulerCase("maskgit-learned", MaskGITScheduler, {"mask_schedule": "grid", "coefficients": CHOICE}),
+    # Adaptive: the predictions decide how many open, too
+    SchedulerCase("scud", SCUDScheduler, {}),
+    SchedulerCase(
+        "scud-uniform", SCUDScheduler, {"process": "uniform", "event_share": "learned", "coefficients": EVENTS}
+    ),
+    SchedulerCase("threshold", ThresholdScheduler, {"threshold": 0.3}),
+    SchedulerCase("threshold-blocks", ThresholdScheduler, {"threshold": 0.3, "block_length": 4, "temperature": 0.7}),
+    SchedulerCase("factor", ThresholdScheduler, {"rule": "factor", "factor": 1.7, "coefficients": FACTORS}),
+    SchedulerCase("klass", KLASSScheduler, {"threshold": 0.3, "kl_threshold": 3.0, "history_length": 1}),
+    SchedulerCase("pc-sampler", PCSamplerScheduler, {"block_length": 4, "grid": "cosine"}),
+    SchedulerCase("entropy-bound", EntropyBoundScheduler, {"entropy_bound": 1.5}),
+    SchedulerCase("entropy-bound-margin", EntropyBoundScheduler, {"proxy": "margin", "entropy_bound": 1.5}),
+    SchedulerCase("uniform-entropy-bound", UniformEntropyBoundScheduler, {"process": "uniform", "entropy_bound": 1.5}),
+    SchedulerCase("path-planning", PathPlanningScheduler, {"stochasticity": 1.2}),
+    # Those that read the law of revealed tokens
+    SchedulerCase(
+        "informed-corrector",
+        InformedCorrectorScheduler,
+        {"selection": "lowest_margin", "positions_per_correction": 3, "correct_last_step": True, "temperature": 0.7},
+    ),
+    SchedulerCase("informed-corrector-random", InformedCorrectorScheduler, {"num_corrector_steps": 2}),
+    SchedulerCase("wino", WINOScheduler, {"accept_threshold": 0.3, "temperature": 0.7}),
+    SchedulerCase("wino-blocks", WINOScheduler, {"accept_threshold": 0.2, "remask_threshold": 0.5, "block_length": 4}),
 ]

@@ -24,7 +24,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"demo", "sample"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"compare_schedulers", "demo", "sample"}
 
 
 def test_sample() -> None:
@@ -51,3 +51,28 @@ def test_demo(tmp_path: Path) -> None:
     optimal = AncestralScheduler.from_pretrained(tmp_path / "optimal_grid")
     optimal.set_timesteps(11)
     assert len(optimal.timesteps) == 11
+
+
+@pytest.mark.slow
+def test_compare_schedulers(tmp_path: Path) -> None:
+    """Every sampler at a small budget: no more calls than asked, and a second run reads what the first has written."""
+    example = load("compare_schedulers")
+    arguments = ["--output_dir", str(tmp_path), "--calls", "4", "--seeds", "2", "--num_samples", "2"]
+    results = example.main(arguments)
+    assert set(example.SAMPLERS) < set(results["rows"])
+    for name, row in results["rows"].items():
+        assert max(row["4"]["calls"]) <= 4, name
+        assert min(row["4"]["perplexity"]) > 1, name
+    table = (tmp_path / "table.md").read_text()
+    assert all(f"| {name} |" in table for name in example.SAMPLERS)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    results["rows"]["fixed counts"]["4"]["perplexity"] = [7.0, 7.0]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert example.main(arguments)["rows"] == results["rows"]
+
+
+def test_compare_schedulers_counts_calls() -> None:
+    """Methods with two calls in a step make as many steps as fit."""
+    example = load("compare_schedulers")
+    ancestral = AncestralScheduler(vocab_size=5, mask_token_id=4)
+    assert [example.steps_for(ancestral, calls) for calls in (1, 4, 32)] == [1, 4, 32]

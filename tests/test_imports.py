@@ -28,9 +28,10 @@ class Part(NamedTuple):
     third_party: set[str]
 
 
-CORE = {"sampling", "processes", "denoisers", "information", "evaluation"}
+CORE = {"sampling", "processes", "denoisers", "information", "evaluation", "likelihood", "exact", "scud"}
 SOURCE = CORE | {"models", "models/*", "schedulers", "schedulers/*"}
-SOURCE |= {"schedulers/scheduling_utils", "schedulers/order_utils"}
+SOURCE |= {"schedulers/scheduling_utils", "schedulers/order_utils", "schedulers/position_orders"}
+SOURCE |= {"schedulers/theta_utils", "interop"}
 
 # A name with a slash is one file of a folder, "folder/*" any other one in it, a bare folder its __init__.py, "" that of
 # the package.
@@ -42,13 +43,21 @@ TABLE = {
     "denoisers": Part({"sampling", "processes"}, {"torch"}),
     "information": Part({"sampling", "processes"}, {"torch"}),
     "evaluation": Part({"sampling", "processes"}, {"torch"}),
+    "likelihood": Part({"sampling", "processes"}, {"torch"}),
+    "exact": Part({"sampling", "processes"}, {"torch"}),
+    "scud": Part({"sampling", "processes"}, {"torch"}),
+    "interop": Part({"sampling", "processes", "schedulers", "schedulers/scheduling_utils"}, {"torch", "diffusers"}),
     "models": Part({"models/*"}, set()),
     "models/*": Part({"denoisers", "models/*"}, {"torch", "diffusers", "transformers"}),
     "schedulers": Part({"schedulers/*", "schedulers/scheduling_utils"}, set()),
     "schedulers/scheduling_utils": Part({"sampling", "processes", "information"}, {"torch", "diffusers"}),
     "schedulers/order_utils": Part({"sampling", "schedulers/scheduling_utils"}, {"torch"}),
+    "schedulers/theta_utils": Part({"sampling", "processes", "schedulers/scheduling_utils"}, {"torch"}),
+    "schedulers/position_orders": Part({"sampling"}, {"torch"}),
     "schedulers/*": Part(
-        {"sampling", "processes", "information", "schedulers/scheduling_utils", "schedulers/order_utils"},
+        {"sampling", "processes", "information", "scud"}
+        | {"schedulers/scheduling_utils", "schedulers/order_utils", "schedulers/position_orders"}
+        | {"schedulers/theta_utils"},
         {"torch", "diffusers"},
     ),
     "pipelines": Part({"pipelines/*"}, set()),

@@ -9,22 +9,49 @@ from diffusers import SchedulerMixin  # diffusers looks it up here to load our s
 
 from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
 from discrete_schedulers.information import InformationCurve, information_curve, optimal_counts, optimal_times
+from discrete_schedulers.interop import BlockRefinementAdapter, ForeignScheduler
+from discrete_schedulers.likelihood import LikelihoodEstimate, conditional_nll, log_likelihood_ratio, nll
 from discrete_schedulers.processes import AbsorbingProcess, UniformProcess
 from discrete_schedulers.registration import register
 from discrete_schedulers.sampling import RowLogits
 from discrete_schedulers.schedulers import (
     AncestralScheduler,
+    ConfidenceRemaskingScheduler,
+    ConfidenceScheduler,
+    DiscreteDDIMScheduler,
     DiscreteScheduler,
     DiscreteSchedulerOutput,
+    EntropyBoundScheduler,
     EulerScheduler,
+    FirstHittingScheduler,
+    FlowMatchingScheduler,
+    GibbsCorrectorScheduler,
+    GillespieScheduler,
+    InformedCorrectorScheduler,
+    KLASSScheduler,
     LSDScheduler,
+    MaskGITScheduler,
+    PathPlanningScheduler,
+    PCSamplerScheduler,
+    PredictorCorrectorScheduler,
+    PsiScheduler,
+    RemaskingScheduler,
+    SCUDScheduler,
+    SpreadScheduler,
     TauLeapingScheduler,
+    ThetaRK2Scheduler,
+    ThetaTrapezoidalScheduler,
+    ThresholdScheduler,
+    TransitionTimeScheduler,
+    UniformEntropyBoundScheduler,
+    WINOScheduler,
 )
+from discrete_schedulers.scud import ScheduleConditionedProcess
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-    from discrete_schedulers.models import DDiTModel
+    from discrete_schedulers.models import DDiTModel, HollowTransformerModel
     from discrete_schedulers.pipelines import DiscreteDiffusionPipeline, DiscreteDiffusionPipelineOutput
 
 __version__ = "0.1.0"
@@ -34,28 +61,61 @@ LAZY = {
     "DDiTModel": "discrete_schedulers.models",
     "DiscreteDiffusionPipeline": "discrete_schedulers.pipelines",
     "DiscreteDiffusionPipelineOutput": "discrete_schedulers.pipelines",
+    "HollowTransformerModel": "discrete_schedulers.models",
     "ModelMixin": "diffusers",
 }
 
 __all__ = [
     "AbsorbingProcess",
     "AncestralScheduler",
+    "BlockRefinementAdapter",
+    "ConfidenceRemaskingScheduler",
+    "ConfidenceScheduler",
     "DDiTModel",
     "Denoiser",
+    "DiscreteDDIMScheduler",
     "DiscreteDiffusionPipeline",
     "DiscreteDiffusionPipelineOutput",
     "DiscreteScheduler",
     "DiscreteSchedulerOutput",
+    "EntropyBoundScheduler",
     "EulerScheduler",
+    "FirstHittingScheduler",
+    "FlowMatchingScheduler",
+    "ForeignScheduler",
+    "GibbsCorrectorScheduler",
+    "GillespieScheduler",
+    "HollowTransformerModel",
     "InformationCurve",
+    "InformedCorrectorScheduler",
+    "KLASSScheduler",
     "LSDScheduler",
+    "LikelihoodEstimate",
+    "MaskGITScheduler",
     "ModelMixin",
     "NetworkDenoiser",
+    "PCSamplerScheduler",
+    "PathPlanningScheduler",
+    "PredictorCorrectorScheduler",
+    "PsiScheduler",
+    "RemaskingScheduler",
     "RowLogits",
+    "SCUDScheduler",
+    "ScheduleConditionedProcess",
     "SchedulerMixin",
+    "SpreadScheduler",
     "TauLeapingScheduler",
+    "ThetaRK2Scheduler",
+    "ThetaTrapezoidalScheduler",
+    "ThresholdScheduler",
+    "TransitionTimeScheduler",
+    "UniformEntropyBoundScheduler",
     "UniformProcess",
+    "WINOScheduler",
+    "conditional_nll",
     "information_curve",
+    "log_likelihood_ratio",
+    "nll",
     "optimal_counts",
     "optimal_times",
 ]

@@ -27,6 +27,7 @@ CHOICES = {
     "shift": (0, 1),
     "shift_first": ("keep", "copy"),
     "time_input": ("sigma", "t", None),
+    "revealed_logits": ("none", "leave_one_out", "shadow"),
 }
 
 
@@ -66,6 +67,11 @@ class NetworkDenoiser:
         frozen_token_ids (`tuple[int, ...]`): Ids that are never noised (start, end, padding).
         split_head (`bool`, defaults to `False`): The network takes `positions`, bool (B, L), and then returns logits (R, V)
             of these positions only, in row-major order.
+        revealed_logits (`str`, defaults to `"none"`): What the logits at revealed positions are, absorbing process: nothing of
+            use (`"none"`: a network that sees the token copies it, or was not trained there), the law of the token given all
+            others (`"leave_one_out"`: a hollow network), or an estimate of that law by shadow masks (`"shadow"`, see
+            `raw_with_shadows`),
+            for networks that take `attention_mask`, bool (1, 1, K, K), and `position_ids` (1, K).
         max_length (`int`, *optional*): Longest sequence the network takes.
         grid_shape (`tuple[int, int]`, *optional*): (height, width) where tokens form an image.
         codebook_size (`int`, *optional*): Number of ids that decode, for image models.
@@ -87,6 +93,7 @@ class NetworkDenoiser:
     suppress_token_ids: tuple[int, ...] = ()
     frozen_token_ids: tuple[int, ...] = ()
     split_head: bool = False
+    revealed_logits: Literal["none", "leave_one_out", "shadow"] = "none"
     max_length: int | None = None
     grid_shape: tuple[int, int] | None = None
     codebook_size: int | None = None
@@ -104,6 +111,10 @@ class NetworkDenoiser:
             raise ValueError(
                 "`shift_first='copy'` is for the absorbing process: a token that is not masked is certain there"
             )
+        if self.process == "uniform" and self.revealed_logits != "none":
+            raise ValueError(f"`revealed_logits={self.revealed_logits!r}` is for the absorbing process")
+        if self.shift and self.revealed_logits == "shadow":
+            raise ValueError("`revealed_logits='shadow'` needs `shift` 0: a shadow stands at its own position")
         survives = survival(torch.tensor(1.0, dtype=torch.float64), self.noise_schedule) > 0
         if not survives and self.time_input == "sigma":
             raise ValueError(f"`time_input='sigma'` is infinite at t = 1 for `noise_schedule={self.noise_schedule!r}`")
@@ -153,13 +164,14 @@ class NetworkDenoiser:
         t_some = t[active] if isinstance(t, Tensor) and t.dim() == 1 else t
         x_some, wanted = x_t[active], positions[active]
         if self.split_head and self.shift == 0 and self.process == "absorbing":
-            return RowLogits(self.restrict(self.raw(x_some, t_some, positions=wanted, **some)), positions)
-        dense = self.clean_logits(self.raw(x_some, t_some, **some), x_some, t_some)
+            return RowLogits(self.restrict(self.raw(x_some, t_some, wanted, positions=wanted, **some)), positions)
+        dense = self.clean_logits(self.raw(x_some, t_some, wanted, **some), x_some, t_some)
         return RowLogits(dense[wanted], positions)
 
     def log_p_0(self, x_t: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
         """Normalised log p(x_0 | x_t), shape (B, L, V), float32 or wider; a token that is not masked predicts itself."""
-        logits = self.clean_logits(self.raw(x_t, t, **conditions), x_t, t)
+        asked = None if self.process == "uniform" else self.is_masked(x_t)
+        logits = self.clean_logits(self.raw(x_t, t, asked, **conditions), x_t, t)
         log_p_0 = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         if self.process == "uniform":
             return log_p_0
@@ -179,13 +191,50 @@ class NetworkDenoiser:
         log_score = torch.where(self.is_masked(x_t)[..., None], log_p_0 + log_odds, -math.inf)
         return log_score.scatter(-1, x_t[..., None], 0.0)
 
-    def raw(self, x_t: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
-        """One call of the network; its output as it is, (B, L, width)."""
+    def raw(self, x_t: Tensor, t: Tensor | float, asked: Tensor | None = None, **conditions: Any) -> Tensor:
+        """One call of the network; its output as it is, (B, L, width), or (R, width) where `conditions` have `positions`.
+
+        Args:
+            x_t (`torch.Tensor` of shape `(B, L)`): Tokens now, int64.
+            t (`float` or `torch.Tensor` of shape `(B,)`): Time in (0, 1].
+            asked (`torch.Tensor` of shape `(B, L)`, *optional*): Bool; the positions whose output will be read. `None`: all.
+            **conditions: Passed to the network.
+        """
         self.check(x_t)
-        output = self.model(x_t, *self.time_arguments(x_t, t), **self.call_arguments, **conditions)
-        if isinstance(output, Tensor):
-            return output
-        return output[0] if isinstance(output, tuple) else output.logits
+        if self.revealed_logits == "shadow":
+            revealed = ~self.is_masked(x_t) if asked is None else asked & ~self.is_masked(x_t)
+            if revealed.any():
+                return self.raw_with_shadows(x_t, t, revealed, **conditions)
+        return logits_of(self.model(x_t, *self.time_arguments(x_t, t), **self.call_arguments, **conditions))
+
+    def raw_with_shadows(self, x_t: Tensor, t: Tensor | float, revealed: Tensor, **conditions: Any) -> Tensor:
+        """As `raw`, with the output of shadows at the `revealed` positions, bool (B, L), in one call.
+
+        A shadow is a mask that is appended to the sequence with the position id of a revealed token. It sees the sequence but
+        for this token, and nothing else sees it. With one layer its output is that of the network with the position masked.
+        With more it is an estimate: the others have seen the token that the shadow must not see, and pass it on.
+        """
+        assert self.mask_token_id is not None
+        length, columns = x_t.shape[1], revealed.any(0).nonzero().squeeze(1)  # (S,)
+        extended = torch.cat([x_t, torch.full_like(x_t[:, columns], self.mask_token_id)], dim=1)  # (B, L + S)
+        place = torch.cat([torch.arange(length, device=x_t.device), columns])
+        is_real = torch.arange(len(place), device=x_t.device) < length
+        sees = torch.where(is_real[:, None], is_real, is_real & (place[:, None] != place))  # (L + S, L + S)
+        sees |= torch.eye(len(place), dtype=torch.bool, device=x_t.device)
+        conditions = conditions | {"attention_mask": sees[None, None], "position_ids": place[None]}
+        wanted = conditions.pop("positions", None)
+        if wanted is not None:
+            conditions["positions"] = torch.cat([wanted & ~revealed, revealed[:, columns]], dim=1)
+        output = logits_of(self.model(extended, *self.time_arguments(x_t, t), **self.call_arguments, **conditions))
+        if wanted is None:
+            raw = output[:, :length].clone()
+            raw[:, columns] = torch.where(revealed[:, columns, None], output[:, length:], raw[:, columns])
+            return raw
+        number = torch.zeros_like(extended).masked_scatter(  # the place of each position among the rows of the output
+            conditions["positions"], torch.arange(len(output), device=x_t.device)
+        )
+        number[:, columns] = torch.where(revealed[:, columns], number[:, length:], number[:, columns])
+        return output[number[:, :length][wanted]]
 
     def is_masked(self, x_t: Tensor) -> Tensor:
         """Where the tokens are the mask, bool, of the shape of `x_t`; absorbing process."""
@@ -244,3 +293,10 @@ class NetworkDenoiser:
         if not never:
             return logits
         return logits.index_fill(-1, torch.tensor(never, device=logits.device), -math.inf)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a network returns: a tensor, a tuple that starts with it, or an object with `.logits`."""
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) else output.logits

@@ -194,6 +194,11 @@ class AbsorbingProcess(Process):
         """(alpha_s - alpha_t) / (1 - alpha_t): P(a mask at t is a token at s), in [0, 1]."""
         return (self.alpha(s) - self.alpha(t)) / (1 - self.alpha(t))
 
+    def remask_limit(self, t: Tensor | float, s: Tensor | float) -> Tensor:
+        """min(1, (1 - alpha_s) / alpha_t): the most often that a token at t can be a mask at s with the marginals kept; 0 for
+        s = 0, also from alpha_t = 0."""
+        return ((1 - self.alpha(s)) / self.alpha(t)).nan_to_num(nan=0.0, posinf=1.0).clamp(max=1.0)
+
     def hazard(self, t: Tensor | float) -> Tensor:
         """-alpha'_t / (1 - alpha_t): the rate at which a mask opens in reverse time, per unit of t."""
         return -self.alpha_slope(t) / (1 - self.alpha(t))
@@ -228,13 +233,17 @@ class UniformProcess(Process):
     def prior(self, shape: tuple[int, ...], generator: Generators = None, device: torch.device | str = "cpu") -> Tensor:
         return (uniforms(shape, generator, device) * self.vocab_size).long()
 
+    def own_gain(self, t: Tensor | float) -> Tensor:
+        """q(x_t | x_0 = x_t) / q(x_t | another x_0) = 1 + V alpha / (1 - alpha): what a token says of itself, float64."""
+        alpha = self.alpha(t)
+        return 1 + self.vocab_size * alpha / (1 - alpha)
+
     def leave_one_out(self, x_t: Tensor, p_0: Tensor, t: Tensor | float) -> Tensor:
         r"""l(v) = p(x_0 = v | the other positions of x_t), from p_0(v) = p(x_0 = v | x_t), shape (B, L, V), float64.
 
         Bayes: p_0(v) is proportional to l(v) q(x_t | v), hence l to p_0(v) / (1 + 1[v = x_t] V alpha_t / (1 - alpha_t)).
         """
-        alpha = self.alpha(t).to(x_t.device)
-        gain = 1 + self.vocab_size * alpha / (1 - alpha)
+        gain = self.own_gain(t).to(x_t.device)
         own = torch.nn.functional.one_hot(x_t, self.vocab_size).bool()
         law = torch.where(own, p_0.double() / gain, p_0.double())
         return law / law.sum(-1, keepdim=True)

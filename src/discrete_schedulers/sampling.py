@@ -63,6 +63,21 @@ def uniforms(
     return torch.stack(rows)
 
 
+def gumbels(shape: tuple[int, ...], generator: Generators, device: torch.device | str) -> Tensor:
+    """Standard Gumbel noise -log(-log u), float64 and finite. The largest of log w_i + noise_i is at i with probability
+    w_i / sum w; the k largest are k draws without replacement.
+
+    Args:
+        shape (`tuple[int, ...]`): Shape with the batch first.
+        generator (`torch.Generator`, `list[torch.Generator]` or `None`): One for all rows, one per row, or torch's own.
+        device (`torch.device`): Where the result is wanted.
+
+    Returns:
+        `torch.Tensor`: Of the given shape.
+    """
+    return -(-uniforms(shape, generator, device).clamp(min=2**-54).log()).log()
+
+
 def check_finite(total: Tensor) -> None:
     """Raises `ValueError` if the total weight of a row is NaN or infinite."""
     bad = int((~torch.isfinite(total)).sum())

@@ -1,5 +1,6 @@
-"""Networks that published checkpoints need and no library has."""
+"""Networks that published checkpoints or samplers need and no library has."""
 
 from discrete_schedulers.models.ddit import DDiTModel
+from discrete_schedulers.models.hollow import HollowTransformerModel
 
-__all__ = ["DDiTModel"]
+__all__ = ["DDiTModel", "HollowTransformerModel"]

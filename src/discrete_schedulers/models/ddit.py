@@ -107,9 +107,13 @@ class Rotary(nn.Module):
         exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
         return ROTARY_BASE**-exponent  # (d / 2,)
 
-    def forward(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), self.frequencies(device))
-        angle = torch.cat([angle, angle], dim=-1)  # (L, d): halves, not pairs, are rotated
+    def forward(self, length: int, device: torch.device, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if position_ids is None:
+            place = torch.arange(length, device=device, dtype=torch.float32)
+        else:
+            place = position_ids.to(device, torch.float32)[:, None]  # (B or 1, 1, L): the same for all heads
+        angle = place[..., None] * self.frequencies(device)
+        angle = torch.cat([angle, angle], dim=-1)  # (..., L, d): halves, not pairs, are rotated
         return angle.cos(), angle.sin()
 
 
@@ -242,10 +246,11 @@ class DDiTModel(ModelMixin, ConfigMixin):
         sigma: Tensor | None = None,
         class_labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """What the head reads, shape (B, L, H). Arguments as in `forward`."""
         batch, length = input_ids.shape
-        cos, sin = self.rotary_emb(length, input_ids.device)
+        cos, sin = self.rotary_emb(length, input_ids.device, position_ids)
         condition = self.condition(sigma, class_labels, batch, input_ids.device)
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, L): nobody looks at padding
@@ -267,6 +272,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
         positions: Tensor | None = None,
         output_hidden_states: bool = False,
         return_dict: bool = True,
+        position_ids: Tensor | None = None,
     ) -> DDiTOutput | tuple:
         """Logits of the clean tokens.
 
@@ -279,6 +285,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
                 and `logits` has shape (R, V), in row-major order.
             output_hidden_states (`bool`, defaults to `False`): Return what the head reads as well.
             return_dict (`bool`, defaults to `True`): Return [`DDiTOutput`] instead of a tuple.
+            position_ids (`torch.Tensor` of shape `(B, L)` or `(1, L)`, *optional*): Where tokens stand; `None`: 0 to L - 1.
 
         Returns:
             [`DDiTOutput`] or `tuple`: `logits` first.
@@ -286,7 +293,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If `sigma` or `class_labels` is missing, or there are no classes to name.
         """
-        hidden = self.hidden(input_ids, sigma, class_labels, attention_mask)
+        hidden = self.hidden(input_ids, sigma, class_labels, attention_mask, position_ids)
         logits = self.head(hidden if positions is None else hidden[positions])
         output = DDiTOutput(logits=logits, hidden_states=hidden if output_hidden_states else None)
         return output if return_dict else output.to_tuple()

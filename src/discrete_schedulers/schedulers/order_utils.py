@@ -24,6 +24,19 @@ from discrete_schedulers.schedulers.scheduling_utils import DiscreteScheduler
 Rounding: TypeAlias = Literal["up", "down"]
 
 
+def due_counts(is_masked: Tensor, share: float, rounding: Rounding) -> Tensor:
+    """A share of the masks (B, L) of each row as a whole number, int64 (B,)."""
+    expected = is_masked.sum(1, dtype=torch.float64) * share
+    # 1e-9: what is a whole number but for rounding in float64 is meant to be one
+    return ((expected - 1e-9).ceil() if rounding == "up" else (expected + 1e-9).floor()).long()
+
+
+def check_block_length(block_length: int | None) -> None:
+    """Raises `ValueError` if a block length is not a positive number or `None`."""
+    if block_length is not None and block_length < 1:
+        raise ValueError(f"`block_length` is {block_length}; it must be at least 1, or None for one block")
+
+
 class Prediction(NamedTuple):
     """What the network says at the eligible positions.
 
@@ -62,17 +75,15 @@ class Prediction(NamedTuple):
 class OrderScheduler(DiscreteScheduler):
     """Abstract: masks open in an order that the network's predictions decide. A concrete class has `choose`.
 
-    Its config has `rounding` and `block_length`, beside what every scheduler has. It reads the logits of all eligible
-    positions: with blocks, of the current block only.
+    Its config may have `block_length`, and has `rounding` where it asks for the number `due`. It reads the logits of all
+    eligible positions: with blocks, of the current block only.
     """
 
     processes = ("absorbing",)
 
     def prepare(self) -> None:
         super().prepare()
-        length = self.config.block_length
-        if length is not None and length < 1:
-            raise ValueError(f"`block_length` is {length}; it must be at least 1, or None for one block")
+        check_block_length(self.config.get("block_length"))
 
     @abstractmethod
     def choose(self, prediction: Prediction, index: int, sample: Tensor, generator: Generators) -> Tensor:
@@ -81,16 +92,12 @@ class OrderScheduler(DiscreteScheduler):
     def due(self, sample: Tensor, index: int) -> Tensor:
         """How many masks of each row are to open by the time grid, int64 (B,)."""
         share = float(self.absorbing_process.unmask_probability(self.times[index], self.times[index + 1]))
-        masks = (sample == self.config.mask_token_id).sum(1, dtype=torch.float64)
-        # 1e-9: what is a whole number but for rounding in float64 is meant to be one
-        return (
-            (masks * share - 1e-9).ceil() if self.config.rounding == "up" else (masks * share + 1e-9).floor()
-        ).long()
+        return due_counts(sample == self.config.mask_token_id, share, self.config.rounding)
 
     def eligible(self, sample: Tensor, index: int) -> Tensor:
         """Masks that may open now, bool (B, L): all of them, or those of the leftmost blocks that hold the number due."""
         is_masked = sample == self.config.mask_token_id
-        if self.config.block_length is None or index == len(self.calls) - 1:
+        if self.config.get("block_length") is None or index == len(self.calls) - 1:
             return is_masked
         before = self.masks_in_blocks_before(is_masked)
         return is_masked & (before < self.due(sample, index).clamp(min=1)[:, None])
@@ -104,7 +111,7 @@ class OrderScheduler(DiscreteScheduler):
     def take(self, score: Tensor, count: Tensor, is_eligible: Tensor) -> Tensor:
         """The `count` (B,) best eligible positions of each row by score (B, L), earlier blocks first, bool (B, L)."""
         count = torch.minimum(count, is_eligible.sum(1))
-        if self.config.block_length is not None:
+        if self.config.get("block_length") is not None:
             length = score.shape[1]
             ranked = score.masked_fill(~is_eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
             rank = ranked.argsort(1)

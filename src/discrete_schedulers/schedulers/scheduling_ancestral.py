@@ -23,6 +23,7 @@ from discrete_schedulers.schedulers.scheduling_utils import (
     Grid,
     Order,
     ProcessName,
+    Tempered,
     Unmasking,
 )
 
@@ -44,6 +45,9 @@ class AncestralScheduler(FactorisedScheduler):
         grid_shape (`list[int]`, *optional*): (height, width) for `order="spread"` on images.
         temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most probable token.
         top_p (`float`, defaults to 1.0): Smallest mass of most probable tokens that is kept, in (0, 1].
+        tempered (`str`, defaults to `"leave_one_out"`): Uniform only. What temperature and top-p sharpen: the
+            `"leave_one_out"` law, or the `"denoiser"`'s p_0 (diffusers' discrete DDIM), which nears certainty of x_t as
+            t falls, so that top-p keeps every token as it is. Absorbing noise has only one law of a masked token.
         draw (`str`, defaults to `"exact"`): `"exact"`, or the published float32 races `"one_stage_float32"` and
             `"one_stage_1e-6"` (with `unmasking="bernoulli"`).
         coefficients (`dict`, *optional*): Learned floats by step budget: `{"8": {"times": [...]}}`.
@@ -64,6 +68,7 @@ class AncestralScheduler(FactorisedScheduler):
         grid_shape: list[int] | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        tempered: Tempered = "leave_one_out",
         draw: Draw = "exact",
         coefficients: Coefficients | None = None,
         learned_for: dict | None = None,
@@ -78,7 +83,8 @@ class AncestralScheduler(FactorisedScheduler):
         position, while positions of a row exclude each other."""
         index = self.step_index(timestep)
         t, s = self.times[index], self.times[index + 1]
-        return self.noise_process.posterior(sample, self.clean_law(model_output), t, s)
+        p_0 = self.shaped_logits(model_output, index, sample).double().softmax(-1)
+        return self.noise_process.posterior(sample, p_0, t, s)
 
     def open_probability(self, index: int) -> float:
         """P(a mask opens in this step) = (alpha_s - alpha_t) / (1 - alpha_t), absorbing process."""

@@ -26,6 +26,7 @@ from discrete_schedulers.schedulers.scheduling_utils import (
     Grid,
     ProcessName,
     jump_law,
+    jump_share,
 )
 
 
@@ -69,7 +70,7 @@ class TauLeapingScheduler(FactorisedScheduler):
         """P(jump) / Lambda for a total intensity Lambda."""
         if self.config.jumps == "reject":
             return torch.exp(-total)
-        return torch.where(total > 0, -torch.expm1(-total) / total.clamp(min=1e-300), 1.0)
+        return jump_share(total)
 
     def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
         """The law of the leap; p_0 in the last step. See [`FactorisedScheduler.transition`]."""

@@ -45,6 +45,7 @@ ProcessName: TypeAlias = Literal["absorbing", "uniform"]
 Grid: TypeAlias = Literal["uniform", "cosine", "optimal", "learned"]
 Unmasking: TypeAlias = Literal["counts", "bernoulli"]
 Order: TypeAlias = Literal["random", "spread"]
+Tempered: TypeAlias = Literal["leave_one_out", "denoiser"]
 Coefficients: TypeAlias = dict[str, dict[str, list[float]]]
 
 CHOICES = {
@@ -56,7 +57,19 @@ CHOICES = {
     "draw": ("exact", "one_stage_float32", "one_stage_1e-6"),
     "scale": ("score", "log_score"),
     "jumps": ("first", "reject"),
+    "hazard": ("exact", "frozen"),
     "rounding": ("up", "down"),
+    "strength": ("cap", "rescale", "psi", "forward_backward", "loop", "learned"),
+    "density": ("schedule", "beta"),
+    "tempered": ("leave_one_out", "denoiser"),
+    "event_share": ("grid", "equal", "learned"),
+    "selection": ("random", "lowest_margin", "lowest_max_probability", "lowest_current_probability"),
+    "rule": ("threshold", "factor"),
+    "proxy": ("entropy", "confidence", "margin"),
+    "pattern": ("farthest", "dilated", "van_der_corput", "halton"),
+    "score": ("confidence", "margin", "entropy", "random"),
+    "score_law": ("model", "tempered"),
+    "mask_schedule": ("cosine", "linear", "square", "cubic", "root", "log", "exp", "grid"),
 }
 
 
@@ -86,13 +99,16 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         order (`int`): Model calls for each step, and order of convergence where that is declared.
         processes (`tuple[str, ...]`): The processes it is for.
         revises_tokens (`bool`): Whether a token that is not a mask may become another one, or a mask, in absorbing noise.
+        needs_revealed_logits (`bool`): Whether it reads the law of revealed tokens given the others: see [`NetworkDenoiser`].
     """
 
     order = 1
     init_noise_sigma = 1.0  # discrete priors have no scale; diffusers' pipelines multiply by it
     processes: tuple[str, ...] = ("absorbing", "uniform")
     revises_tokens = False
+    needs_revealed_logits = False
     learned_block: str | None = None  # the block of `coefficients` without which a budget cannot be run
+    learned_knobs: tuple[str, ...] = ()  # numbers of the constructor that can be learned for each step
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
@@ -150,6 +166,11 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             if config.mask_token_id is not None:
                 raise ValueError("`mask_token_id` must be None for the uniform process: it has no mask")
             self.noise_process = UniformProcess(config.vocab_size, config.noise_schedule)
+        # diffusers drops defaults in `from_config`, but some classes have another default process, and it takes arguments
+        # that were passed by position for defaults too.
+        self.register_to_config(
+            vocab_size=config.vocab_size, mask_token_id=config.mask_token_id, process=config.process
+        )
         if config.coefficients is not None:
             self.register_to_config(coefficients=check_coefficients(config.coefficients))
         if config.learned_for is not None:
@@ -200,6 +221,9 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             raise ValueError(f"`num_inference_steps` is {steps!r}; it must be an integer of at least 1")
         if self.learned_block is not None and self.config.coefficients is not None:
             self.learned(self.learned_block, int(steps))
+        for name in self.learned_knobs:
+            if self.is_learned(name):
+                self.learned(name, int(steps))
         self.set_grid(self.time_grid(int(steps)), device)
         self.num_inference_steps = int(steps)
 
@@ -236,6 +260,18 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
                 f"coefficients for {num_inference_steps} steps have no '{name}'; they have: {sorted(blocks)}"
             )
         return blocks[name]
+
+    def is_learned(self, name: str) -> bool:
+        """Whether `coefficients` have a block `name` for any budget."""
+        return any(name in blocks for blocks in (self.config.coefficients or {}).values())
+
+    def per_step(self, name: str, index: int) -> float:
+        """One of `learned_knobs` in the step `index`: learned, or else the constructor's number.
+
+        Raises:
+            ValueError: If it is learned for other budgets than this one.
+        """
+        return self.learned(name, len(self.times) - 1)[index] if self.is_learned(name) else self.config[name]
 
     def step_index(self, timestep: int | float | Tensor) -> int:
         """The place in `timesteps` that a time out of them, or an int index, names. A time that stands there several times
@@ -313,6 +349,24 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
 
     # The step
 
+    def model_inputs(
+        self,
+        timestep: int | float | Tensor,
+        sample: Tensor,
+        frozen: Tensor | None = None,
+        generator: Generators = None,
+    ) -> dict[str, Tensor]:
+        """What the network of this method is told in a call beside tokens and time: keyword arguments, batch first. Nothing,
+        but for methods whose state is more than tokens. Asked before `positions`.
+
+        Args:
+            timestep (`float`, `int` or `torch.Tensor`): A time out of `timesteps`, or an index.
+            sample (`torch.Tensor` of shape `(B, L)`): Tokens x_t, int64.
+            frozen (`torch.Tensor` of shape `(B, L)`, *optional*): Bool; tokens that are known and will be put back.
+            generator (`torch.Generator`, `list[torch.Generator]`, *optional*): Source of randomness.
+        """
+        return {}
+
     @abstractmethod
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
         """The positions whose logits `step` reads, bool (B, L), known before the network has run: those that move, or those
@@ -365,7 +419,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         else:
             chosen = self.positions(timestep, sample, generator)
             shaped = self.config.temperature != 1 or self.config.top_p != 1
-            logits = self.token_logits(model_output) if shaped or chosen is None else model_output
+            logits = self.shaped_logits(model_output, index, sample) if shaped or chosen is None else model_output
             if chosen is None:
                 guess = logits.argmax(-1)
                 prev_sample = self.move_all(model_output, index, sample, generator)
@@ -407,12 +461,24 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         if self.config.temperature != 1:
             # bfloat16 would round the quotient a second time, by a tenth of a nat at logits of 30
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.config.temperature
-        if self.config.top_p < 1:
-            ranked, places = logits.double().softmax(-1).sort(-1, descending=True)
-            before = ranked.cumsum(-1) - ranked  # mass above each token: the first always stays
-            dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, places, before >= self.config.top_p)
-            logits = logits.masked_fill(dropped, -math.inf)
-        return logits
+        return keep_top_p(logits, self.config.top_p) if self.config.top_p < 1 else logits
+
+    def shaped_logits(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
+        """Logits of the clean law that the call `index` draws from: `token_logits`, or with `tempered="leave_one_out"` and
+        uniform noise temperature and top-p act on the leave-one-out law, and what x_t itself says stays as it is.
+
+        Args:
+            logits (`torch.Tensor` of shape `(..., V)`): Logits of log p(x_0 | x_t), of all positions or of some.
+            index (`int`): Place of the call in `timesteps`.
+            sample (`torch.Tensor` of shape `(...)`): The token x_t of each of them.
+        """
+        process, config = self.noise_process, self.config
+        shaped = config.temperature != 1 or config.top_p != 1
+        if not (shaped and config.get("tempered") == "leave_one_out" and isinstance(process, UniformProcess)):
+            return self.token_logits(logits)
+        gain = process.own_gain(self.calls[index]).log().to(logits.device)
+        own = torch.zeros_like(logits, dtype=torch.float64).scatter(-1, sample[..., None], float(gain))
+        return self.token_logits(logits.double() - own) + own
 
     def clean_law(self, model_output: Tensor) -> Tensor:
         """Probabilities of the clean token that is drawn, shape (B, L, V), float64."""
@@ -462,6 +528,15 @@ class FactorisedScheduler(DiscreteScheduler):
         return draw_states(self.transition(logits, index, sample), generator, self.config.get("draw", "exact"))
 
 
+def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Logits (..., V) with -inf for all but the fewest most probable tokens that have a mass of at least `top_p`."""
+    ranked, places = logits.double().softmax(-1).sort(-1, descending=True)
+    before = ranked.cumsum(-1) - ranked  # mass above each token: the first always stays
+    return logits.masked_fill(
+        torch.zeros_like(before, dtype=torch.bool).scatter(-1, places, before >= top_p), -math.inf
+    )
+
+
 def euler_law(
     noise_process: Process, sample: Tensor, p_0: Tensor, t: Tensor, s: Tensor, scale: Tensor | float = 1.0
 ) -> Tensor:
@@ -483,6 +558,18 @@ def jump_law(sample: Tensor, jumps: Tensor) -> Tensor:
     total = jumps.sum(-1, keepdim=True)
     law = jumps / total.clamp(min=1.0)
     return law.scatter(-1, sample[..., None], (1 - total).clamp(min=0.0))
+
+
+def leap_law(sample: Tensor, intensity: Tensor) -> Tensor:
+    """Law of x_s, shape (B, L, V), where each jump v is a Poisson event with the given intensity, 0 at `sample`, and a position
+    takes the first of its jumps: P(v) = (1 - e^-Lambda) lambda_v / Lambda with Lambda = sum_v lambda_v."""
+    return jump_law(sample, intensity * jump_share(intensity.sum(-1, keepdim=True)))
+
+
+def jump_share(total: Tensor) -> Tensor:
+    """(1 - e^-Lambda) / Lambda for total intensities Lambda; 1 where nothing can jump."""
+    positive = torch.where(total > 0, total, 1.0)
+    return torch.where(total > 0, -torch.expm1(-positive) / positive, 1.0)
 
 
 def check_coefficients(coefficients: Coefficients) -> Coefficients:
@@ -511,3 +598,19 @@ def check_coefficients(coefficients: Coefficients) -> Coefficients:
         if times and not (times[0] == 1 and times[-1] == 0 and all(a > b for a, b in pairwise(times))):
             raise ValueError(f"`coefficients` for {budget} steps: 'times' must fall strictly from 1 to 0, not {times}")
     return checked
+
+
+def check_shares(config: Any, name: str) -> None:
+    """Raises `ValueError` if the knob `name` lies outside [0, 1], as a constant or in the coefficients."""
+    learned = {f" for {n} steps": blocks.get(name, []) for n, blocks in (config.coefficients or {}).items()}
+    for where, values in ({"": [config[name]]} | learned).items():
+        if not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"`{name}`{where} is {values}; allowed are numbers in [0, 1]")
+
+
+def check_not_negative(config: Any, name: str) -> None:
+    """Raises `ValueError` if the knob `name` is negative or not finite, as a constant or in the coefficients."""
+    learned = {f" for {n} steps": blocks.get(name, []) for n, blocks in (config.coefficients or {}).items()}
+    for where, values in ({"": [config[name]]} | learned).items():
+        if not all(0 <= value < math.inf for value in values):
+            raise ValueError(f"`{name}`{where} is {values}; allowed are numbers of at least 0")
