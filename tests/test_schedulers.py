@@ -16,6 +16,7 @@ import torch
 from laws import (
     SUBSET_LAWS,
     ExactDenoiser,
+    Joint,
     all_states,
     chi_square_z,
     clean_part,
@@ -116,14 +117,18 @@ def test_draws_of_a_step_follow_its_law(case: SchedulerCase) -> None:
         assert chi_square_z(counts, law) < 4.5
 
 
+SLOW = [pytest.param(num_steps, marks=pytest.mark.slow) for num_steps in (1, 2, 8)]
+
+
 @every_law
-def test_samples_of_a_run_follow_its_law(case: SchedulerCase) -> None:
+@pytest.mark.parametrize("num_steps", [4, *SLOW])
+def test_samples_of_a_run_follow_its_law(case: SchedulerCase, num_steps: int) -> None:
     width, batch = num_states(case), 2500
     scheduler = case.build(width)
     denoiser = exact_denoiser(random_joint(TOKENS, LENGTH, seed=4), scheduler.noise_process)
     x = scheduler.sample_prior((batch, LENGTH), seeded(5))
-    samples = run(scheduler, denoiser, 3, x, seeded(6))
-    law = run_law(scheduler, denoiser, 3, LENGTH)
+    samples = run(scheduler, denoiser, num_steps, x, seeded(6))
+    law = run_law(scheduler, denoiser, num_steps, LENGTH)
     assert float(law.sum()) == pytest.approx(1, abs=1e-12)
     assert chi_square_z(torch.bincount(state_index(samples, width), minlength=len(law)), law.clamp(min=0)) < 4.5
 
@@ -1030,6 +1035,27 @@ def test_prior_law_of_the_runs() -> None:
     uniform = prior_law(NAMED["euler-uniform"].build(3), 2)
     torch.testing.assert_close(uniform, torch.full((9,), 1 / 9, dtype=torch.float64))
     assert torch.equal(state_index(all_states(3, 2), 3), torch.arange(9))
+
+
+UNIFORM = [case for case in CASES if not case.is_absorbing and case.has_law and "temperature" not in case.kwargs]
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in UNIFORM if "tempered" not in case.kwargs], ids=lambda case: case.name
+)
+def test_temperature_sharpens_what_the_others_say(case: SchedulerCase) -> None:
+    """With uniform noise a sharper law is one of x_0 given the other positions: near t = 0 that of x_0 given all is nearly
+    certain of x_t, and a temperature on it would keep every token. With one position the others say what the data say, so
+    every sharpened step is the step for the sharpened data, and that law is where the samples go."""
+    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    joint = Joint(torch.arange(3)[:, None], p)
+    sharp = Joint(joint.states, sharpen(p, 0.5, 1.0))
+    process = case.build(3).noise_process
+    tempered = case.build(3, temperature=0.5)
+    for num_steps in (1, 4):
+        law = run_law(tempered, exact_denoiser(joint, process), num_steps, 1)
+        expected = run_law(case.build(3), exact_denoiser(sharp, process), num_steps, 1)
+        torch.testing.assert_close(law, expected, rtol=0, atol=1e-12)
 
 
 ONE_OF_EACH = list({case.cls: case for case in reversed(CASES) if "coefficients" not in case.kwargs}.values())

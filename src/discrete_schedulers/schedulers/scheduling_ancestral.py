@@ -83,7 +83,7 @@ class AncestralScheduler(FactorisedScheduler):
         position, while positions of a row exclude each other."""
         index = self.step_index(timestep)
         t, s = self.times[index], self.times[index + 1]
-        p_0 = self.shaped_logits(model_output, index, sample).double().softmax(-1)
+        p_0 = self.shaped_law(model_output, index, sample)
         return self.noise_process.posterior(sample, p_0, t, s)
 
     def open_probability(self, index: int) -> float:

@@ -89,7 +89,7 @@ class DiscreteDDIMScheduler(FactorisedScheduler):
         """The equation of this file, averaged over x_0 ~ p_0. See [`FactorisedScheduler.transition`]."""
         index = self.step_index(timestep)
         carried, clean, noised = self.routes(index)
-        p_0 = self.shaped_logits(model_output, index, sample).double().softmax(-1)
+        p_0 = self.shaped_law(model_output, index, sample)
         own = torch.nn.functional.one_hot(sample, self.config.vocab_size).double()
         return carried * own + clean * p_0 + noised / self.config.vocab_size
 

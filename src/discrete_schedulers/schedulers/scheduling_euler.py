@@ -62,7 +62,7 @@ class EulerScheduler(FactorisedScheduler):
     def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
         """The Euler law, see [`FactorisedScheduler.transition`]."""
         index = self.step_index(timestep)
-        p_0 = self.clean_law(model_output)
+        p_0 = self.shaped_law(model_output, index, sample)
         return euler_law(self.noise_process, sample, p_0, self.times[index], self.times[index + 1])
 
     def open_probability(self, index: int) -> float:

@@ -95,7 +95,7 @@ class FlowMatchingScheduler(FactorisedScheduler):
     def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
         """The expectation over x_1, see [`FactorisedScheduler.transition`]."""
         index, process = self.step_index(timestep), self.noise_process
-        p_0 = self.clean_law(model_output)
+        p_0 = self.shaped_law(model_output, index, sample)
         if self.times[index + 1] == 0:
             return process.posterior(sample, p_0, self.times[index], self.times[index + 1])
         own = torch.nn.functional.one_hot(sample, process.vocab_size).double()

@@ -114,7 +114,7 @@ class GibbsCorrectorScheduler(DiscreteScheduler):
 
     def clean_probabilities(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
         """p_0 after temperature and top-p, float64."""
-        return self.shaped_logits(logits, index, sample).double().softmax(-1)
+        return self.shaped_law(logits, index, sample)
 
     def conditional(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
         """p_s(x^i | x^-i), shape (..., V), float64, from logits (..., V) at tokens (...) in the call `index`."""

@@ -102,7 +102,9 @@ class GillespieScheduler(DiscreteScheduler):
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """A jump at each of the k positions whose clocks ring first, uniform noise. See [`DiscreteScheduler.move_all`]."""
-        rates = self.noise_process.reverse_rate(sample, self.clean_law(logits), self.times[index])  # (B, L, V)
+        rates = self.noise_process.reverse_rate(
+            sample, self.shaped_law(logits, index, sample), self.times[index]
+        )  # (B, L, V)
         total = rates.sum(-1)
         check_finite(total)
         clock = -torch.log1p(-uniforms(tuple(sample.shape), generator, sample.device)) / total

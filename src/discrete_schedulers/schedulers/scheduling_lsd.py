@@ -87,7 +87,7 @@ class LSDScheduler(FactorisedScheduler):
         """Equation 5; p_0 in the last step. See [`FactorisedScheduler.transition`]."""
         index = self.step_index(timestep)
         t, s = self.times[index], self.times[index + 1]
-        p_0 = self.clean_law(model_output)
+        p_0 = self.shaped_law(model_output, index, sample)
         if self.config.scale == "score" or s == 0:
             return euler_law(self.noise_process, sample, p_0, t, s, self.phi(index))
         return jump_law(sample, (t - s) * self.power_rate(sample, p_0, t, self.phi(index)))

@@ -113,9 +113,10 @@ class PredictorCorrectorScheduler(FactorisedScheduler):
 
     def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
         """The law of the leap, or of the correction. See [`FactorisedScheduler.transition`]."""
-        step, is_correction = self.place(self.step_index(timestep))
+        index = self.step_index(timestep)
+        step, is_correction = self.place(index)
         t, s, process = self.times[step], self.times[step + 1], self.noise_process
-        p_0 = self.clean_law(model_output)
+        p_0 = self.shaped_law(model_output, index, sample)
         if s == 0 and not is_correction:
             return process.posterior(sample, p_0, t, s)
         rate = process.reverse_rate(sample, p_0, t)

@@ -78,7 +78,7 @@ class PsiScheduler(FactorisedScheduler):
         index = self.step_index(timestep)
         t, s = self.times[index], self.times[index + 1]
         process, kappa = self.noise_process, self.per_step("kappa", index)
-        p_0 = self.shaped_logits(model_output, index, sample).double().softmax(-1)
+        p_0 = self.shaped_law(model_output, index, sample)
         alpha = process.alpha(s).to(p_0.device)
         noised_again = alpha * p_0 + (1 - alpha) / self.config.vocab_size
         return kappa * process.posterior(sample, p_0, t, s) + (1 - kappa) * noised_again

@@ -76,7 +76,7 @@ class TauLeapingScheduler(FactorisedScheduler):
         """The law of the leap; p_0 in the last step. See [`FactorisedScheduler.transition`]."""
         index = self.step_index(timestep)
         t, s = self.times[index], self.times[index + 1]
-        p_0 = self.clean_law(model_output)
+        p_0 = self.shaped_law(model_output, index, sample)
         if s == 0:
             return self.noise_process.posterior(sample, p_0, t, s)
         intensity = (t - s) * self.noise_process.reverse_rate(sample, p_0, t)

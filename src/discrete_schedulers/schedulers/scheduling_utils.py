@@ -464,8 +464,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         return keep_top_p(logits, self.config.top_p) if self.config.top_p < 1 else logits
 
     def shaped_logits(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
-        """Logits of the clean law that the call `index` draws from: `token_logits`, or with `tempered="leave_one_out"` and
-        uniform noise temperature and top-p act on the leave-one-out law, and what x_t itself says stays as it is.
+        """Logits of the clean law that the call `index` draws from: `token_logits`; with uniform noise temperature and top-p
+        act on the leave-one-out law, and what x_t itself says stays as it is, unless the config has `tempered="denoiser"`.
 
         Args:
             logits (`torch.Tensor` of shape `(..., V)`): Logits of log p(x_0 | x_t), of all positions or of some.
@@ -474,14 +474,19 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         """
         process, config = self.noise_process, self.config
         shaped = config.temperature != 1 or config.top_p != 1
-        if not (shaped and config.get("tempered") == "leave_one_out" and isinstance(process, UniformProcess)):
+        itself = config.get("tempered", "leave_one_out") == "denoiser"
+        if not shaped or itself or not isinstance(process, UniformProcess):
             return self.token_logits(logits)
         gain = process.own_gain(self.calls[index]).log().to(logits.device)
         own = torch.zeros_like(logits, dtype=torch.float64).scatter(-1, sample[..., None], float(gain))
         return self.token_logits(logits.double() - own) + own
 
+    def shaped_law(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
+        """The law of `shaped_logits`, float64; arguments as there."""
+        return self.shaped_logits(logits, index, sample).double().softmax(-1)
+
     def clean_law(self, model_output: Tensor) -> Tensor:
-        """Probabilities of the clean token that is drawn, shape (B, L, V), float64."""
+        """Probabilities of the clean token that is drawn for a mask, shape (B, L, V), float64."""
         return self.token_logits(model_output).double().softmax(-1)
 
     def open_masks(

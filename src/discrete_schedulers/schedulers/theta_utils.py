@@ -192,7 +192,7 @@ class ThetaScheduler(DiscreteScheduler):
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """See [`DiscreteScheduler.move_all`]."""
-        logits, step = self.token_logits(logits), index // 2
+        logits, step = self.shaped_logits(logits, index, sample), index // 2
         p_0 = logits.double().softmax(-1)
         if index % 2 == 0:
             everywhere = torch.ones_like(sample, dtype=torch.bool)
