@@ -110,11 +110,11 @@ def test_without_coefficients_it_is_ancestral(kwargs: dict[str, Any], num_steps:
     + [{"gate_a": [0.0] * 5}, {"gate_b": [0.0] * 5}, {"gate_a": [0.0] * 5, "gate_b": [0.0] * 5, "order": [0.0] * 8}],
     ids=str,
 )
-@pytest.mark.parametrize("unmasking", ["counts", "bernoulli"])
-def test_neutral_values_are_ancestral(blocks: dict[str, list[float]], unmasking: str) -> None:
-    if unmasking == "bernoulli" and "order" in blocks:
-        pytest.skip("an order is for counts")
-    kwargs = FACTS | {"unmasking": unmasking}
+@pytest.mark.parametrize("how", [{"unmasking": "counts"}, {"unmasking": "bernoulli"}, {"order": "spread"}], ids=str)
+def test_neutral_values_are_ancestral(blocks: dict[str, list[float]], how: dict[str, str]) -> None:
+    if "order" in blocks and how != {"unmasking": "counts"}:
+        pytest.skip("an order is for random counts")
+    kwargs = FACTS | how
     assert_equal(LearnedScheduler(**kwargs, **learned(**blocks)), AncestralScheduler(**kwargs))
 
 
@@ -343,6 +343,22 @@ def test_a_gate_with_counts() -> None:
     sure.set_timesteps(2)
     opened = sure.step(logits, 0, x[:1], generator=seeded()).prev_sample[0] != V - 1
     assert opened.nonzero().flatten().tolist() == sorted(confidence_logit(logits)[0].topk(2).indices.tolist())
+
+
+def test_one_token_for_each_step_is_exact_with_a_gate() -> None:
+    """The sure position opens first more often, and the law is the model's."""
+    joint = Joint(
+        all_states(2, 2), torch.tensor([0.55, 0.3, 0.05, 0.1], dtype=torch.float64)
+    )  # the first is nearly known
+    gate = LearnedScheduler(vocab_size=3, mask_token_id=2, **learned(2, gate_a=[-1.2, 0.0], gate_b=[1.0, 0.0]))
+    gate.set_timesteps(2)
+    denoiser = exact_denoiser(joint, gate.noise_process)
+    masks = torch.full((6000, 2), 2)
+    half = gate.step(denoiser(masks, 1.0), 0, masks, generator=seeded(14)).prev_sample
+    assert ((half != 2).sum(1) == 1).all()
+    assert 0.6 < float((half[:, 0] != 2).double().mean()) < 0.9
+    x = gate.step(denoiser(half, 0.5), 1, half, generator=seeded(15)).prev_sample
+    assert chi_square_z(torch.bincount(state_index(x, 2), minlength=4), joint.p) < 4.5
 
 
 def test_a_certain_network_opens_at_once_and_extremes_are_finite() -> None:
