@@ -385,6 +385,12 @@ def test_a_gate_reads_all_masks() -> None:
         sampler_nll_bound(random_denoiser(V), gate, torch.zeros(2, 4, dtype=torch.int64), 2)
 
 
+def test_a_bound_is_for_tokens_drawn_once() -> None:
+    remasking = LearnedScheduler(**FACTS, **learned(2, remask=[0.5, 0.5]))
+    with pytest.raises(ValueError, match="can revise tokens"):
+        sampler_nll_bound(random_denoiser(V), remasking, torch.zeros(2, 4, dtype=torch.int64), 2)
+
+
 def test_the_bound_counts_the_inverse_temperature() -> None:
     """Independent tokens: the bound is the cross-entropy with the sharpened law, whatever opens when."""
     p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
