@@ -17,6 +17,7 @@ from discrete_schedulers import AncestralScheduler
 from discrete_schedulers.training.marginal import (
     Coefficients,
     LogisticRatio,
+    StepLaw,
     Verdict,
     centred,
     descend,
@@ -196,6 +197,30 @@ def test_gradient_in_batches() -> None:
         assert block.shape == given[name].shape
 
 
+def test_logits_of_minus_infinity_have_no_gradient() -> None:
+    """A kernel may multiply the logits as they are, those of the mask and of known tokens too."""
+    toy, given = Toy("random", 3), some_coefficients("grid+temp", 2, 3)
+
+    def careless(coefficients: Coefficients, index: int, logits: Tensor, x_t: Tensor) -> StepLaw:
+        q = (coefficients["log_tau"][index].exp() * logits).softmax(-1)
+        opens = coefficients["open"][index].sigmoid() if index == 0 else torch.ones((), dtype=torch.float64)
+        stays = torch.nn.functional.one_hot(x_t, VOCAB)
+        return factorised(torch.where((x_t == MASK)[..., None], opens * q + (1 - opens) * stays, stays))
+
+    paths = torch.stack(list(all_paths(2, 3)))
+    assert toy.denoiser(paths[1], 0.5).isinf().any()
+    weights = torch.rand(paths.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found, expected = (
+        score_function_gradient(one, given, toy.denoiser, paths, times_of(2), weights) for one in (careless, kernel)
+    )
+    for name, block in expected.items():
+        assert torch.allclose(found[name], block, rtol=0, atol=1e-12)
+    still = paths[:, :2].clone()
+    still[-1] = MASK  # the last step opens all
+    with pytest.raises(ValueError, match="a path of probability 0"):
+        score_function_gradient(kernel, given, toy.denoiser, still, times_of(2), weights[:2])
+
+
 def test_sampled_paths_have_the_exact_law() -> None:
     toy, given = Toy("ising", 3), some_coefficients("grid+temp+conf+mix2", 2, 3)
     start = torch.full((20_000, 3), MASK)
@@ -264,7 +289,7 @@ def test_descent_with_the_exact_ratio(name: str, num_steps: int, best: float) ->
 
 
 def test_descent_averages_and_clips() -> None:
-    """One float: reveal chance of the first of two steps, pushed up without end by a ratio that rewards early openings."""
+    """One float, the chance to open in the first of two steps, that soon reaches its bound."""
     toy, start = Toy("random", 2), {"open": torch.zeros(1, dtype=torch.float64)}
     given = (kernel, start, toy.denoiser, torch.full((8, 2), MASK), times_of(2))
     runs = [
@@ -274,7 +299,7 @@ def test_descent_averages_and_clips() -> None:
                 lambda c, x: exact_log_ratio(toy, c, 2, x),
                 6,
                 torch.Generator().manual_seed(0),
-                {"open": (-0.02, 0.02)},
+                {"open": (-0.12, 0.12)},
                 averaged=averaged,
             )
         )
@@ -283,7 +308,8 @@ def test_descent_averages_and_clips() -> None:
     single = [float(c["open"]) for c in runs[0]]
     means = [statistics.mean(single[max(0, i - 2) : i + 1]) for i in range(6)]
     assert [float(c["open"]) for c in runs[1]] == pytest.approx(means, abs=1e-15)
-    assert max(map(abs, single)) == 0.02
+    assert len(set(single)) > 3
+    assert max(map(abs, single)) == 0.12
 
 
 # The learned ratio
@@ -320,11 +346,12 @@ def test_logistic_regression_is_the_log_ratio_where_features_are_saturated() -> 
 
 def test_ratio_remembers_some_calls() -> None:
     data = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
-    ratio = LogisticRatio(data, lambda x: subset_features(x, 2, 2), penalty=1e-3, memory=2)
+    ratio, fresh = (LogisticRatio(data, lambda x: subset_features(x, 2, 2), penalty=1e-3, memory=2) for _ in range(2))
     ones, zeros = torch.ones(8, 2, dtype=torch.int64), torch.zeros(8, 2, dtype=torch.int64)
     values = [float(ratio({}, x)[0]) for x in (ones, zeros, zeros)]
     assert values[0] > 0.5  # four times as many as in the data
-    assert 0.3 < values[1] < values[2]  # half of what is remembered, then all
+    assert 0.3 < values[1] < values[2]  # half of what is remembered, then all: the ones are forgotten
+    assert values[2] == pytest.approx(float(fresh({}, zeros)[0]), abs=1e-6)
 
 
 def test_two_sample_statistic() -> None:
@@ -380,6 +407,24 @@ def test_descent_with_a_learned_ratio() -> None:
     kl, admissible = learned_kl("random", 2, 0, 4096, 150)
     assert admissible
     assert kl < 0.1162 / 3
+
+
+def test_forward_kl_comes_nearer() -> None:
+    """The optimum of the reverse KL is 11 % off that of the forward KL here; weights of the forward KL itself find it."""
+    toy, first = Toy("ising", 4), start_of("grid+temp", 2, 4)
+    *_, last = descend(
+        kernel,
+        first,
+        toy.denoiser,
+        torch.full((512, 4), MASK),
+        times_of(2),
+        lambda c, x: exact_log_ratio(toy, c, 2, x),
+        250,
+        torch.Generator().manual_seed(0),
+        BOUNDS,
+        divergence="forward_kl",
+    )
+    assert float(toy.kl(last, 2)) < 1.06 * 0.0468
 
 
 @slow

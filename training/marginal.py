@@ -34,6 +34,7 @@ from torch.nn.functional import logsigmoid, one_hot
 
 from discrete_schedulers.sampling import Generators, categorical, draw_states, uniforms
 
+LOWEST = -1e30  # a logit of probability 0 that can be multiplied
 Coefficients: TypeAlias = dict[str, Tensor]  # named blocks of floats, float64
 Divergence = Literal["reverse_kl", "forward_kl", "js"]
 Bounds: TypeAlias = Mapping[str, tuple[float, float]]  # where the floats of a block may lie
@@ -129,8 +130,8 @@ def path_log_prob(
     """
     total = torch.zeros(paths.shape[1], dtype=torch.float64, device=paths.device)
     for k, t in enumerate(times):
-        with torch.no_grad():
-            logits = denoiser(paths[k], t)
+        with torch.no_grad():  # -inf logits (masks, known tokens) times a float would have the gradient 0 * inf
+            logits = denoiser(paths[k], t).clamp(min=LOWEST)
         total = total + step_log_prob(kernel(coefficients, k, logits, paths[k]), paths[k + 1])
     return total
 
@@ -191,6 +192,9 @@ def score_function_gradient(
 
     Returns:
         `dict`: A gradient for each block of the coefficients.
+
+    Raises:
+        ValueError: If there is one path only, a path that cannot be drawn, or a gradient that is not finite.
     """
     leaves = {name: block.detach().clone().requires_grad_() for name, block in coefficients.items()}
     used = [block for block in leaves.values() if block.numel() > 0]
@@ -198,8 +202,12 @@ def score_function_gradient(
     share = centred(weights) / len(weights)
     for rows in torch.arange(len(weights), device=paths.device).split(batch_size):
         log_prob = path_log_prob(kernel, leaves, denoiser, paths[:, rows], times)
+        if not log_prob.isfinite().all():
+            raise ValueError("`paths` has a path of probability 0 under `coefficients`: pass those that drew it")
         for block, gradient in zip(total, torch.autograd.grad((share[rows] * log_prob).sum(), used), strict=True):
             block += gradient
+    if not all(bool(block.isfinite().all()) for block in total):
+        raise ValueError("the gradient is not finite: `kernel` has an infinite slope at these `coefficients`")
     found = iter(total)
     return {name: next(found) if block.numel() > 0 else torch.zeros_like(block) for name, block in leaves.items()}
 
