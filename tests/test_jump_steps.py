@@ -140,17 +140,18 @@ def test_cross_entropy_of_a_share() -> None:
     assert c.tolist() == pytest.approx([3.0, (3 + 3 * 2 + 3 * 1 + 0.5) / 8, 0.5], abs=1e-14)
 
 
-def test_golden_section() -> None:
+@pytest.mark.parametrize("top", [0.05, 0.31, 0.64, 0.97])
+def test_golden_section(top: float) -> None:
     calls = []
 
     def peak(x: float) -> float:
         calls.append(x)
-        return -((x - 0.31) ** 2)
+        return -((x - top) ** 2)
 
     x, value = golden_section(peak, 0.0, 1.0, 1e-6)
-    assert (x, value) == (pytest.approx(0.31, abs=1e-6), pytest.approx(0, abs=1e-12))
+    assert (x, value) == (pytest.approx(top, abs=1e-6), pytest.approx(0, abs=1e-12))
     assert 20 < len(calls) == len(set(calls)) <= 32  # no point twice
-    assert x == min(calls, key=lambda y: abs(y - 0.31))
+    assert x == min(calls, key=lambda y: abs(y - top))
     calls.clear()
     golden_section(peak, 0.0, 1.0, 0.0, max_calls=7)
     assert len(calls) == 7
