@@ -361,6 +361,8 @@ def test_two_sample_statistic() -> None:
     a, b = torch.randn(2, 40_000, 3, generator=generator, dtype=torch.float64)
     shift = torch.tensor([0.3, 0.0, -0.1], dtype=torch.float64)
     assert two_sample_statistic(a + shift, b) == pytest.approx(0.05, abs=0.004)  # KL of two normal laws: |d|^2 / 2
+    with pytest.raises(ValueError, match="have 3 and 40000 rows and 3 features"):
+        two_sample_statistic(a[:3], b)
 
 
 def test_best_is_kept_among_those_with_enough_entropy() -> None:

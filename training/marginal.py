@@ -459,8 +459,17 @@ def two_sample_statistic(a: Tensor, b: Tensor, ridge: float = 1e-3) -> float:
         ridge (`float`, defaults to 1e-3): Share of each variance that is added to it.
 
     Returns:
-        `float`: 0 in the mean for two samples of one law, hence also below 0.
+        `float`: 0 in the mean for two samples of one law, hence also below 0. The covariance should be well known: with few
+            more rows than features the statistic comes out too large.
+
+    Raises:
+        ValueError: If a side has no more rows than there are features.
     """
+    if min(len(a), len(b)) <= a.shape[1]:
+        raise ValueError(
+            f"`a` and `b` have {len(a)} and {len(b)} rows and {a.shape[1]} features; allowed are more rows than features: "
+            "draw more samples or take fewer buckets"
+        )
     difference = a.mean(0) - b.mean(0)
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     pooled = (cov_a + cov_b) / 2
