@@ -74,6 +74,7 @@ EXTRA = {
     "pipelines/pipeline_discrete_diffusion": {"numpy"},  # output_type="np", as diffusers has it
     "training/distill": {"safetensors"},  # checkpoints
     "training/hub": {"matplotlib"},  # the plot
+    "training/search": {"cma"},  # CMA-ES
     "training/pretrain": {"safetensors", "tokenizers", "transformers"},  # makes a tokenizer, writes weights
 }
 INSTALLED = {
