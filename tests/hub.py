@@ -70,6 +70,7 @@ class Repository:
     def __init__(self, repo_id: str, private: bool) -> None:
         self.repo_id = repo_id
         self.private = private
+        self.gated = False  # True: its terms are not accepted, by anybody
         self.commits: list[Commit] = []
         self._append("initial commit", {})
 
@@ -240,7 +241,11 @@ class HubApi:
         return json_response(entries)
 
     def resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Response:
-        commit = self._repository(request, repo_id).at(revision)
+        repository = self._repository(request, repo_id)
+        if repository.gated:
+            status = 401 if request.authorization is None else 403
+            raise HubError(status, f"Access to model {repo_id} is restricted", "GatedRepo")
+        commit = repository.at(revision)
         if path not in commit.files:
             raise HubError(404, "Entry not found", "EntryNotFound")
         content = commit.files[path]
