@@ -20,8 +20,9 @@ import torch
 from hub import LoopbackHub, Repository
 from safetensors.torch import save
 from test_ddit import published_shapes, reference
-from tiny import MASK, WORDS, tiny_tokenizer
+from tiny import MASK, WORDS, randomised, tiny_tokenizer
 from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from discrete_schedulers import AncestralScheduler, DiscreteDiffusionPipeline
 from discrete_schedulers.models.checkpoints import denoiser_facts, find_family
@@ -234,6 +235,236 @@ def ddit_cases(folder: Path) -> dict[str, Tiny]:
     }
 
 
+def full(model: Any, ids: Tensor) -> Tensor:
+    """Logits of a causal model under a mask that hides nothing: transformers' other way to the same attention."""
+    with torch.no_grad():
+        return model(ids, attention_mask=torch.zeros(1, 1, ids.shape[1], ids.shape[1]), use_cache=False).logits
+
+
+def native(model_type: str, head: Any, **values: Any) -> Any:
+    """transformers' own class, tiny, with random weights; its head follows its embedding where the config says so."""
+    model = randomised(head.from_config(CONFIG_MAPPING[model_type](**values)), seed=3)
+    model.tie_weights()
+    return model
+
+
+def sharded(state: dict[str, Tensor]) -> dict[str, bytes]:
+    """Two safetensors files and their index."""
+    names = sorted(state)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    index = {"metadata": {}, "weight_map": {name: part for part, some in parts.items() for name in some}}
+    files = {part: save({name: state[name].contiguous().clone() for name in some}) for part, some in parts.items()}
+    return files | {"model.safetensors.index.json": as_json(index)}
+
+
+def one_file(state: dict[str, Tensor]) -> dict[str, bytes]:
+    return {"model.safetensors": save({name: value.contiguous().clone() for name, value in state.items()})}
+
+
+WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+LLADA_LAYER = {  # transformers' name -> the published one, from the model card's side
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ff_norm",
+    "self_attn.q_proj": "q_proj",
+    "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj",
+    "self_attn.o_proj": "attn_out",
+    "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "ff_out",
+}
+LLADA_TOP = {"model.embed_tokens": "wte", "model.norm": "ln_f", "lm_head": "ff_out"}
+
+
+def llada_key(key: str) -> str:
+    name = key.removesuffix(".weight")
+    if name in LLADA_TOP:
+        return f"model.transformer.{LLADA_TOP[name]}.weight"
+    _, _, number, inner = name.split(".", 3)
+    return f"model.transformer.blocks.{number}.{LLADA_LAYER[inner]}.weight"
+
+
+def causal_cases(folder: Path) -> dict[str, Tiny]:
+    """LLaDA, Dream, DiffuGPT, DiffuLLaMA, A2D: V + 2 columns, two more than the tokenizer has."""
+    padded, words = V + 2, tokenizer_files(folder)
+    backend = tiny_tokenizer().backend_tokenizer
+    unnamed = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
+    unnamed.save_pretrained(folder / "unnamed")
+    llama = native(
+        "llama",
+        AutoModelForCausalLM,
+        **WIDTH,
+        vocab_size=padded,
+        rope_theta=500.0,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=64,
+    )
+    llada = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 48, "vocab_size": padded}
+    llada |= {"embedding_size": padded, "mask_token_id": MASK, "rope_theta": 500.0, "max_sequence_length": 64}
+    llada |= {"eos_token_id": 0, "pad_token_id": 0}
+    qwen = {**WIDTH, "vocab_size": padded, "num_key_value_heads": 2, "rope_theta": 700.0, "max_position_embeddings": 64}
+    qwen |= {"mask_token_id": MASK, "bos_token_id": 0, "pad_token_id": 0, "rms_norm_eps": 1e-6}
+    dream = native("qwen2", AutoModelForCausalLM, **qwen, tie_word_embeddings=False)
+    qwen3 = qwen | {"head_dim": 8, "tie_word_embeddings": True}
+    del qwen3["mask_token_id"]
+    a2d = native("qwen3", AutoModelForCausalLM, **qwen3)
+    gpt = {
+        "vocab_size": V,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    gpt2 = native("gpt2", AutoModelForCausalLM, **gpt).half()
+    gpt2_state = {
+        "embed_tokens.weight"
+        if key == "transformer.wte.weight"
+        else key.replace("transformer.", "denoise_model."): value
+        for key, value in gpt2.state_dict().items()
+        if key != "lm_head.weight"
+    }
+    plain = native("llama", AutoModelForCausalLM, **WIDTH, vocab_size=V, max_position_embeddings=64)
+    plain_files = {"config.json": as_json(DIFFULLAMA | WIDTH | {"vocab_size": V, "rms_norm_eps": 1e-6})}
+    both = {"family": "DiffuLLaMA", "mask_token_id": MASK, "tokenizer": None}
+    dream_files = {"config.json": as_json(DREAM | qwen), **sharded(dream.state_dict()), **DREAM_TOKENIZER}
+    return {
+        "org/llada": Tiny(
+            {
+                "config.json": as_json(LLADA | llada),
+                **sharded({llada_key(key): value for key, value in llama.state_dict().items()}),
+                **{path.name: path.read_bytes() for path in (folder / "unnamed").iterdir()},
+            },
+            full(llama, IDS),
+            "LLaDA",
+        ),
+        "org/dream": Tiny(dream_files, full(dream, IDS), "Dream"),
+        "org/diffugpt": Tiny(
+            {"config.json": as_json(GPT2 | gpt), **one_file(gpt2_state), **words},
+            full(gpt2.float(), IDS),
+            "DiffuGPT-s",
+            {"family": "DiffuGPT-s", "mask_token_id": MASK, "dtype": torch.float32},
+        ),
+        "org/diffullama": Tiny(
+            {**plain_files, "pytorch_model.bin": as_pickle(plain.state_dict(), folder)},
+            full(plain, IDS),
+            "DiffuLLaMA",
+            both,
+        ),
+        "org/a2d": Tiny(
+            {"config.json": as_json(A2D | qwen3), **one_file(a2d.state_dict()), **words}, full(a2d, IDS), "A2D"
+        ),
+        "org/a2d-bf16": Tiny(
+            {"config.json": as_json(A2D | qwen3), **one_file(a2d.state_dict()), **words},
+            full(a2d.bfloat16(), IDS),
+            "A2D",
+            {"torch_dtype": torch.bfloat16, "device_map": "cpu"},
+            tolerance=0.1,
+        ),
+    }
+
+
+# Byte-level pairs: 19 letters, three specials. What is published as remote code is the class, not the files.
+LETTERS = "abcdefghijklmnopqrs"
+DREAM_TOKENIZER = {
+    "vocab.json": as_json(
+        {letter: i + 2 for i, letter in enumerate(LETTERS)} | {"<|pad|>": 0, "<|x|>": 1, "<|mask|>": MASK}
+    ),
+    "merges.txt": b"#version: 0.2\n",
+    "tokenizer_config.json": as_json(
+        {
+            "tokenizer_class": "DreamTokenizer",
+            "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+            "added_tokens_decoder": {
+                str(i): {"content": token, "special": True, "lstrip": False, "rstrip": False, "normalized": False}
+                for i, token in ((0, "<|pad|>"), (MASK, "<|mask|>"))
+            },
+            "mask_token": "<|mask|>",
+            "pad_token": "<|pad|>",
+            "unk_token": None,
+            "eos_token": "<|pad|>",
+        }
+    ),
+}
+
+
+def masked_cases(folder: Path) -> dict[str, Tiny]:
+    """BERT with its old names and the heads that are not ours, RoBERTa, ModernBERT without its tied head, ESM2, DPLM."""
+    words = tokenizer_files(folder)
+    small = WIDTH | {"vocab_size": V, "max_position_embeddings": 64, "pad_token_id": 0}
+    bert = native("bert", AutoModelForMaskedLM, **small)
+    roberta = native("roberta", AutoModelForMaskedLM, **small | {"pad_token_id": 1})
+    modern_config = small | {"local_attention": 4, "global_attn_every_n_layers": 2, "num_hidden_layers": 3}
+    modern_config |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    modern = native("modernbert", AutoModelForMaskedLM, **modern_config)
+    esm_config = DPLM | WIDTH | {"num_hidden_layers": 2, "max_position_embeddings": 64}
+    ours = {name: value for name, value in esm_config.items() if name not in ("model_type", "architectures")}
+    esm = native("esm", AutoModelForMaskedLM, **ours)
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def bert_key(key: str) -> str:
+        for new, was in old.items():
+            key = key.replace(new, was)
+        return key
+
+    bert_state = {bert_key(key): value for key, value in bert.state_dict().items() if "decoder" not in key}
+    bert_state |= {"bert.pooler.dense.weight": torch.ones(32, 32), "cls.seq_relationship.weight": torch.ones(2, 32)}
+    esm_state = {key: value for key, value in esm.state_dict().items() if "inv_freq" not in key}
+    esm_state |= {f"esm.encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq": torch.ones(4) for i in range(2)}
+    esm_state |= {
+        "esm.contact_head.regression.weight": torch.ones(1, 8),
+        "esm.embeddings.position_ids": torch.ones(1, 64),
+    }
+    protein = torch.randint(4, 24, (3, LENGTH), generator=torch.Generator().manual_seed(4))
+    protein[:, 0], protein[:, -1], protein[:, 2:5] = 0, 2, 32
+    with torch.no_grad():
+        answers = {
+            name: model(IDS).logits for name, model in [("bert", bert), ("roberta", roberta), ("modern", modern)]
+        }
+        residues = esm(protein).logits
+    bert_config = {"model_type": "bert", "architectures": ["BertForMaskedLM"]} | small
+    roberta_config = {"model_type": "roberta"} | small | {"pad_token_id": 1}
+    return {
+        "org/bert": Tiny(
+            {"config.json": as_json(bert_config), **one_file(bert_state), **words},
+            answers["bert"],
+            "masked language model",
+        ),
+        "org/roberta": Tiny(
+            {"config.json": as_json(roberta_config), **one_file(roberta.state_dict()), **words},
+            answers["roberta"],
+            "masked language model",
+        ),
+        "org/modernbert": Tiny(
+            {
+                "config.json": as_json({"model_type": "modernbert"} | modern_config),
+                **one_file({key: value for key, value in modern.state_dict().items() if key != "decoder.weight"}),
+                **words,
+            },
+            answers["modern"],
+            "masked language model",
+        ),
+        "org/esm2": Tiny(
+            {"config.json": as_json(esm_config | {"architectures": ["EsmForMaskedLM"]}), **one_file(esm_state)},
+            residues,
+            "masked language model",
+            {"mask_token_id": 32},
+            protein,
+        ),
+        "org/dplm": Tiny(
+            {
+                "config.json": as_json(esm_config | {"dplm_type": "dplm_esm"}),
+                "pytorch_model.bin": as_pickle(esm_state, folder),
+            },
+            residues,
+            "DPLM",
+            {},
+            protein,
+        ),
+    }
+
+
 # ---- one client process loads them all -------------------------------------------------------------------------------
 
 CLIENT = """
@@ -289,7 +520,11 @@ def run_client(hub: LoopbackHub, jobs: dict[str, tuple], folder: Path) -> dict[s
     return torch.load(folder / "results.pt")
 
 
-TINY: dict[str, Callable[[Path], dict[str, Tiny]]] = {"DDiT": ddit_cases}
+TINY: dict[str, Callable[[Path], dict[str, Tiny]]] = {
+    "DDiT": ddit_cases,
+    "causal": causal_cases,
+    "masked": masked_cases,
+}
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +544,8 @@ def results(cases: dict[str, Tiny], tmp_path_factory: pytest.TempPathFactory) ->
         return run_client(hub, jobs, folder)
 
 
-NAMES = """org/mdlm org/sedd org/radd org/duo org/udlm org/udlm-classes""".split()
+NAMES = """org/mdlm org/sedd org/radd org/duo org/udlm org/udlm-classes org/llada org/dream org/diffugpt
+org/diffullama org/a2d org/a2d-bf16 org/bert org/roberta org/modernbert org/esm2 org/dplm""".split()
 
 
 def test_all_are_tested(cases: dict[str, Tiny]) -> None:
@@ -330,6 +566,45 @@ def test_loaded_by_id(name: str, cases: dict[str, Tiny], results: dict[str, dict
     mask, never = result["facts"]["mask_token_id"], result["facts"]["suppress_token_ids"]
     drawn = result["sequences"][~kept]
     assert not set(drawn.tolist()) & {mask, *never}
+
+
+def test_facts(cases: dict[str, Tiny], results: dict[str, dict]) -> None:
+    """What no config.json says: tokens that are never drawn, the mask's name, the dtype of the files."""
+    never = {name: tuple(results[name]["facts"]["suppress_token_ids"]) for name in NAMES}
+    padding, specials = (V, V + 1), (0, 1)
+    assert never == dict.fromkeys(NAMES, ()) | dict.fromkeys(
+        ("org/llada", "org/dream", "org/a2d", "org/a2d-bf16"), padding
+    ) | (dict.fromkeys(("org/bert", "org/roberta", "org/modernbert"), specials) | {"org/dplm": (0, 1, 2, 24)})
+    assert {name: results[name]["mask_token"] for name in ("org/llada", "org/dream", "org/mdlm", "org/dplm")} == {
+        "org/llada": "[MASK]",
+        "org/dream": "<|mask|>",
+        "org/mdlm": "[MASK]",
+        "org/dplm": None,
+    }
+    for name in NAMES:
+        facts = results[name]["facts"]
+        uniform = name in ("org/duo", "org/udlm", "org/udlm-classes")
+        mask = None if uniform else 32 if name in ("org/esm2", "org/dplm") else MASK
+        assert (facts["mask_token_id"], facts["process"]) == (mask, "uniform" if uniform else "absorbing")
+        assert results[name]["dtype"] == (torch.bfloat16 if name == "org/a2d-bf16" else torch.float32)
+        assert find_family(
+            name, json.loads(cases[name].files["config.json"]), cases[name].arguments.get("family")
+        ).name == (cases[name].family)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("org/dream", "keep"), ("org/diffugpt", "copy"), ("org/diffullama", "copy")]
+)
+def test_shift(name: str, first: str, results: dict[str, dict]) -> None:
+    """Logits at i - 1 predict position i; position 0 keeps its own (Dream) or its token (DiffuGPT, DiffuLLaMA)."""
+    raw, logits = results[name]["raw"], results[name]["logits"]
+    tokens = slice(0, MASK)
+    assert torch.equal(logits[:, 1:, tokens], raw[:, :-1, tokens])
+    if first == "keep":
+        assert torch.equal(logits[:, 0, tokens], raw[:, 0, tokens])
+    else:
+        assert torch.equal(logits[:, 0].argmax(-1), IDS[:, 0])
+        assert (logits[:, 0].isfinite().sum(-1) == 1).all()
 
 
 def test_tokenizer_of_the_family(results: dict[str, dict]) -> None:
