@@ -12,7 +12,6 @@ The loop never asks which scheduler or network it has.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from discrete_schedulers.models.loading import (
     load_tokenizer,
     load_weights,
     longest_sequence,
+    read_config,
     weight_paths,
 )
 from discrete_schedulers.pipelines.text import infill_template, prefix_template
@@ -174,7 +174,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
                     f"{name!r} has neither model_index.json nor config.json; where these are on a branch, pass `revision`"
                 )
             if first.name == "config.json":
-                return cls.from_family(name, json.loads(first.read_text()), declared, **kwargs)
+                return cls.from_family(name, read_config(first), declared, **kwargs)
             if declared:
                 raise ValueError(f"`{next(iter(declared))}` is not for {name!r}, whose model_index.json says it")
             return super().from_pretrained(name, **kwargs)

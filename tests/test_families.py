@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from hub import LoopbackHub, Repository
-from safetensors.torch import save
+from safetensors.torch import load, save
 from test_ddit import published_shapes, reference
 from tiny import MASK, WORDS, randomised, tiny_tokenizer
 from torch import Tensor
@@ -154,6 +154,20 @@ def test_table(case: Published) -> None:
     assert {p.device.type for p in network.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1", A2D),
+        ("Dream-org/DreamReasoner-8B", DREAM),
+        ("airkingbd/dplm2_650m", DPLM),
+    ],
+)
+def test_look_alikes(name: str, config: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' is not supported: .* pass `family`"):
+        find_family(name, config)
+    assert find_family(name, config, "A2D").name == "A2D"
+
+
 # ---- tiny repositories, their references -----------------------------------------------------------------------------
 
 
@@ -172,8 +186,8 @@ def as_json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def as_pickle(state: dict[str, Tensor], folder: Path) -> bytes:
-    torch.save(state, folder / "state.bin")
+def as_pickle(state: dict[str, Any], folder: Path, legacy: bool = False) -> bytes:
+    torch.save(state, folder / "state.bin", _use_new_zipfile_serialization=not legacy)
     return (folder / "state.bin").read_bytes()
 
 
@@ -207,7 +221,9 @@ def ddit_cases(folder: Path) -> dict[str, Tiny]:
             reference(state, IDS, 4, zero),
             "MDLM",
         ),
-        "org/sedd": Tiny({"config.json": as_json(sedd), "pytorch_model.bin": as_pickle(state, folder)}, timed, "SEDD"),
+        "org/sedd": Tiny(
+            {"config.json": as_json(sedd), "pytorch_model.bin": as_pickle(state, folder, legacy=True)}, timed, "SEDD"
+        ),
         "org/radd": Tiny(
             {
                 "config.json": as_json(RADD | words | {"model": RADD_MODEL | {"type": "ddit_wot"} | hydra}),
@@ -662,6 +678,9 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
             "config.json": good["config.json"],
             "pytorch_model.bin": as_pickle({key: Code(folder / "ran")}, folder),
         },
+        "nested": {"config.json": good["config.json"], "pytorch_model.bin": as_pickle({"model": state}, folder)},
+        "no-json": good | {"config.json": good["config.json"][:-2]},
+        "list": good | {"config.json": b"[]"},
         "shapes": good | {"config.json": as_json(config | {"vocab_size": V + 1})},
         "missing": good | {"model.safetensors": save({name: value for name, value in state.items() if name != key})},
         "unexpected": good | {"model.safetensors": save(state | {"backbone.blocks.1.lora.weight": torch.ones(2)})},
@@ -709,6 +728,9 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         ),
         ("code", "ValueError from UnpicklingError", "pytorch_model.bin holds more than tensors"),
         ("code-in-zip", "ValueError from UnpicklingError", "pytorch_model.bin holds more than tensors"),
+        ("nested", "ValueError", "pytorch_model.bin is not a table of tensors"),
+        ("no-json", "ValueError from JSONDecodeError", "config.json is not JSON"),
+        ("list", "ValueError", "config.json holds a list"),
         ("shapes", "ValueError", r"wrong shapes: backbone.* is \(22, 32\), the config says \(23, 32\)"),
         ("missing", "ValueError", "do not fit family 'MDLM' and config.json: missing: blocks.1.attn_out.weight$"),
         ("unexpected", "ValueError", "unexpected: backbone.blocks.1.lora.weight$"),
@@ -767,6 +789,9 @@ def test_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         logits = pipe.denoiser.raw(IDS, TIME)
     torch.testing.assert_close(logits.double(), case.expected, rtol=0.1, atol=0.2)
+    half = {key: value.half() for key, value in load(case.files["model.safetensors"]).items()}
+    (tmp_path / "model.safetensors").write_bytes(save(half))
+    assert DiscreteDiffusionPipeline.from_pretrained(tmp_path, tokenizer=None).model.dtype == torch.float16
     pipe.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"`shift` is not for '.*saved', whose model_index.json says it"):
         DiscreteDiffusionPipeline.from_pretrained(tmp_path / "saved", shift=1)

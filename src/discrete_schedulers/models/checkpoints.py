@@ -259,6 +259,14 @@ FAMILIES = (
     ),
 )
 
+# Repositories that look like a family and are not of it: loaded as it they would sample, and badly.
+OTHERS = {
+    "dllm-hub/*bd3lm*": "its attention goes block by block",
+    "dllm-collection/*bd3lm*": "its attention goes block by block",
+    "Dream-org/DreamReasoner*": "its attention goes block by block",
+    "airkingbd/dplm2*": "it has structure tokens beside residues",
+}
+
 
 def value_of(config: Mapping[str, Any], dotted: str) -> Any:
     """The value under a name such as `"model.hidden_size"`, `None` where there is none."""
@@ -277,7 +285,7 @@ def find_family(name: str, config: Mapping[str, Any], family: str | None = None)
         family (`str`, *optional*): Name of the row.
 
     Raises:
-        ValueError: If there is no such row.
+        ValueError: If there is no such row, or the repository is known not to fit the one it looks like.
     """
     names = ", ".join(repr(row.name) for row in FAMILIES)
     if family is not None:
@@ -285,6 +293,9 @@ def find_family(name: str, config: Mapping[str, Any], family: str | None = None)
             if row.name == family:
                 return row
         raise ValueError(f"`family` is {family!r}; allowed: {names}")
+    for pattern, reason in OTHERS.items():
+        if fnmatch.fnmatch(name.lower(), pattern.lower()):
+            raise ValueError(f"{name!r} is not supported: {reason}. To load it all the same, pass `family`")
     for row in FAMILIES:
         if any(fnmatch.fnmatch(name.lower(), pattern.lower()) for pattern in row.repositories):
             return row

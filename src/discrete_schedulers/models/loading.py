@@ -1,7 +1,7 @@
 """Weights and networks of the Hub's repositories: config.json, then tensors one by one to their dtype and device.
 
-A network is built with its parameters on the meta device, and each tensor of the files takes its place: no parameter is
-initialised, none is held twice. Files are found through `huggingface_hub`, so that cache, offline mode, tokens, revisions and
+A network is built with its parameters on the meta device, and each tensor of the files takes the place of one: none is held
+twice. Files are found through `huggingface_hub`, so that cache, offline mode, tokens, revisions and
 errors are its own. Pickles are read with `weights_only=True`; a pickle that holds anything but tensors is refused.
 """
 
@@ -69,6 +69,21 @@ def first_file(source: str, names: tuple[str, ...], hub: Mapping[str, Any]) -> P
     return None
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as a dictionary.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}; it must be a JSON object")
+    return config
+
+
 def weight_paths(source: str, hub: Mapping[str, Any]) -> list[Path]:
     """The weight files of a folder or a repository: one, or all shards.
 
@@ -110,6 +125,8 @@ def tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and download it again") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not a table of tensors: take the network's own state dict out of it and save that")
     yield from state.items()
 
 
