@@ -171,7 +171,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             first = first_file(name, ("model_index.json", "config.json"), hub)
             if first is None:
                 raise ValueError(
-                    f"{name!r} has neither model_index.json nor config.json; where these are on a branch, pass `revision`"
+                    f"{name!r} has neither model_index.json nor config.json; if a branch has them (SDTT), pass `revision`"
                 )
             if first.name == "config.json":
                 return cls.from_family(name, read_config(first), declared, **kwargs)

@@ -72,6 +72,7 @@ class Repository:
         self.private = private
         self.gated = False  # True: its terms are not accepted, by anybody
         self.commits: list[Commit] = []
+        self.branches: dict[str, Commit] = {}  # beside main; nobody commits to them
         self._append("initial commit", {})
 
     @property
@@ -84,13 +85,15 @@ class Repository:
         return self.head.files
 
     def at(self, revision: str) -> Commit:
-        """The commit that `main` or a commit hash names.
+        """The commit that a branch or a commit hash names.
 
         Raises:
             HubError: 404 for any other revision.
         """
         if revision == "main":
             return self.head
+        if revision in self.branches:
+            return self.branches[revision]
         for commit in self.commits:
             if commit.sha == revision:
                 return commit

@@ -51,6 +51,8 @@ MDLM = {"model_type": "mdlm", "architectures": ["MDLM"], "cond_dim": 128, "hidde
 MDLM |= {"n_heads": 12, "model_length": 1024, "dropout": 0.1, "time_conditioning": False, "vocab_size": 50258}
 MDLM |= {"return_dict": False, "torch_dtype": "float32", "transformers_version": "4.38.2"}
 MDLM |= {"auto_map": {"AutoConfig": "configuration_mdlm.MDLMConfig", "AutoModelForMaskedLM": "modeling_mdlm.MDLM"}}
+SDTT = {"model": SEDD_MODEL | {"type": "ddit-orig", "tie_word_embeddings": False}, "tokenizer": {"name": "gpt2"}}
+SDTT |= {"time_conditioning": False, "parameterization": {"name": "multi-round-sdtt"}, "noise": {"type": "loglinear"}}
 DUO = {name: value for name, value in MDLM.items() if name != "time_conditioning"}
 DUO |= {
     "model_type": "DUO",
@@ -121,6 +123,12 @@ PUBLISHED = [
     Published("s-sahoo/duo", DUO, "DUO", 50258, None, 0, 1024, 169_627_218),
     Published("kuleshov-group/udlm-lm1b", UDLM, "UDLM", 30522, None, 0, 128, 139_292_986),
     Published("JingyangOu/radd-t-dce", RADD, "RADD", 50258, 50257, 0, 1024, 162_265_682),
+    Published("jdeschena/sdtt", SDTT, "SDTT", 50258, 50257, 0, 1024, 169_627_218),
+    Published(
+        "jdeschena/sdtt",
+        SDTT | {"model": SDTT["model"] | {"hidden_size": 1536, "n_blocks": 24, "n_heads": 16}},
+        *("SDTT", 50258, 50257, 0, 1024, 863_158_098),
+    ),
     Published("GSAI-ML/LLaDA-8B-Instruct", LLADA, "LLaDA", 126464, 126336, 0, 4096, 8_015_581_184),
     Published("Dream-org/Dream-v0-Instruct-7B", DREAM, "Dream", 152064, 151666, 1, 131072, 7_615_616_512),
     Published("apple/DiffuCoder-7B-Instruct", DREAM, "Dream", 152064, 151666, 1, 131072, 7_615_616_512),
@@ -214,6 +222,8 @@ def ddit_cases(folder: Path) -> dict[str, Tiny]:
     sigma, zero = SIGMA.expand(len(IDS)), torch.zeros(len(IDS))
     timed = reference(state, IDS, 4, sigma)
     words = {"tokens": V - 1}
+    large = ddit_state(50258, 16)  # the width is the family's, not config.json's
+    masked = IDS.masked_fill(IDS == MASK, 50257)
     sedd = SEDD | words | {"model": SEDD_MODEL | hydra | {"cond_dim": 16}}
     return {
         "org/mdlm": Tiny(
@@ -231,6 +241,16 @@ def ddit_cases(folder: Path) -> dict[str, Tiny]:
             },
             reference(timeless, IDS, 4),
             "RADD",
+        ),
+        "org/sdtt": Tiny(
+            {
+                "config.json": as_json(SDTT | {"model": SDTT["model"] | hydra | {"cond_dim": 16}}),
+                "model.safetensors": save({f"backbone.backbone.{key}": value for key, value in large.items()}),
+            },
+            reference(large, masked, 4, zero),
+            "SDTT",
+            {"revision": "baselines_kld_step_70000"},
+            masked,
         ),
         "org/duo": Tiny({"config.json": as_json(DUO | small), "model.safetensors": save(twice)}, timed, "DUO"),
         "org/udlm": Tiny(
@@ -556,11 +576,16 @@ def results(cases: dict[str, Tiny], tmp_path_factory: pytest.TempPathFactory) ->
         publish(hub, "openai-community/gpt2", tokenizer_files(folder))
         for name, case in cases.items():
             publish(hub, name, case.files)
+            if "revision" in case.arguments:  # main has a README only
+                repository = hub.repos[name]
+                repository.branches[case.arguments["revision"]] = repository.head
+                publish(hub, name, {"README.md": b"# on branches"})
+                hub.repos[name].branches = repository.branches
         jobs = {name: (name, case.arguments, case.ids) for name, case in cases.items()}
         return run_client(hub, jobs, folder)
 
 
-NAMES = """org/mdlm org/sedd org/radd org/duo org/udlm org/udlm-classes org/llada org/dream org/diffugpt
+NAMES = """org/sdtt org/mdlm org/sedd org/radd org/duo org/udlm org/udlm-classes org/llada org/dream org/diffugpt
 org/diffullama org/a2d org/a2d-bf16 org/bert org/roberta org/modernbert org/esm2 org/dplm""".split()
 
 
@@ -600,7 +625,7 @@ def test_facts(cases: dict[str, Tiny], results: dict[str, dict]) -> None:
     for name in NAMES:
         facts = results[name]["facts"]
         uniform = name in ("org/duo", "org/udlm", "org/udlm-classes")
-        mask = None if uniform else 32 if name in ("org/esm2", "org/dplm") else MASK
+        mask = 50257 if name == "org/sdtt" else None if uniform else 32 if name in ("org/esm2", "org/dplm") else MASK
         assert (facts["mask_token_id"], facts["process"]) == (mask, "uniform" if uniform else "absorbing")
         assert results[name]["dtype"] == (torch.bfloat16 if name == "org/a2d-bf16" else torch.float32)
         assert find_family(
@@ -718,7 +743,11 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("empty", "ValueError", "'org/empty' has neither model_index.json nor config.json; .* pass `revision`"),
+        (
+            "empty",
+            "ValueError",
+            "'org/empty' has neither model_index.json nor config.json; if a branch .* pass `revision`",
+        ),
         ("no-weights", "ValueError", "'org/no-weights' has no weights: looked for model.safetensors, "),
         ("truncated", "ValueError from SafetensorError", "model.safetensors is damaged .*download it again"),
         (

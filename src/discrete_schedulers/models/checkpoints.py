@@ -156,6 +156,18 @@ FAMILIES = (
         tokenizer=GPT2_TOKENIZER,
     ),
     Family(
+        name="SDTT",
+        architecture="DDiT",
+        mask="last",
+        repositories=("jdeschena/sdtt",),  # the weights are on branches
+        marks={"model.type": ("ddit-orig",)},
+        config_names={name: dotted for name, dotted in HYDRA_NAMES.items() if name != "vocab_size"}
+        | {"time_conditioning": "time_conditioning"},
+        config_values={"vocab_size": 50258},  # gpt2's tokens and the mask; config.json names the tokenizer only
+        noise_schedule="loglinear",
+        tokenizer=GPT2_TOKENIZER,
+    ),
+    Family(
         name="DUO",
         architecture="DDiT",
         mask=None,
@@ -342,7 +354,8 @@ def network_arguments(family: Family, config: Mapping[str, Any]) -> dict[str, An
     missing = [family.config_names[name] for name, value in found.items() if value is None and name not in optional]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}, which checkpoints of family {family.name!r} have")
-    found["vocab_size"] += family.extra_states
+    if family.extra_states:
+        found["vocab_size"] += family.extra_states
     return {name: value for name, value in found.items() if value is not None} | dict(family.config_values)
 
 
