@@ -29,11 +29,22 @@ from torch import Tensor
 from discrete_schedulers.denoisers import NetworkDenoiser
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
 from discrete_schedulers.models import DDiTModel, HollowTransformerModel
+from discrete_schedulers.models.checkpoints import denoiser_facts, find_family
+from discrete_schedulers.models.loading import (
+    build_network,
+    first_file,
+    load_tokenizer,
+    load_weights,
+    longest_sequence,
+    read_config,
+    weight_paths,
+)
 from discrete_schedulers.pipelines.text import infill_template, prefix_template
 from discrete_schedulers.sampling import Generators
-from discrete_schedulers.schedulers import DiscreteScheduler
+from discrete_schedulers.schedulers import AncestralScheduler, DiscreteScheduler
 
 BUNDLED = "discrete-schedulers/"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 SCHEDULER_FACTS = ("vocab_size", "mask_token_id", "process", "noise_schedule")  # of the model, in a scheduler's config
 
 
@@ -123,19 +134,49 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         super().__setattr__(name, value)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> DiscreteDiffusionPipeline:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        family: str | None = None,
+        mask_token_id: int | None = None,
+        shift: int | None = None,
+        **kwargs: Any,
+    ) -> DiscreteDiffusionPipeline:
         """Load a pipeline from a folder, the Hub, or this package.
+
+        A repository without `model_index.json` is read by its family, see `models/checkpoints.py`: MDLM, LLaDA, BERT, ...
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder written by `save_pretrained`, a Hub id, or the bundled
                 id `"discrete-schedulers/tiny-text"`, which needs no network.
-            **kwargs: As in `diffusers.DiffusionPipeline.from_pretrained`.
+            family (`str`, *optional*): The family of the weights, where the repository does not show it.
+            mask_token_id (`int`, *optional*): The mask's id, instead of the family's.
+            shift (`int`, *optional*): 1 where logits at i - 1 predict position i, instead of the family's.
+            **kwargs: As in `diffusers.DiffusionPipeline.from_pretrained`; without `model_index.json` these: `scheduler`,
+                `tokenizer` (an object, a folder or Hub id, or `None` for none), `denoiser` (facts that differ), `torch_dtype`
+                or `dtype` (default: that of the files), `device_map` (one device), `revision`, `token`, `cache_dir`,
+                `force_download`, `local_files_only`.
 
         Raises:
-            ValueError: If a bundled id is not one of this package's.
+            ValueError: If a bundled id is not one of this package's, the repository is of no known family, or its files do
+                not fit the family.
+            OSError: As `huggingface_hub` raises it: no such repository, no access, no connection.
         """
         name = str(pretrained_model_name_or_path)
+        declared = {"family": family, "mask_token_id": mask_token_id, "shift": shift}
+        declared = {key: value for key, value in declared.items() if value is not None}
         if not name.startswith(BUNDLED) or Path(name).is_dir():
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+            first = first_file(name, ("model_index.json", "config.json"), hub)
+            if first is None:
+                raise ValueError(
+                    f"{name!r} has neither model_index.json nor config.json; if a branch has them (SDTT), pass `revision`"
+                )
+            if first.name == "config.json":
+                return cls.from_family(name, read_config(first), declared, **kwargs)
+            if declared:
+                raise ValueError(f"`{next(iter(declared))}` is not for {name!r}, whose model_index.json says it")
             return super().from_pretrained(name, **kwargs)
         assets = files("discrete_schedulers") / "assets"
         known = sorted(folder.name for folder in assets.iterdir() if (folder / "model_index.json").is_file())
@@ -143,6 +184,38 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"{name!r} is not bundled; bundled: {', '.join(BUNDLED + folder for folder in known)}")
         with as_file(assets / name.removeprefix(BUNDLED)) as folder:
             pipe = super().from_pretrained(str(folder), **kwargs)
+        pipe.register_to_config(_name_or_path=name)
+        return pipe
+
+    @classmethod
+    def from_family(
+        cls, name: str, config: dict[str, Any], declared: dict[str, Any], **kwargs: Any
+    ) -> DiscreteDiffusionPipeline:
+        """Load a repository that has a config.json and no `model_index.json`. Arguments as in `from_pretrained`."""
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        dtype, device = kwargs.pop("torch_dtype", None), kwargs.pop("device_map", None)
+        dtype = kwargs.pop("dtype", dtype)
+        unknown = kwargs.keys() - {"scheduler", "tokenizer", "denoiser"}
+        if unknown:
+            raise ValueError(f"`{min(unknown)}` is not an argument for {name!r}, which has no model_index.json")
+        if device in ("auto", "balanced", "sequential") or isinstance(device, dict):
+            raise ValueError(
+                f"`device_map` is {device!r}; for {name!r}, which has no model_index.json, name one device"
+            )
+        row = find_family(name, config, declared.pop("family", None))
+        network = build_network(row, config)
+        tokenizer = kwargs["tokenizer"] if "tokenizer" in kwargs else load_tokenizer(row, name, hub)
+        if isinstance(tokenizer, str | Path):
+            tokenizer = load_tokenizer(
+                row._replace(tokenizer=str(tokenizer), tokenizer_class="AutoTokenizer"), name, hub
+            )
+        facts = denoiser_facts(row, config, network.config.vocab_size, tokenizer, **declared)
+        facts |= {"max_length": longest_sequence(network)} | dict(kwargs.get("denoiser") or {})
+        if row.mask == "config" and tokenizer is not None and tokenizer.mask_token is None:
+            tokenizer.mask_token = tokenizer.convert_ids_to_tokens(facts["mask_token_id"])  # LLaDA's does not name it
+        load_weights(network, weight_paths(name, hub), row, dtype, "cpu" if device is None else device)
+        scheduler = kwargs.get("scheduler") or AncestralScheduler(**{fact: facts[fact] for fact in SCHEDULER_FACTS})
+        pipe = cls(network, scheduler, tokenizer, facts)
         pipe.register_to_config(_name_or_path=name)
         return pipe
 

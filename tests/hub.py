@@ -70,7 +70,9 @@ class Repository:
     def __init__(self, repo_id: str, private: bool) -> None:
         self.repo_id = repo_id
         self.private = private
+        self.gated = False  # True: its terms are not accepted, by anybody
         self.commits: list[Commit] = []
+        self.branches: dict[str, Commit] = {}  # beside main; nobody commits to them
         self._append("initial commit", {})
 
     @property
@@ -83,13 +85,15 @@ class Repository:
         return self.head.files
 
     def at(self, revision: str) -> Commit:
-        """The commit that `main` or a commit hash names.
+        """The commit that a branch or a commit hash names.
 
         Raises:
             HubError: 404 for any other revision.
         """
         if revision == "main":
             return self.head
+        if revision in self.branches:
+            return self.branches[revision]
         for commit in self.commits:
             if commit.sha == revision:
                 return commit
@@ -240,7 +244,11 @@ class HubApi:
         return json_response(entries)
 
     def resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Response:
-        commit = self._repository(request, repo_id).at(revision)
+        repository = self._repository(request, repo_id)
+        if repository.gated:
+            status = 401 if request.authorization is None else 403
+            raise HubError(status, f"Access to model {repo_id} is restricted", "GatedRepo")
+        commit = repository.at(revision)
         if path not in commit.files:
             raise HubError(404, "Entry not found", "EntryNotFound")
         content = commit.files[path]

@@ -238,7 +238,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
             return condition
         if class_labels is None:
             raise ValueError(f"`class_labels` is required; pass {self.config.num_classes} for the unconditional class")
-        return condition + F.silu(self.cond_map(class_labels))
+        return condition + F.silu(self.cond_map(torch.as_tensor(class_labels, device=device)))
 
     def hidden(
         self,
@@ -279,7 +279,8 @@ class DDiTModel(ModelMixin, ConfigMixin):
         Args:
             input_ids (`torch.Tensor` of shape `(B, L)`): Noisy tokens, int64.
             sigma (`torch.Tensor` of shape `(B,)`, *optional*): Total noise, -log(alpha_t).
-            class_labels (`torch.Tensor` of shape `(B,)`, *optional*): Classes, for class-conditional models.
+            class_labels (`torch.Tensor` of shape `(B,)`, *optional*): Classes, for class-conditional models; a list of one
+                for all rows.
             attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding, or broadcastable to (B, heads, L, L).
             positions (`torch.Tensor` of shape `(B, L)`, *optional*): Bool. The head is then run at these R positions only,
                 and `logits` has shape (R, V), in row-major order.
