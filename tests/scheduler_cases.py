@@ -23,6 +23,7 @@ from discrete_schedulers import (
     GillespieScheduler,
     InformedCorrectorScheduler,
     KLASSScheduler,
+    LearnedScheduler,
     LSDScheduler,
     MaskGITScheduler,
     PathPlanningScheduler,
@@ -72,6 +73,24 @@ THETA = {str(n): {"theta": [0.3 + 0.1 * (k % 4) for k in range(n)]} for n in BUD
 SCALE_AND_TIMES = {str(n): {"scale": learned_scale(n), "times": learned_times(n)} for n in BUDGETS}
 
 EVENTS = {str(n): {"events": [1.0 + k for k in range(n)]} for n in BUDGETS}
+
+
+COUNTS = {str(n): {"counts": [1.0 + k % 3 for k in range(n)]} for n in BUDGETS}
+GATED = {
+    str(n): {
+        "rate": [0.8 + 0.1 * (k % 4) for k in range(n)],
+        "inverse_temperature": [
+            1.0 + 0.3 * (k % 3) for k in range(n)
+        ],  # 1 in the first step: N = 1 draws the marginals
+        "gate_a": [0.5 - 0.3 * (k % 3) for k in range(n)],
+        "gate_b": [0.4 * (k % 4) for k in range(n)],
+        "remask": [0.1 * (k % 4) for k in range(n)],
+    }
+    for n in BUDGETS
+}
+UNIFORM_BLOCKS = {
+    str(n): {"times": learned_times(n), "inverse_temperature": GATED[str(n)]["inverse_temperature"]} for n in BUDGETS
+}
 
 
 class SchedulerCase(NamedTuple):
@@ -150,6 +169,13 @@ CASES = [
         "lsd-uniform-cosine-log-score",
         L,
         {"process": "uniform", "noise_schedule": "cosine", "scale": "log_score", "coefficients": SCALE},
+    ),
+    SchedulerCase("learned-counts", LearnedScheduler, {"grid": "learned", "coefficients": COUNTS}),
+    SchedulerCase("learned-gate", LearnedScheduler, {"unmasking": "bernoulli", "coefficients": GATED}),
+    SchedulerCase(
+        "learned-uniform",
+        LearnedScheduler,
+        {"process": "uniform", "grid": "learned", "temperature": 0.9, "coefficients": UNIFORM_BLOCKS},
     ),
     SchedulerCase("discrete-ddim", DiscreteDDIMScheduler, {"process": "uniform"}),
     SchedulerCase(

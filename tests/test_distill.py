@@ -34,6 +34,7 @@ from discrete_schedulers import (
     DDiTModel,
     DiscreteDiffusionPipeline,
     InformationCurve,
+    LearnedScheduler,
     LSDScheduler,
     UniformProcess,
     information_curve,
@@ -167,6 +168,27 @@ def test_scheduler_config(finished: Callable, work: Path, name: str) -> None:
         scheduler.set_timesteps(3)
     with pytest.raises(ValueError, match="`vocab_size` 22"):
         LSDScheduler.from_config(scheduler.config, vocab_size=23, mask_token_id=22)
+
+
+@pytest.mark.parametrize("name", ["lsd_plus repaired", "optimal_grid"])
+def test_a_learned_scheduler_has_the_same_law(
+    finished: Callable, work: Path, tmp_path: Path, name: str, no_plot: None
+) -> None:
+    """The same samples too, and so the same table."""
+    plain, folder = finished(name)
+    metrics = distill.main([*arguments(work, tmp_path), *METHODS[name], "--learned_scheduler"])
+    assert metrics["table"] == plain["table"]
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert config["_class_name"] == "LearnedScheduler"
+    assert "LearnedScheduler.from_pretrained" in (tmp_path / "README.md").read_text()
+    ours, theirs = LearnedScheduler.from_pretrained(tmp_path), load(name, folder)
+    for steps in BUDGETS:
+        ours.set_timesteps(steps)
+        theirs.set_timesteps(steps)
+        assert torch.equal(ours.times, theirs.times)
+    if name.startswith("lsd"):
+        renamed = {n: {"rate": b["scale"], "times": b["times"]} for n, b in plain["coefficients"].items()}
+        assert config["coefficients"] == metrics["coefficients"] == renamed
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -356,6 +378,7 @@ REFUSED = {
     "--learning_rate -1": "--learning_rate is -1.0; it must be positive",
     "--hamming_share 1.0": "--hamming_share is 1.0",
     "--repaired": "--repaired is for --method lsd_plus",
+    "--learned_scheduler --scale log_score": "--learned_scheduler has no such law",
     "--method lsd_plus --objective l2": "lsd_plus has generalised_kl",
     "--method lsd_plus --scale log_score": "lsd_plus has generalised_kl",
     "--scale log_score --objective l2": "--objective l2 is for --scale score, not log_score",
@@ -422,6 +445,12 @@ def test_models_and_data_are_refused(work: Path, tmp_path: Path) -> None:
         distill.main(
             [*arguments(work, tmp_path / "out2"), "--pretrained_model_name_or_path", str(tmp_path / "uniform")]
         )
+
+    scheduler = AncestralScheduler(vocab_size=len(WORDS), mask_token_id=MASK, noise_schedule="cosine")
+    tiny_pipeline(scheduler).save_pretrained(tmp_path / "cosine")
+    cosine = [*arguments(work, tmp_path / "out3"), "--pretrained_model_name_or_path", str(tmp_path / "cosine")]
+    with pytest.raises(ValueError, match="`--learned_scheduler` needs loglinear or linear noise here"):
+        distill.main([*cosine, "--learned_scheduler"])
 
 
 # Data

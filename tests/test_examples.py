@@ -37,17 +37,16 @@ def test_sample() -> None:
 
 @pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
-    """The main job, small: three methods at three budgets beside three baselines, and schedulers that load."""
+    """The main job, small: two methods at three budgets beside three baselines, and schedulers that load."""
     table = load("demo").main(["--output_dir", str(tmp_path), "--num_samples", "4", "--num_eval_samples", "4"])
     cells = {(row["sampler"], row["steps"]) for row in table}
-    names = {"bernoulli", "counts", "counts, spread", "lsd", "lsd, log-score", "optimal grid"}
+    names = {"bernoulli", "counts", "counts, spread", "lsd", "optimal grid"}
     assert cells == {(name, steps) for name in names for steps in (4, 8, 16)}
     assert len(table) == len(cells)
     assert json.loads((tmp_path / "table.json").read_text()) == table
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "calls:" in (tmp_path / "texts.txt").read_text()
     assert set(LSDScheduler.from_pretrained(tmp_path / "lsd").config.coefficients) == {"4", "8", "16"}
-    assert LSDScheduler.from_pretrained(tmp_path / "lsd_log_score").config.scale == "log_score"
     optimal = AncestralScheduler.from_pretrained(tmp_path / "optimal_grid")
     optimal.set_timesteps(11)
     assert len(optimal.timesteps) == 11

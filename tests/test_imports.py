@@ -31,7 +31,7 @@ class Part(NamedTuple):
 CORE = {"sampling", "processes", "denoisers", "information", "evaluation", "likelihood", "exact", "scud"}
 SOURCE = CORE | {"models", "models/*", "schedulers", "schedulers/*"}
 SOURCE |= {"schedulers/scheduling_utils", "schedulers/order_utils", "schedulers/position_orders"}
-SOURCE |= {"schedulers/theta_utils", "interop"}
+SOURCE |= {"schedulers/theta_utils", "schedulers/learned_utils", "interop"}
 
 # A name with a slash is one file of a folder, "folder/*" any other one in it, a bare folder its __init__.py, "" that of
 # the package.
@@ -53,11 +53,12 @@ TABLE = {
     "schedulers/scheduling_utils": Part({"sampling", "processes", "information"}, {"torch", "diffusers"}),
     "schedulers/order_utils": Part({"sampling", "schedulers/scheduling_utils"}, {"torch"}),
     "schedulers/theta_utils": Part({"sampling", "processes", "schedulers/scheduling_utils"}, {"torch"}),
+    "schedulers/learned_utils": Part({"sampling", "processes", "schedulers/scheduling_utils"}, {"torch"}),
     "schedulers/position_orders": Part({"sampling"}, {"torch"}),
     "schedulers/*": Part(
         {"sampling", "processes", "information", "scud"}
         | {"schedulers/scheduling_utils", "schedulers/order_utils", "schedulers/position_orders"}
-        | {"schedulers/theta_utils"},
+        | {"schedulers/theta_utils", "schedulers/learned_utils"},
         {"torch", "diffusers"},
     ),
     "pipelines": Part({"pipelines/*"}, set()),
@@ -74,6 +75,7 @@ EXTRA = {
     "pipelines/pipeline_discrete_diffusion": {"numpy"},  # output_type="np", as diffusers has it
     "training/distill": {"safetensors"},  # checkpoints
     "training/hub": {"matplotlib"},  # the plot
+    "training/search": {"cma"},  # CMA-ES
     "training/pretrain": {"safetensors", "tokenizers", "transformers"},  # makes a tokenizer, writes weights
 }
 INSTALLED = {

@@ -39,6 +39,7 @@ from discrete_schedulers import (
     AncestralScheduler,
     DiscreteDiffusionPipeline,
     DiscreteScheduler,
+    LearnedScheduler,
     LSDScheduler,
     information_curve,
 )
@@ -100,6 +101,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--repaired", action="store_true", help="lsd_plus: accumulated teacher term, softmax step sizes."
     )
+    parser.add_argument(
+        "--learned_scheduler",
+        action="store_true",
+        help="Write a LearnedScheduler, which has more to learn, with this law.",
+    )
     parser.add_argument("--teacher_steps", type=int, default=1024)
     parser.add_argument("--num_samples", type=int, default=64, help="Samples that coefficients are fitted on.")
     parser.add_argument("--num_epochs", type=int, default=20, help="Gradient steps of `--solver sgd` and of lsd_plus.")
@@ -153,6 +159,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--objective {args.objective} is for --method lsd; lsd_plus has generalised_kl")
     if args.repaired and args.method != "lsd_plus":
         parser.error("--repaired is for --method lsd_plus")
+    if args.learned_scheduler and args.scale == "log_score":
+        parser.error("--learned_scheduler has no such law as --scale log_score: a rate that depends on the logits")
 
     if args.dataset_name is not None and args.train_file is not None:
         parser.error("--dataset_name and --train_file cannot both be given")
@@ -410,6 +418,19 @@ def learn_times(scheduler: LSDScheduler, masked: Tensor, args: argparse.Namespac
     return times_from_step_sizes(kappa)
 
 
+def as_learned(scheduler: DiscreteScheduler) -> LearnedScheduler:
+    """The [`LearnedScheduler`] with the law of what a method learned: an optimal grid, or factors on the score of log-linear or
+    linear noise, whose Euler steps are ancestral ones."""
+    if not isinstance(scheduler, LSDScheduler):
+        return LearnedScheduler.from_config(scheduler.config)
+    names = {"scale": "rate", "times": "times"}
+    coefficients = {
+        steps: {names[name]: values for name, values in blocks.items()}
+        for steps, blocks in scheduler.config.coefficients.items()
+    }
+    return LearnedScheduler.from_config(scheduler.config, unmasking="bernoulli", coefficients=coefficients)
+
+
 def absorbing(scheduler: DiscreteScheduler) -> AbsorbingProcess:
     assert isinstance(scheduler.noise_process, AbsorbingProcess)
     return scheduler.noise_process
@@ -472,6 +493,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
     base = {k: v for k, v in pipe.scheduler.config.items() if k not in ("coefficients", "learned_for")}
     base |= {"grid": "uniform", "draw": "exact"}
+    straight = base["noise_schedule"] in ("loglinear", "linear")
+    if args.learned_scheduler and args.method != "optimal_grid" and not straight:
+        raise ValueError(
+            f"`--learned_scheduler` needs loglinear or linear noise here; the model has {base['noise_schedule']!r}"
+        )
     longest = pipe.config.denoiser.get("max_length")
     length = args.sequence_length or longest
     if length is None:
@@ -591,6 +617,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             checkpoint(LSDScheduler.from_config(base, coefficients=state["coefficients"], **settings))
         counting.remove()
         scheduler = LSDScheduler.from_config(base, coefficients=state["coefficients"], **settings)
+    if args.learned_scheduler:
+        scheduler = as_learned(scheduler)
 
     # Measure, beside the same model's plain samplers
     accelerator.wait_for_everyone()
@@ -625,7 +653,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "sequence_evaluations": state["evaluations"],
         "schedule_gain": state.get("schedule_gain"),
         "data_entropy": unigram_entropy(heldout).mean().item(),
-        "coefficients": state["coefficients"],
+        "coefficients": scheduler.config.coefficients or {},
         "table": state["table"],
         "arguments": arguments,
     }

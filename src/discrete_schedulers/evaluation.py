@@ -383,8 +383,8 @@ def sampler_nll_bound(
         `torch.Tensor` of shape `(n,)`: One bound for each sequence, float64.
 
     Raises:
-        ValueError: If masks are left after the last step, the scheduler has no mask, or `frozen` is not bool (L,) with an entry
-            that is false.
+        ValueError: If masks are left after the last step, the scheduler has no mask, revises tokens or chooses positions by
+            their logits, or `frozen` is not bool (L,) with an entry that is false.
     """
     mask = scheduler.config.mask_token_id
     if mask is None:
@@ -394,18 +394,23 @@ def sampler_nll_bound(
     if frozen.shape != data.shape[1:] or frozen.dtype != torch.bool or frozen.all():
         raise ValueError(f"`frozen` must be bool {tuple(data.shape[1:])} and not all true, got {frozen.tolist()}")
     scheduler.set_timesteps(num_inference_steps)
+    name = type(scheduler).__name__
+    if scheduler.chooses_by_logits:
+        raise ValueError(f"{name} chooses positions by their logits: `positions` does not say which ones it opens")
+    if scheduler.revises_tokens:
+        raise ValueError(f"{name} can revise tokens: this bound is for samplers that draw each of them once")
     bounds = []
     for x_0 in data.split(batch_size):
         x_t, total = torch.where(frozen, x_0, mask), torch.zeros(len(x_0), dtype=torch.float64, device=data.device)
-        for t in scheduler.timesteps:
-            chosen = scheduler.positions(t, x_t, generator)
+        for index, t in enumerate(scheduler.timesteps):
+            chosen = scheduler.positions(index, x_t, generator)
             if chosen is None:
-                law = scheduler.transition(denoiser(x_t, t), t, x_t)
+                law = scheduler.transition(denoiser(x_t, t), index, x_t)
                 opening = 1 - law[..., mask]
                 chosen = bernoulli_subset(x_t == mask, opening, generator)
                 nats = -(law[chosen].gather(-1, x_0[chosen][:, None])[:, 0].log() - opening[chosen].log())
             else:
-                rows = scheduler.token_logits(denoiser(x_t, t, chosen).logits).double()
+                rows = scheduler.shaped_logits(denoiser(x_t, t, chosen).logits, index, x_t[chosen]).double()
                 nats = -rows.log_softmax(-1).gather(-1, x_0[chosen][:, None])[:, 0]
             total += (
                 torch.zeros(chosen.shape, dtype=torch.float64, device=data.device).masked_scatter(chosen, nats).sum(1)

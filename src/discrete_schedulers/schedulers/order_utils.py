@@ -80,6 +80,7 @@ class OrderScheduler(DiscreteScheduler):
     """
 
     processes = ("absorbing",)
+    chooses_by_logits = True
 
     def prepare(self) -> None:
         super().prepare()

@@ -71,6 +71,7 @@ CHOICES = {
     "score_law": ("model", "tempered"),
     "mask_schedule": ("cosine", "linear", "square", "cubic", "root", "log", "exp", "grid"),
 }
+POSITION_BLOCKS = ("order",)  # learned blocks with one float for each position instead of one for each step
 
 
 @dataclass
@@ -99,6 +100,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         order (`int`): Model calls for each step, and order of convergence where that is declared.
         processes (`tuple[str, ...]`): The processes it is for.
         revises_tokens (`bool`): Whether a token that is not a mask may become another one, or a mask, in absorbing noise.
+        chooses_by_logits (`bool`): Whether `positions` names those to choose from, and the logits decide which of them move.
         needs_revealed_logits (`bool`): Whether it reads the law of revealed tokens given the others: see [`NetworkDenoiser`].
     """
 
@@ -107,6 +109,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
     processes: tuple[str, ...] = ("absorbing", "uniform")
     revises_tokens = False
     needs_revealed_logits = False
+    chooses_by_logits = False
     learned_block: str | None = None  # the block of `coefficients` without which a budget cannot be run
     learned_knobs: tuple[str, ...] = ()  # numbers of the constructor that can be learned for each step
 
@@ -242,11 +245,11 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             return self.noise_process.time_of_noise(masked_share)
         return torch.tensor(self.learned("times", num_inference_steps), dtype=torch.float64)
 
-    def learned(self, name: str, num_inference_steps: int) -> list[float]:
-        """The learned block `name` of a step budget.
+    def budget(self, num_inference_steps: int) -> dict[str, list[float]]:
+        """The learned blocks of a step budget.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there are none.
         """
         budgets = self.config.coefficients or {}
         blocks = budgets.get(str(num_inference_steps))
@@ -255,6 +258,15 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             raise ValueError(
                 f"no coefficients for `num_inference_steps` {num_inference_steps}; learned budgets: {known}"
             )
+        return blocks
+
+    def learned(self, name: str, num_inference_steps: int) -> list[float]:
+        """The learned block `name` of a step budget.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        blocks = self.budget(num_inference_steps)
         if name not in blocks:
             raise ValueError(
                 f"coefficients for {num_inference_steps} steps have no '{name}'; they have: {sorted(blocks)}"
@@ -418,8 +430,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             prev_sample = self.move_rows(model_output, index, sample, generator)
         else:
             chosen = self.positions(timestep, sample, generator)
-            shaped = self.config.temperature != 1 or self.config.top_p != 1
-            logits = self.shaped_logits(model_output, index, sample) if shaped or chosen is None else model_output
+            shaped = self.is_shaped(index) or chosen is None
+            logits = self.shaped_logits(model_output, index, sample) if shaped else model_output
             if chosen is None:
                 guess = logits.argmax(-1)
                 prev_sample = self.move_all(model_output, index, sample, generator)
@@ -448,20 +460,13 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         if sample.numel() and not 0 <= int(sample.min()) <= int(sample.max()) < width:
             raise ValueError(f"`sample` has ids from {sample.min()} to {sample.max()}; allowed are 0 to {width - 1}")
 
+    def is_shaped(self, index: int) -> bool:
+        """Whether the call `index` draws from another law than the network's own."""
+        return self.config.temperature != 1 or self.config.top_p != 1
+
     def token_logits(self, logits: Tensor) -> Tensor:
-        """Logits (..., V) of the clean law that is drawn from: no mask, then temperature (0 keeps the most probable token,
-        the first among equals), then top-p. A copy."""
-        logits = logits.clone()
-        if self.config.mask_token_id is not None:
-            logits[..., self.config.mask_token_id] = -math.inf
-        if self.config.temperature == 0:
-            check_finite(logits.amax(-1))
-            best = logits.argmax(-1, keepdim=True)
-            return torch.full_like(logits, -math.inf).scatter(-1, best, 0.0)
-        if self.config.temperature != 1:
-            # bfloat16 would round the quotient a second time, by a tenth of a nat at logits of 30
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.config.temperature
-        return keep_top_p(logits, self.config.top_p) if self.config.top_p < 1 else logits
+        """Logits (..., V) of the clean law that is drawn from, after temperature and top-p: see the function of this name."""
+        return token_logits(logits, self.config.mask_token_id, self.config.temperature, self.config.top_p)
 
     def shaped_logits(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
         """Logits of the clean law that the call `index` draws from: `token_logits`; with uniform noise temperature and top-p
@@ -473,12 +478,10 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             sample (`torch.Tensor` of shape `(...)`): The token x_t of each of them.
         """
         process, config = self.noise_process, self.config
-        shaped = config.temperature != 1 or config.top_p != 1
         itself = config.get("tempered", "leave_one_out") == "denoiser"
-        if not shaped or itself or not isinstance(process, UniformProcess):
+        if not self.is_shaped(index) or itself or not isinstance(process, UniformProcess):
             return self.token_logits(logits)
-        gain = process.own_gain(self.calls[index]).log().to(logits.device)
-        own = torch.zeros_like(logits, dtype=torch.float64).scatter(-1, sample[..., None], float(gain))
+        own = own_logits(process, logits, sample, self.calls[index])
         return self.token_logits(logits.double() - own) + own
 
     def shaped_law(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
@@ -501,13 +504,16 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         is_masked = sample == self.config.mask_token_id
         if unmasking == "bernoulli":
             return bernoulli_subset(is_masked, probability, generator)
-        due = is_masked.sum(1, dtype=torch.float64) * probability  # (B,)
-        coin = uniforms((len(sample), 1), generator, sample.device).squeeze(1)
-        count = torch.where(due < 0.5, (coin < due).double(), due.round()).long()
+        count = self.whole_counts(is_masked.sum(1, dtype=torch.float64) * probability, generator)  # (B,)
         if order == "spread":
             grid_shape = self.config.grid_shape
             return spread_subset(is_masked, count, generator, None if grid_shape is None else tuple(grid_shape))
         return uniform_subset(is_masked, count, generator)
+
+    def whole_counts(self, due: Tensor, generator: Generators) -> Tensor:
+        """What is due (B,) as whole numbers, int64: the nearest ones, or 1 with the chance `due` where that is below 1/2."""
+        coin = uniforms((len(due), 1), generator, due.device).squeeze(1)
+        return torch.where(due < 0.5, (coin < due).double(), due.round()).long()
 
 
 class FactorisedScheduler(DiscreteScheduler):
@@ -525,12 +531,36 @@ class FactorisedScheduler(DiscreteScheduler):
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """`sample` with a token drawn from the clean law at each of the chosen positions."""
-        tokens = draw_tokens(RowLogits(self.token_logits(rows.logits), rows.positions), generator)
-        return sample.masked_scatter(rows.positions, tokens)
+        logits = self.shaped_logits(rows.logits, index, sample[rows.positions])
+        return sample.masked_scatter(rows.positions, draw_tokens(RowLogits(logits, rows.positions), generator))
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """A state for each position, drawn from the transition law."""
         return draw_states(self.transition(logits, index, sample), generator, self.config.get("draw", "exact"))
+
+
+def token_logits(logits: Tensor, mask_token_id: int | None, temperature: float, top_p: float) -> Tensor:
+    """Logits (..., V) of the clean law that is drawn from: no mask, then temperature (0 keeps the most probable token, the
+    first among equals), then top-p. A copy."""
+    logits = logits.clone()
+    if mask_token_id is not None:
+        logits[..., mask_token_id] = -math.inf
+    if temperature == 0:
+        check_finite(logits.amax(-1))
+        best = logits.argmax(-1, keepdim=True)
+        return torch.full_like(logits, -math.inf).scatter(-1, best, 0.0)
+    if temperature != 1:
+        # bfloat16 would round the quotient a second time, by a tenth of a nat at logits of 30
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return keep_top_p(logits, top_p) if top_p < 1 else logits
+
+
+def own_logits(process: UniformProcess, logits: Tensor, sample: Tensor, t: Tensor | float) -> Tensor:
+    """What x_t itself adds to the logits (..., V) of a uniform process: log(1 + V alpha_t / (1 - alpha_t)) at x_t, float64.
+    Without it they are logits of the leave-one-out law."""
+    gain = process.own_gain(t).log().to(logits.device)
+    own = torch.nn.functional.one_hot(sample, logits.shape[-1])
+    return torch.where(own.bool(), gain, 0.0)
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
@@ -595,6 +625,8 @@ def check_coefficients(coefficients: Coefficients) -> Coefficients:
                     f"`coefficients` for {budget} steps: '{name}' has a value that is not finite: {values}"
                 )
             length = int(budget) + (name == "times")
+            if name in POSITION_BLOCKS:  # the length of the sequence, which the config does not know
+                length = max(len(values), 1)
             if len(values) != length:
                 raise ValueError(
                     f"`coefficients` for {budget} steps: '{name}' has {len(values)} values, needs {length}"

@@ -1,0 +1,258 @@
+r"""The learned scheduler: ancestral steps with a few learned floats for each step budget, which cost no model call.
+
+In step k from t to s, with r = (alpha_s - alpha_t) / (1 - alpha_t) and p the network's law at a position,
+
+    rho = remask_k min(1, (1 - alpha_s) / alpha_t)                                 token -> mask
+    u   = min(1, rate_k (r + rho alpha_t / (1 - alpha_t)))                         mask opens; 1 in the last step
+    u_i = sigmoid(logit u + gate_a_k + gate_b_k logit max_v p_i(v))                with a gate, at position i
+    q   = p^inverse_temperature_k / Z                                              its token
+
+`coefficients[N]` holds any of these blocks; those that are not there change nothing:
+
+    times (N + 1) or counts (N)    the grid, with `grid="learned"`: its times, or how many positions open in each step
+    rate, inverse_temperature, gate_a, gate_b, remask (N each)                     the numbers above
+    order (L)                      a priority of each position, the highest opens first, equal ones in random order
+
+    no blocks                      AncestralScheduler                  inverse_temperature    its `temperature`, for each step
+    times                          JYS, optimal and Beta schedules     remask                 ReMDM, Psi, DDIM on masks
+    rate, rate and times           LSD, LSD+ (`scale="score"`)         order                  any fixed permutation
+
+These are equalities of laws. LSD's `rate` is this one where the Euler step is the ancestral one (log-linear and linear
+noise, Bernoulli); with other noise it is Phi (t - s) hazard(t) / r. LSD's `"log_score"` is an inverse temperature and a
+rate that depends on the row, which no float of a step can say. A gate of 0 is none; u_i = sigmoid(a + b logit max p), which
+no longer knows the grid, has gate_a = a - logit r.
+
+With `unmasking="counts"` the nearest integer to sum_i u_i masks open. `order` says which; with a gate and no order
+they are drawn one after another with weights u_i / (1 - u_i). Temperature and top-p leave u_i alone.
+
+Exact in law for one token per step with grid, rate, order and gate, none of which sees the token that it opens. An inverse
+temperature is not: it pays where several tokens open in one step. Uniform noise has times and inverse_temperature (of the
+leave-one-out law). A mixture of token laws (a latent for each sequence and step, as in Di4C) is no block: its steps have no law
+for each position, and its K L V floats are a tensor's, not a config's.
+
+Sources: time grids: JYS (arXiv 2410.07761), Beta schedules (2509.13866); rates: LSD (2509.19962); remasking: ReMDM
+(2503.00307); gate: the linear form of a learned unmasking policy (2512.09106) that sees the largest probability.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule
+from discrete_schedulers.sampling import (
+    Generators,
+    RowLogits,
+    bernoulli_subset,
+    gumbels,
+    spread_subset,
+    top_subset,
+)
+from discrete_schedulers.schedulers.learned_utils import (
+    STEP_BLOCKS,
+    gate_log_odds,
+    gated,
+    learned_law,
+    open_probability,
+    remask_probability,
+    sharpened,
+    times_from_counts,
+)
+from discrete_schedulers.schedulers.scheduling_utils import (
+    Coefficients,
+    FactorisedScheduler,
+    Grid,
+    Order,
+    ProcessName,
+    Unmasking,
+)
+
+BLOCKS = ("times", "counts", *STEP_BLOCKS, "order")
+UNIFORM_BLOCKS = ("times", "inverse_temperature")
+
+
+class LearnedScheduler(FactorisedScheduler):
+    """Ancestral steps with learned coefficients. Arguments not named here are those of [`AncestralScheduler`].
+
+    Args:
+        vocab_size (`int`): Width V of the logits, mask included.
+        mask_token_id (`int`, *optional*): The mask's id; `None` for the uniform process.
+        process (`str`, defaults to `"absorbing"`): `"absorbing"` or `"uniform"`.
+        noise_schedule (`str`, defaults to `"loglinear"`): `"loglinear"`, `"linear"`, `"cosine"` or `"geometric"`.
+        grid (`str`, defaults to `"uniform"`): `"learned"` takes the blocks `"times"` or `"counts"` of the budget.
+        unmasking (`str`, defaults to `"counts"`): Absorbing only. `"counts"` opens a fixed number of positions in each step,
+            `"bernoulli"` each position on its own.
+        order (`str`, defaults to `"random"`): Which positions a count takes: `"random"`, or `"spread"`: far from what is known
+            and from each other. A block `"order"` takes the place of `"random"`.
+        grid_shape (`list[int]`, *optional*): (height, width) for `order="spread"` on images.
+        temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most probable token.
+        top_p (`float`, defaults to 1.0): Smallest mass of most probable tokens that is kept, in (0, 1].
+        coefficients (`dict`, *optional*): Learned floats by step budget: `{"8": {"rate": [...], "remask": [...]}}`, any of
+            the blocks above. Those of other schedulers are not read.
+        learned_for (`dict`, *optional*): What they were learned for: base model, revision, vocabulary, method, metrics.
+        information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
+    """
+
+    revises_tokens = True  # with remasking
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int,
+        mask_token_id: int | None = None,
+        process: ProcessName = "absorbing",
+        noise_schedule: NoiseSchedule = "loglinear",
+        grid: Grid = "uniform",
+        unmasking: Unmasking = "counts",
+        order: Order = "random",
+        grid_shape: list[int] | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        coefficients: Coefficients | None = None,
+        learned_for: dict | None = None,
+        information_curve: list[float] | None = None,
+    ) -> None:
+        self.prepare()
+        self.revises_tokens = self.is_learned("remask")
+        for budget, blocks in (self.config.coefficients or {}).items():
+            self.check_blocks(f"`coefficients` for {budget} steps:", blocks)
+
+    def check_blocks(self, where: str, blocks: dict[str, list[float]]) -> None:
+        """Raises `ValueError` if a block has values that are not allowed, or does not go with the config."""
+        for name in set(blocks) & set(BLOCKS):
+            if self.config.process == "uniform" and name not in UNIFORM_BLOCKS:
+                raise ValueError(f"{where} '{name}' is for masks; with uniform noise there are {UNIFORM_BLOCKS}")
+        if not all(value >= 0 for value in blocks.get("rate", [])):
+            raise ValueError(f"{where} 'rate' multiplies a probability, it cannot be negative")
+        if not all(0 <= value <= 1 for value in blocks.get("remask", [])):
+            raise ValueError(f"{where} 'remask' has fractions of the maximum, in [0, 1]")
+        for name in ("inverse_temperature", "counts"):
+            if not all(value > 0 for value in blocks.get(name, [])):
+                raise ValueError(f"{where} '{name}' must be positive, not {blocks[name]}")
+        if "order" in blocks and (self.config.unmasking != "counts" or self.config.order != "random"):
+            raise ValueError(f"{where} 'order' needs `unmasking='counts'` and `order='random'`")
+
+    def blocks(self, num_inference_steps: int) -> dict[str, list[float]]:
+        """What was learned for a step budget; nothing where there are no coefficients at all.
+
+        Raises:
+            ValueError: If only other budgets were learned.
+        """
+        return self.budget(num_inference_steps) if self.config.coefficients else {}
+
+    def time_grid(self, num_inference_steps: int) -> Tensor:
+        """As in [`DiscreteScheduler`], and from counts.
+
+        Raises:
+            ValueError: If the budget has blocks but none of this class, two grids, or one that the config does not ask for.
+        """
+        blocks, where = self.blocks(num_inference_steps), f"coefficients for {num_inference_steps} steps have"
+        if blocks and not set(blocks) & set(BLOCKS):
+            raise ValueError(f"{where} no block of {type(self).__name__}; they have: {sorted(blocks)}")
+        grids = [name for name in ("times", "counts") if name in blocks]
+        if grids and self.config.grid != "learned":
+            raise ValueError(f"{where} '{grids[0]}', which `grid='learned'` reads, but `grid` is {self.config.grid!r}")
+        if len(grids) == 2:
+            raise ValueError(f"{where} 'times' and 'counts': a grid is one of them")
+        if grids != ["counts"]:
+            return super().time_grid(num_inference_steps)
+        times = times_from_counts(self.noise_process, torch.tensor(blocks["counts"], dtype=torch.float64))
+        if not (times.diff() < 0).all():
+            raise ValueError(f"{where} 'counts' that give times {times.tolist()}, which do not fall strictly")
+        return times
+
+    def set_grid(self, times: Tensor, device: torch.device | str | None = None) -> None:
+        """As in [`DiscreteScheduler`]; also whether the budget has a gate."""
+        super().set_grid(times, device)
+        blocks = (self.config.coefficients or {}).get(str(len(times) - 1), {})
+        self.chooses_by_logits = "gate_a" in blocks or "gate_b" in blocks
+
+    def step_coefficients(self, index: int) -> dict[str, Tensor]:
+        """The numbers of a step, by the names of `STEP_BLOCKS`."""
+        blocks = self.blocks(len(self.times) - 1)
+        return {name: torch.tensor(blocks[name][index], dtype=torch.float64) for name in STEP_BLOCKS if name in blocks}
+
+    def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
+        """`learned_law` of the step, see [`FactorisedScheduler.transition`]. With `unmasking="counts"` this is the law of each
+        position when each opens on its own, while positions of a row exclude each other."""
+        index, config = self.step_index(timestep), self.config
+        t, s = self.times[index], self.times[index + 1]
+        coefficients = self.step_coefficients(index)
+        return learned_law(
+            self.noise_process, model_output, sample, t, s, coefficients, config.temperature, config.top_p
+        )
+
+    def is_shaped(self, index: int) -> bool:
+        """Whether the call `index` draws from another law than the network's own."""
+        return super().is_shaped(index) or "inverse_temperature" in self.blocks(len(self.times) - 1)
+
+    def shaped_logits(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
+        """Logits of q, see [`DiscreteScheduler.shaped_logits`]."""
+        t, coefficients, config = self.times[index], self.step_coefficients(index), self.config
+        return sharpened(self.noise_process, logits, sample, t, coefficients, config.temperature, config.top_p)
+
+    def open_probability(self, index: int) -> float:
+        """u: P(a mask opens in this step), before a gate. Absorbing process."""
+        t, s = self.times[index], self.times[index + 1]
+        return float(open_probability(self.absorbing_process, t, s, self.step_coefficients(index)))
+
+    def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
+        """Masks that open in this step; all masks where a gate chooses among them. See [`DiscreteScheduler.positions`]."""
+        if not isinstance(self.noise_process, AbsorbingProcess):
+            return None
+        index = self.step_index(timestep)
+        if self.chooses_by_logits:
+            return sample == self.config.mask_token_id
+        return self.opening(sample, self.open_probability(index), generator)
+
+    def opening(
+        self, sample: Tensor, opens: float | Tensor, generator: Generators, log_odds: Tensor | None = None
+    ) -> Tensor:
+        """Masks that open, bool (B, L), where each should with the probability `opens`, one for all or (B, L) with the gate's
+        `log_odds` (B, L)."""
+        priorities = self.blocks(len(self.times) - 1).get("order")
+        if log_odds is None and priorities is None:
+            return self.open_masks(sample, float(opens), generator, self.config.unmasking, self.config.order)
+        is_masked = sample == self.config.mask_token_id
+        if self.config.unmasking == "bernoulli":
+            return bernoulli_subset(is_masked, opens, generator)
+        due = (is_masked * opens).sum(1) if log_odds is not None else is_masked.sum(1, dtype=torch.float64) * opens
+        count = self.whole_counts(due, generator)  # (B,)
+        if self.config.order == "spread":
+            grid_shape = self.config.grid_shape
+            return spread_subset(is_masked, count, generator, None if grid_shape is None else tuple(grid_shape))
+        score = gumbels(tuple(sample.shape), generator, sample.device)
+        if priorities is None:
+            return top_subset(is_masked, count, score if log_odds is None else score + log_odds)
+        if len(priorities) != sample.shape[1]:
+            raise ValueError(f"'order' has {len(priorities)} priorities, but `sample` has {sample.shape[1]} positions")
+        by_chance = score.argsort(1).argsort(1) / sample.shape[1]  # in [0, 1)
+        rank = torch.tensor(priorities, device=sample.device).unique(return_inverse=True)[1]  # whole numbers
+        return top_subset(is_masked, count, rank + by_chance)
+
+    def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
+        """Tokens at the chosen masks, or at those that the gate lets open, and a mask for each token that falls.
+
+        Raises:
+            ValueError: If there is a gate and the rows are not those of all masks.
+        """
+        coefficients = self.step_coefficients(index)
+        if self.chooses_by_logits:
+            is_masked = sample == self.config.mask_token_id
+            if not torch.equal(rows.positions, is_masked):
+                raise ValueError("`model_output.positions` must be all masks: there is a gate to choose among them")
+            log_odds = gate_log_odds(rows.logits, self.config.mask_token_id, coefficients)  # (R,)
+            log_odds = torch.zeros(sample.shape, dtype=torch.float64, device=sample.device).masked_scatter(
+                is_masked, log_odds
+            )
+            opens = gated(torch.tensor(self.open_probability(index), dtype=torch.float64), log_odds)
+            chosen = self.opening(sample, opens, generator, log_odds)
+            rows = RowLogits(rows.logits[chosen[is_masked]], chosen)
+        moved = super().move_rows(rows, index, sample, generator)
+        t, s = self.times[index], self.times[index + 1]
+        falls = float(remask_probability(self.absorbing_process, t, s, coefficients))
+        if falls == 0:  # no draw: the samples are those of ancestral steps
+            return moved
+        is_token = sample != self.config.mask_token_id
+        return moved.masked_fill(bernoulli_subset(is_token, falls, generator), self.config.mask_token_id)
