@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,20 @@ CLASSES = list(dict.fromkeys(case.cls for case in CASES))
 ABSORBING = [cls for cls in CLASSES if "absorbing" in cls.processes]
 NAMED = {case.name: case for case in CASES}
 LENGTH, TOKENS = 3, 3  # of the joints
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_law = pytest.mark.parametrize("case", [case for case in CASES if case.has_law], ids=lambda case: case.name)
-every_transition = pytest.mark.parametrize(
-    "case", [case for case in CASES if issubclass(case.cls, FactorisedScheduler)], ids=lambda case: case.name
-)
+
+
+def every(cases: list[SchedulerCase]) -> Any:
+    """One test for each case; beyond the first two of a class they count as slow, to keep the fast tests fast."""
+    params, seen = [], Counter()
+    for case in cases:
+        seen[case.cls] += 1
+        params.append(pytest.param(case, id=case.name, marks=[pytest.mark.slow] if seen[case.cls] > 2 else []))
+    return pytest.mark.parametrize("case", params)
+
+
+every_case = every(CASES)
+every_law = every([case for case in CASES if case.has_law])
+every_transition = every([case for case in CASES if issubclass(case.cls, FactorisedScheduler)])
 
 
 def seeded(seed: int = 0) -> torch.Generator:
