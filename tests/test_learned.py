@@ -38,6 +38,7 @@ from discrete_schedulers import (
     UniformProcess,
 )
 from discrete_schedulers.evaluation import sampler_nll_bound
+from discrete_schedulers.processes import Process
 from discrete_schedulers.schedulers.learned_utils import learned_law, times_from_counts
 
 V, LENGTH, STEPS = 6, 8, 5  # the mask is 5
@@ -565,3 +566,20 @@ def test_grids_that_are_refused(kwargs: dict[str, Any], message: str) -> None:
     scheduler = LearnedScheduler(**FACTS | kwargs)
     with pytest.raises(ValueError, match=message):
         scheduler.set_timesteps(2)
+
+
+@pytest.mark.parametrize("process", [AbsorbingProcess(5, 4), UniformProcess(5)])
+def test_states_that_are_never_drawn_leave_the_gradient_finite(process: Process) -> None:
+    """Denoisers give -inf to the mask and to suppressed ids; an inverse temperature multiplies them."""
+    logits = torch.tensor([[[0.3, -torch.inf, 1.0, -0.5, 0.2]]], dtype=torch.float64)
+    power = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    times = torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
+
+    def entry(power: torch.Tensor) -> Tensor:
+        law = learned_law(process, logits, torch.tensor([[4]]), *times, {"inverse_temperature": power})
+        return law[0, 0, 2]
+
+    (slope,) = torch.autograd.grad(entry(power), power)
+    with torch.no_grad():
+        quotient = float(entry(power + 1e-6) - entry(power - 1e-6)) / 2e-6
+    assert float(slope) == pytest.approx(quotient, rel=1e-6)

@@ -70,10 +70,13 @@ def sharpened(
     if beta is None and (mask is not None or temperature == top_p == 1):
         return token_logits(logits, mask, temperature, top_p)
     beta = torch.ones(()) if beta is None else beta
+    never = logits == -torch.inf  # times a float they would have the gradient 0 * inf
     if isinstance(process, UniformProcess):
         own = own_logits(process, logits, sample, t)
-        return token_logits(beta * (logits.double() - own), mask, temperature, top_p) + own
-    return token_logits(beta * logits.to(torch.promote_types(logits.dtype, torch.float32)), mask, temperature, top_p)
+        powered = (beta * (logits.double().masked_fill(never, 0.0) - own)).masked_fill(never, -torch.inf)
+        return token_logits(powered, mask, temperature, top_p) + own
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(never, 0.0)
+    return token_logits((beta * wide).masked_fill(never, -torch.inf), mask, temperature, top_p)
 
 
 def remask_probability(process: AbsorbingProcess, t: Tensor, s: Tensor, coefficients: StepCoefficients) -> Tensor:
