@@ -228,6 +228,7 @@ CASES = [
     SchedulerCase("confidence-llada", ConfidenceScheduler, {"score": "margin", "block_length": 4, "temperature": 0.7}),
     SchedulerCase("confidence-dream", ConfidenceScheduler, DREAM),
     SchedulerCase("maskgit", MaskGITScheduler, {}),
+    SchedulerCase("maskgit-blocks", MaskGITScheduler, {"block_length": 4}),
     SchedulerCase("maskgit-learned", MaskGITScheduler, {"mask_schedule": "grid", "coefficients": CHOICE}),
     # Adaptive: the predictions decide how many open, too
     SchedulerCase("scud", SCUDScheduler, {}),
@@ -243,6 +244,7 @@ CASES = [
     SchedulerCase("entropy-bound-margin", EntropyBoundScheduler, {"proxy": "margin", "entropy_bound": 1.5}),
     SchedulerCase("uniform-entropy-bound", UniformEntropyBoundScheduler, {"process": "uniform", "entropy_bound": 1.5}),
     SchedulerCase("path-planning", PathPlanningScheduler, {"stochasticity": 1.2}),
+    SchedulerCase("path-planning-blocks", PathPlanningScheduler, {"block_length": 4}),
     # Those that read the law of revealed tokens
     SchedulerCase(
         "informed-corrector",

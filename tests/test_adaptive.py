@@ -657,6 +657,28 @@ def test_path_planning_calls_the_network_only_while_it_can_act() -> None:
         scheduler.step(RowLogits(torch.zeros(3, 4), masks(3) == MASK), 0, masks(3))
 
 
+def test_path_planning_takes_in_blocks_from_left_to_right() -> None:
+    """As many are revealed as without blocks, none of them beyond the blocks that hold so many; a known token there stays."""
+    scheduler = PathPlanningScheduler(vocab_size=5, mask_token_id=4, block_length=4, stochasticity=1.3)
+    scheduler.set_timesteps(6)
+    logits = torch.randn(64, 12, 5, generator=torch.Generator().manual_seed(0))
+    x = torch.full((64, 12), 4)
+    for k in range(6):
+        x = scheduler.step(logits, k, x, generator=torch.Generator().manual_seed(k)).prev_sample
+        count = 2 * (k + 1)
+        assert ((x != 4).sum(1) == count).all()
+        assert (x[:, 4 * math.ceil(count / 4) :] == 4).all()
+        if count % 4 == 2:  # a block and a half: not always the whole block first, since tokens are taken back
+            assert (x[:, count:] != 4).any()
+    known = torch.full((1, 12), 4)
+    known[0, 11] = 2
+    sure = logits[:1].clone()
+    sure[0, 11, 2] = 50.0
+    after = scheduler.step(sure, 0, known, generator=torch.Generator().manual_seed(0)).prev_sample
+    assert after[0, 11] == 2
+    assert (after[0, 4:11] == 4).all()
+
+
 def test_path_planning_with_frozen_tokens() -> None:
     """As the pipeline does it: what it puts back was ranked with the rest, so there are fewer masks than planned."""
     scheduler, denoiser = build(PathPlanningScheduler, 6, stochasticity=2.0), random_denoiser(TOKENS + 1, seed=3)

@@ -335,6 +335,22 @@ def test_counts_with_known_tokens_are_within_a_few(schedule: str) -> None:
     assert (masks[1:] >= 1).all()
 
 
+def test_maskgit_fills_blocks_from_left_to_right() -> None:
+    """The counts are those of one block, and every block is full before the next one begins."""
+    settings = {"vocab_size": 7, "mask_token_id": 6, "mask_schedule": "linear"}
+    scheduler = MaskGITScheduler(**settings, block_length=4)
+    denoiser = random_denoiser(7, seed=5)
+    scheduler.set_timesteps(5)
+    x = torch.full((8, 12), 6)
+    for k, t in enumerate(scheduler.timesteps):
+        positions = scheduler.positions(t, x)
+        assert not positions[:, 4 * math.ceil((12 - planned("linear", 5, 12)[k + 1]) / 4) :].any()  # read no farther
+        x = scheduler.step(denoiser(x, t, positions), t, x, generator=seeded(k)).prev_sample
+        opened = 12 - planned("linear", 5, 12)[k + 1]
+        in_blocks = (x != 6).view(8, 3, 4).sum(2)
+        assert in_blocks.tolist() == [[min(4, max(0, opened - 4 * block)) for block in range(3)]] * 8
+
+
 def maskgit_law(p: Tensor, tau: float, count: int) -> Tensor:
     """Law of a row after `count` of L masks have opened, over all states with the mask last, by enumeration of all drawn
     tokens (rows of `all_states`) and of all sets drawn without replacement with weights p^(1 / tau)."""

@@ -301,7 +301,10 @@ def test_a_full_sample_passes_through(case: SchedulerCase) -> None:
     assert torch.equal(run(scheduler, random_denoiser(7), 3, x, seeded(1)), x)
 
 
-READ_ALL: set[str] = {"path-planning"}  # absorbing cases that need the logits of all positions by their nature
+READ_ALL: set[str] = {
+    "path-planning",
+    "path-planning-blocks",
+}  # absorbing, and need all logits by their nature
 
 
 @every_case

@@ -75,8 +75,8 @@ class Prediction(NamedTuple):
 class OrderScheduler(DiscreteScheduler):
     """Abstract: masks open in an order that the network's predictions decide. A concrete class has `choose`.
 
-    Its config may have `block_length`, and has `rounding` where it asks for the number `due`. It reads the logits of all
-    eligible positions: with blocks, of the current block only.
+    Its config has `block_length`, if it goes by blocks, and `rounding`, if it opens the number `due` by the time grid. It reads
+    the logits of all eligible positions: with blocks, of the current block only.
     """
 
     processes = ("absorbing",)
@@ -91,7 +91,7 @@ class OrderScheduler(DiscreteScheduler):
         """The eligible positions that open in the call `index`, bool (B, L). Not asked in the last call: it opens all."""
 
     def due(self, sample: Tensor, index: int) -> Tensor:
-        """How many masks of each row are to open by the time grid, int64 (B,)."""
+        """How many masks of each row are to open, int64 (B,): by the time grid, where a class has no counts of its own."""
         share = float(self.absorbing_process.unmask_probability(self.times[index], self.times[index + 1]))
         return due_counts(sample == self.config.mask_token_id, share, self.config.rounding)
 

@@ -49,6 +49,7 @@ class MaskGITScheduler(OrderScheduler):
         mask_schedule (`str`, defaults to `"cosine"`): gamma: `"cosine"`, `"linear"`, `"square"`, `"cubic"`, `"root"`, `"log"`,
             `"exp"` or `"grid"`.
         choice_temperature (`float`, defaults to 4.5): Noise on the confidence at the start, not negative.
+        block_length (`int`, *optional*): Positions of a block; blocks are filled from left to right. `None`: one block.
         temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most probable token.
         top_p (`float`, defaults to 1.0): Smallest mass of most probable tokens that is kept, in (0, 1].
         coefficients (`dict`, *optional*): Learned floats by step budget: `{"8": {"choice_temperature": [8 floats]}}`, each
@@ -69,6 +70,7 @@ class MaskGITScheduler(OrderScheduler):
         grid: Grid = "uniform",
         mask_schedule: Literal["cosine", "linear", "square", "cubic", "root", "log", "exp", "grid"] = "cosine",
         choice_temperature: float = 4.5,
+        block_length: int | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
         coefficients: Coefficients | None = None,
@@ -89,8 +91,12 @@ class MaskGITScheduler(OrderScheduler):
         # 1e-300: a drawn token can have the probability 0 in float32, before a temperature above 1
         confidence = prediction.sheet(prediction.token_probability.double().clamp(min=1e-300).log())  # (B, L)
         confidence = confidence + tau * gumbels(tuple(sample.shape), generator, sample.device)
-        masks = prediction.is_eligible.sum(1)
-        return self.take(confidence, masks - self.masks_after(index, masks, sample.shape[1]), prediction.is_eligible)
+        return self.take(confidence, self.due(sample, index), prediction.is_eligible)
+
+    def due(self, sample: Tensor, index: int) -> Tensor:
+        """n_{k-1} - n_k, see [`OrderScheduler.due`]."""
+        masks = (sample == self.config.mask_token_id).sum(1)
+        return masks - self.masks_after(index, masks, sample.shape[1])
 
     def masks_after(self, index: int, masks: Tensor, length: int) -> Tensor:
         """n_k (B,) after the call `index`, given the masks (B,) before it."""

@@ -10,6 +10,8 @@ more of the tokens fall back. A heuristic: it does not keep the model's law, and
 that are not masked, where nobody has trained it. Where it repeats the token with certainty, none falls back with a
 stochasticity below 1 unless there are more than kappa L of them.
 
+With blocks only the leftmost blocks that hold kappa L positions take part, beside tokens that stand farther right.
+
 It counts as the paper does: kappa L of all L positions, prompts included. A scheduler does not know which tokens are frozen: a
 prompt token can be ranked below the rest, and the pipeline then puts it back; there are fewer masks then, by as many.
 
@@ -22,12 +24,15 @@ Source: Peng et al. 2025 (P2, arXiv 2502.03540, eq. 7 and algorithm 1).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from discrete_schedulers.processes import NoiseSchedule
 from discrete_schedulers.sampling import Generators, RowLogits, check_finite, draw_tokens, top_subset
+from discrete_schedulers.schedulers.order_utils import check_block_length
 from discrete_schedulers.schedulers.scheduling_utils import Coefficients, DiscreteScheduler, Grid, ProcessName
 
 
@@ -41,6 +46,7 @@ class PathPlanningScheduler(DiscreteScheduler):
         noise_schedule (`str`, defaults to `"loglinear"`): `"loglinear"`, `"linear"`, `"cosine"` or `"geometric"`.
         grid (`str`, defaults to `"uniform"`): `"uniform"`, `"cosine"`, `"optimal"` or `"learned"`: the planned shares.
         stochasticity (`float`, defaults to 1.0): The paper's eta, not negative. 0 keeps every token that fits in.
+        block_length (`int`, *optional*): Positions of a block; blocks are taken in from left to right. `None`: one block.
         temperature (`float`, defaults to 1.0): Divides the logits of z; 0 takes the most probable token.
         top_p (`float`, defaults to 1.0): Smallest mass of most probable tokens that is kept, in (0, 1].
         coefficients (`dict`, *optional*): Learned floats by step budget: `{"8": {"stochasticity": [8 floats]}}`.
@@ -60,12 +66,14 @@ class PathPlanningScheduler(DiscreteScheduler):
         noise_schedule: NoiseSchedule = "loglinear",
         grid: Grid = "uniform",
         stochasticity: float = 1.0,
+        block_length: int | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
         coefficients: Coefficients | None = None,
         learned_for: dict | None = None,
         information_curve: list[float] | None = None,
     ) -> None:
+        check_block_length(block_length)
         self.prepare()
         if not stochasticity >= 0:
             raise ValueError(f"`stochasticity` is {stochasticity}; it cannot be negative")
@@ -74,9 +82,8 @@ class PathPlanningScheduler(DiscreteScheduler):
         """How many of L positions are masks after the call `index`: (1 - kappa) L, rounded down."""
         process = self.absorbing_process
         share = (1 - process.alpha(self.times[index + 1])) / (1 - process.alpha(self.times[0]))
-        return int(
-            float(share) * length + 1e-9
-        )  # 1e-9: what is a whole number but for rounding in float64 is meant to be one
+        # 1e-9: what is a whole number but for rounding in float64 is meant to be one
+        return int(float(share) * length + 1e-9)
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
         """`None`, all; the masks where none of the positions is to be a mask afterwards, as in the last step. See
@@ -109,5 +116,8 @@ class PathPlanningScheduler(DiscreteScheduler):
         belief = law.softmax(-1).gather(-1, tokens[..., None]).squeeze(-1).double()  # (B, L)
         check_finite(belief)
         score = torch.where(is_masked, self.per_step("stochasticity", index) * belief, belief)
-        count = torch.full((len(sample),), length - self.num_masks(index, length), device=sample.device)
-        return torch.where(top_subset(torch.ones_like(is_masked), count, score), tokens, mask)
+        count = length - self.num_masks(index, length)
+        block = self.config.block_length or length
+        is_near = torch.arange(length, device=sample.device) < math.ceil(count / block) * block  # (L,)
+        counts = torch.full((len(sample),), count, device=sample.device)
+        return torch.where(top_subset(is_near | ~is_masked, counts, score), tokens, mask)
