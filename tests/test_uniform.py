@@ -286,6 +286,12 @@ def test_a_constant_share_stops_converging(cls: type[DiscreteScheduler], knob: s
     assert shrinking[2] < 0.01
 
 
+def test_errors_of_constant_shares() -> None:
+    """The figures of the docstring, at 128 steps."""
+    errors = [run_error(DiscreteDDIMScheduler(V, sigma_share=share), 128) for share in (0.0, 0.5, 1.0)]
+    assert errors == pytest.approx([0.052, 0.024, 0.004], abs=5e-4)
+
+
 @pytest.mark.parametrize(("cls", "knob"), [(DiscreteDDIMScheduler, "sigma_share"), (PsiScheduler, "kappa")])
 def test_learned_knobs(cls: type[DiscreteScheduler], knob: str) -> None:
     learned = cls(V, coefficients={"2": {knob: [0.25, 0.5]}})

@@ -18,8 +18,7 @@ All have the same mean, for every denoiser, and very different variances. For in
     "time_integral"  infinite: c^2 L (log(1 / eps) - 1 + eps) with t from eps to 1
 
 So `masked_count` is the default. The others only gain on it where the nats that are hidden do not grow with m, because one
-latent choice rules all tokens. With the bundled tiny-text model (L = 64) a draw of `masked_count` has a standard deviation of
-1.2 nats per token, one of `time_free` 7. The published comparison is with `time_integral` only.
+latent choice rules all tokens. The published comparison is with `time_integral` only.
 
 Sources: Jeon et al. 2025 (Information-Theoretic Discrete Diffusion, arXiv 2510.24088, time-free forms, conditional, coupled
 ratio); Nie et al. 2025 (LLaDA, masked counts); Ou et al. 2024 (RADD, equality of the forms). The first one's released Monte

@@ -13,7 +13,7 @@ the others do not average out, and a single one has the law p.
 
 n_0, the masks at the start, is not remembered: it is the largest number, up to L, that leaves as many masks as there are now.
 The counts are those of the formula where nothing was known at the start; where something was (an image to fill in) they are
-off by at most 4 of 1,024 in 16 steps, by 13 in 64. Confidence is that of the law before temperature and top-p, which
+off by a few: at most 4 in 16 steps, of 256 positions. Confidence is that of the law before temperature and top-p, which
 MaskGIT does not have. The network is told the times of `grid`: one that reads them wants `grid="cosine"` with the cosine, or
 `mask_schedule="grid"`.
 
