@@ -277,7 +277,7 @@ def test_transition_times_of_uniform_noise(density: str, num_steps: int) -> None
 
 
 def test_transition_times_of_uniform_noise_are_not_exact() -> None:
-    """The error of the law does not fall with the number of steps; that of ancestral sampling does (the docstring's figures)."""
+    """The error does not fall with the number of steps; that of ancestral sampling does. The figures of the docstring."""
     joint = random_joint(2, 3, seed=3)
     scheduler = TransitionTimeScheduler(vocab_size=2, process="uniform")
     denoiser = exact_denoiser(joint, scheduler.noise_process)
