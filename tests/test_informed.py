@@ -34,6 +34,7 @@ from discrete_schedulers import (
     WINOScheduler,
     nll,
 )
+from discrete_schedulers.schedulers.scheduling_utils import selection_confidence
 
 TOKENS, L = 3, 3
 V = TOKENS + 1  # the mask is the last
@@ -309,7 +310,7 @@ def test_confidences_by_hand() -> None:
     for selection, (values, place) in expected.items():
         scheduler = informed(selection=selection, selection_temperature=0.0, temperature=0.5)
         rows = RowLogits(logits[x != TOKENS], x != TOKENS)
-        confidence = scheduler.confidence(rows.logits, x[x != TOKENS])
+        confidence = selection_confidence(p[:3].log(), x[x != TOKENS], selection)
         torch.testing.assert_close(confidence, torch.tensor(values, dtype=torch.float64).log(), rtol=0, atol=1e-12)
         chosen = scheduler.least_confident(rows, 0, x, seeded())
         assert chosen.tolist() == [[i == place for i in range(4)]]

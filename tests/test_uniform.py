@@ -33,6 +33,7 @@ from discrete_schedulers import (
     PsiScheduler,
     UniformProcess,
 )
+from discrete_schedulers.schedulers.scheduling_utils import selection_confidence
 
 V, LENGTH = 3, 3
 JOINT = random_joint(V, LENGTH, seed=12)
@@ -381,7 +382,8 @@ def choice_law(scheduler: GibbsCorrectorScheduler, law: Tensor) -> Tensor:
     """P(position i is the one that is drawn anew), (S, L): Gumbel noise makes it a softmax."""
     if scheduler.config.selection == "random":
         return torch.full(STATES.shape, 1 / LENGTH, dtype=torch.float64)
-    return (-scheduler.confidence(law, STATES) / scheduler.config.selection_temperature).softmax(-1)
+    confidence = selection_confidence(law.log(), STATES, scheduler.config.selection)
+    return (-confidence / scheduler.config.selection_temperature).softmax(-1)
 
 
 def correction_matrix(scheduler: GibbsCorrectorScheduler, logits: Tensor, index: int) -> Tensor:
@@ -417,7 +419,7 @@ def test_a_random_correction_keeps_the_law(noise_schedule: str) -> None:
     denoiser = exact_denoiser(JOINT, scheduler.noise_process)
     for index in (1, 3, 5):
         s = float(scheduler.timesteps[index])
-        assert scheduler.place(index) == ((index + 1) // 2, True)
+        assert scheduler.place(index) == (index // 2, True)
         p_s = noisy_law(scheduler, s)
         matrix = correction_matrix(scheduler, denoiser(STATES, s), index)
         torch.testing.assert_close(p_s @ matrix, p_s, rtol=0, atol=1e-15)
@@ -484,6 +486,21 @@ def test_samples_of_a_corrected_run_follow_its_law(selection: str) -> None:
     assert chi_square_z(torch.bincount(state_index(x, V), minlength=len(law)), law) < 4.5
 
 
+def test_a_learned_selection_temperature_is_that_of_the_step_before() -> None:
+    """0 in the first step: its correction takes the least confident position; 50 in the second: any."""
+    coefficients = {"3": {"selection_temperature": [0.0, 50.0, 0.0]}}
+    scheduler = on_grid(corrector(selection="lowest_current_probability", coefficients=coefficients), 3)
+    law = torch.tensor([[[0.5, 0.2, 0.3], [0.1, 0.6, 0.3], [0.1, 0.8, 0.1]]], dtype=torch.float64).expand(900, -1, -1)
+    x = torch.tensor([[0, 1, 2]]).expand(900, -1)
+    first, second = (scheduler.least_confident(law, step, x, seeded()).double().mean(0) for step in (0, 1))
+    assert first.tolist() == [0.0, 0.0, 1.0]
+    assert second.tolist() == pytest.approx([1 / 3] * 3, abs=0.08)
+    logits = law.log()
+    one, other = (scheduler.step(logits, index, x, generator=seeded(1)).prev_sample for index in (1, 3))
+    assert torch.equal(one[:, :2], x[:, :2])
+    assert not torch.equal(other[:, :2], x[:, :2])
+
+
 def test_calls_of_a_corrected_run() -> None:
     for corrections in (0, 1, 2):
         scheduler = on_grid(corrector(num_corrector_steps=corrections), 4)
@@ -491,7 +508,7 @@ def test_calls_of_a_corrected_run() -> None:
         assert scheduler.timesteps.tolist() == expected
         assert scheduler.order == corrections + 1
         kinds = [scheduler.place(index) for index in range(len(expected))]
-        inner = [[(step, True)] * corrections + [(step, False)] for step in (1, 2, 3)]
+        inner = [[(step - 1, True)] * corrections + [(step, False)] for step in (1, 2, 3)]
         assert kinds == [(0, False), *inner[0], *inner[1], *inner[2]]
     single = on_grid(corrector(), 1)
     assert single.timesteps.tolist() == [1.0]
@@ -509,8 +526,8 @@ def test_choice_of_positions_by_hand() -> None:
     }
     for selection, (confidence, chosen) in expected.items():
         scheduler = corrector(selection=selection, positions_per_correction=2, selection_temperature=0.0)
-        assert scheduler.confidence(law, sample)[0].tolist() == pytest.approx(confidence, abs=1e-15)
-        assert scheduler.least_confident(law, sample, seeded())[0].tolist() == chosen
+        assert selection_confidence(law.log(), sample, selection)[0].tolist() == pytest.approx(confidence, abs=1e-15)
+        assert scheduler.least_confident(law, 0, sample, seeded())[0].tolist() == chosen
 
 
 @pytest.mark.parametrize("selection", ["lowest_margin", "lowest_max_probability", "lowest_current_probability"])
@@ -519,8 +536,8 @@ def test_noisy_choice_is_a_softmax(selection: str) -> None:
     scheduler, batch = corrector(selection=selection, selection_temperature=0.5), 6000
     law = random_denoiser(V)(torch.tensor([[0, 1, 2, 0]]), 1.0).softmax(-1)
     sample = torch.tensor([[0, 1, 2, 0]])
-    expected = (-scheduler.confidence(law, sample)[0] / 0.5).softmax(-1)
-    chosen = scheduler.least_confident(law.expand(batch, -1, -1), sample.expand(batch, -1), seeded())
+    expected = (-selection_confidence(law.log(), sample, selection)[0] / 0.5).softmax(-1)
+    chosen = scheduler.least_confident(law.expand(batch, -1, -1), 0, sample.expand(batch, -1), seeded())
     assert (chosen.sum(1) == 1).all()
     assert chi_square_z(chosen.sum(0), expected) < 4.5
 
@@ -557,8 +574,8 @@ def test_diffusers_corrections_have_our_conditional() -> None:
         ({"num_corrector_steps": -1}, "`num_corrector_steps` is -1; it must be at least 0"),
         ({"positions_per_correction": 0}, "`positions_per_correction` is 0; it must be at least 1"),
         ({"selection": "lowest"}, "`selection` is 'lowest'; allowed: 'random', 'lowest_margin'"),
-        ({"selection_temperature": -1.0}, "`selection_temperature` is -1.0; it must be at least 0"),
-        ({"selection_temperature": math.nan}, "`selection_temperature` is nan"),
+        ({"selection_temperature": -1.0}, r"`selection_temperature` is \[-1.0\]; allowed"),
+        ({"selection_temperature": math.nan}, r"`selection_temperature` is \[nan\]"),
         ({"tempered": "both"}, "`tempered` is 'both'; allowed: 'leave_one_out', 'denoiser'"),
         (
             {"process": "absorbing", "mask_token_id": 2},

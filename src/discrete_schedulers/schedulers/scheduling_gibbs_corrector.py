@@ -20,8 +20,6 @@ Source: Gourevitch et al. 2026 (arXiv 2605.22765), whose released settings are 2
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
@@ -32,19 +30,20 @@ from discrete_schedulers.sampling import (
     RowLogits,
     draw_states,
     draw_tokens,
+    gumbels,
     top_subset,
     uniform_subset,
-    uniforms,
 )
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
     DiscreteScheduler,
     Grid,
     ProcessName,
+    Selection,
     Tempered,
+    check_corrections,
+    selection_confidence,
 )
-
-Selection = Literal["random", "lowest_margin", "lowest_max_probability", "lowest_current_probability"]
 
 
 class GibbsCorrectorScheduler(DiscreteScheduler):
@@ -60,11 +59,12 @@ class GibbsCorrectorScheduler(DiscreteScheduler):
         positions_per_correction (`int`, defaults to 1): Positions that one correction draws anew; all, where there are fewer.
         selection (`str`, defaults to `"random"`): Which: `"random"`, or those with the `"lowest_margin"` log p_s(x^i) -
             max log p_s(another), the `"lowest_max_probability"` of any token, or the `"lowest_current_probability"`.
-        selection_temperature (`float`, defaults to 1.0): Factor of the Gumbel noise on the log of these; 0 for none.
+        selection_temperature (`float`, defaults to 1.0): Factor of the Gumbel noise on the log of these; 0 for none. Learned
+            for each step as `coefficients[N]["selection_temperature"]`, by the step that the correction follows.
         temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most probable token.
         top_p (`float`, defaults to 1.0): Smallest mass of most probable tokens that is kept, in (0, 1].
         tempered (`str`, defaults to `"leave_one_out"`): What these two sharpen, see [`AncestralScheduler`].
-        coefficients (`dict`, *optional*): Learned floats by step budget: `{"8": {"times": [9 floats]}}`.
+        coefficients (`dict`, *optional*): Learned floats by step budget.
         learned_for (`dict`, *optional*): What they were learned for.
         information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
 
@@ -73,6 +73,7 @@ class GibbsCorrectorScheduler(DiscreteScheduler):
     """
 
     processes = ("uniform",)
+    learned_knobs = ("selection_temperature",)
     noise_process: UniformProcess
 
     @register_to_config
@@ -94,12 +95,7 @@ class GibbsCorrectorScheduler(DiscreteScheduler):
         learned_for: dict | None = None,
         information_curve: list[float] | None = None,
     ) -> None:
-        if num_corrector_steps < 0:
-            raise ValueError(f"`num_corrector_steps` is {num_corrector_steps}; it must be at least 0")
-        if positions_per_correction < 1:
-            raise ValueError(f"`positions_per_correction` is {positions_per_correction}; it must be at least 1")
-        if not selection_temperature >= 0:
-            raise ValueError(f"`selection_temperature` is {selection_temperature}; it must be at least 0")
+        check_corrections(self.config)
         self.order = 1 + num_corrector_steps
         self.prepare()
 
@@ -108,33 +104,20 @@ class GibbsCorrectorScheduler(DiscreteScheduler):
         return torch.cat([times[:1], times[1:-1].repeat_interleave(self.order)])
 
     def place(self, index: int) -> tuple[int, bool]:
-        """The step whose start time the call `index` has, and whether it is a correction."""
-        group, inside = divmod(index + self.order - 1, self.order)
-        return group, inside < self.order - 1
-
-    def clean_probabilities(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
-        """p_0 after temperature and top-p, float64."""
-        return self.shaped_law(logits, index, sample)
+        """The step that the call `index` makes or corrects, and whether it is a correction."""
+        return index // self.order, index % self.order > 0
 
     def conditional(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
         """p_s(x^i | x^-i), shape (..., V), float64, from logits (..., V) at tokens (...) in the call `index`."""
         process, s = self.noise_process, self.calls[index]
         alpha = process.alpha(s).to(logits.device)
-        one_out = process.leave_one_out(sample, self.clean_probabilities(logits, index, sample), s)
+        one_out = process.leave_one_out(sample, self.shaped_law(logits, index, sample), s)
         return alpha * one_out + (1 - alpha) / process.vocab_size
 
-    def confidence(self, law: Tensor, sample: Tensor) -> Tensor:
-        """What `selection` compares, (B, L): the lowest are drawn anew. `law` is the conditional, (B, L, V)."""
-        current = law.log().gather(-1, sample[..., None]).squeeze(-1)
-        if self.config.selection == "lowest_margin":
-            return current - law.log().scatter(-1, sample[..., None], -torch.inf).amax(-1)
-        return law.log().amax(-1) if self.config.selection == "lowest_max_probability" else current
-
-    def least_confident(self, law: Tensor, sample: Tensor, generator: Generators) -> Tensor:
-        """The positions with the lowest confidence after Gumbel noise, bool (B, L)."""
-        u = uniforms(tuple(sample.shape), generator, sample.device)
-        gumbel = -(-u.clamp(min=1e-300).log()).log()
-        score = self.config.selection_temperature * gumbel - self.confidence(law, sample)
+    def least_confident(self, law: Tensor, step: int, sample: Tensor, generator: Generators) -> Tensor:
+        """The positions with the lowest confidence after Gumbel noise, bool (B, L). `law` is the conditional, (B, L, V)."""
+        noise = self.per_step("selection_temperature", step) * gumbels(tuple(sample.shape), generator, sample.device)
+        score = noise - selection_confidence(law.log(), sample, self.config.selection)
         return top_subset(torch.ones_like(sample, dtype=torch.bool), self.count(sample), score)
 
     def count(self, sample: Tensor) -> Tensor:
@@ -158,8 +141,8 @@ class GibbsCorrectorScheduler(DiscreteScheduler):
         """A step, or a correction where the predictions choose. See [`DiscreteScheduler.move_all`]."""
         step, is_correction = self.place(index)
         if is_correction:
-            chosen = self.least_confident(self.conditional(logits, index, sample), sample, generator)
+            chosen = self.least_confident(self.conditional(logits, index, sample), step, sample, generator)
             return self.move_rows(RowLogits(logits[chosen], chosen), index, sample, generator)
         t, s = self.times[step], self.times[step + 1]
-        p_0 = self.clean_probabilities(logits, index, sample)
+        p_0 = self.shaped_law(logits, index, sample)
         return draw_states(self.noise_process.posterior(sample, p_0, t, s), generator)

@@ -23,8 +23,6 @@ chosen too: that correction is wasted.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
@@ -36,12 +34,13 @@ from discrete_schedulers.schedulers.scheduling_utils import (
     DiscreteScheduler,
     Grid,
     ProcessName,
+    Selection,
     Unmasking,
+    check_corrections,
+    selection_confidence,
 )
 
 LAST_TIME = 1e-5  # where published samplers end their grids: a network with a time input takes it for clean
-
-Selection = Literal["random", "lowest_margin", "lowest_max_probability", "lowest_current_probability"]
 
 
 class InformedCorrectorScheduler(DiscreteScheduler):
@@ -97,18 +96,9 @@ class InformedCorrectorScheduler(DiscreteScheduler):
         learned_for: dict | None = None,
         information_curve: list[float] | None = None,
     ) -> None:
-        if num_corrector_steps < 0:
-            raise ValueError(f"`num_corrector_steps` is {num_corrector_steps}; it must be at least 0")
-        if positions_per_correction < 1:
-            raise ValueError(f"`positions_per_correction` is {positions_per_correction}; it must be at least 1")
+        check_corrections(self.config)
         self.order = 1 + num_corrector_steps
         self.prepare()
-        learned = {
-            f" for {n} steps": blocks.get("selection_temperature", []) for n, blocks in (coefficients or {}).items()
-        }
-        for where, values in ({"": [selection_temperature]} | learned).items():
-            if not all(value >= 0 for value in values):
-                raise ValueError(f"`selection_temperature`{where} is {values}; it must be at least 0")
 
     def call_times(self, times: Tensor) -> Tensor:
         """The first time, each inner one for the corrections and the step that start there, and the last corrections."""
@@ -140,21 +130,14 @@ class InformedCorrectorScheduler(DiscreteScheduler):
             return is_revealed
         return uniform_subset(is_revealed, self.count(is_revealed), generator)
 
-    def confidence(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """What `selection` compares, (R,), for logits (R, V) and the tokens (R,) that are there: the lowest are drawn anew."""
-        logits = logits.double().clone()
-        logits[:, self.config.mask_token_id] = -torch.inf
-        log_law = logits.log_softmax(-1)
-        current = log_law.gather(-1, tokens[:, None]).squeeze(-1)
-        if self.config.selection == "lowest_margin":
-            return current - log_law.scatter(-1, tokens[:, None], -torch.inf).amax(-1)
-        return log_law.amax(-1) if self.config.selection == "lowest_max_probability" else current
-
     def least_confident(self, rows: RowLogits, step: int, sample: Tensor, generator: Generators) -> Tensor:
         """The revealed positions with the lowest confidence after Gumbel noise, bool (B, L)."""
         noise = gumbels(tuple(sample.shape), generator, sample.device)
         score = self.per_step("selection_temperature", step) * noise
-        score[rows.positions] -= self.confidence(rows.logits, sample[rows.positions])
+        logits = rows.logits.double().clone()
+        logits[:, self.config.mask_token_id] = -torch.inf
+        confidence = selection_confidence(logits.log_softmax(-1), sample[rows.positions], self.config.selection)
+        score[rows.positions] -= confidence
         return top_subset(rows.positions, self.count(rows.positions), score)
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:

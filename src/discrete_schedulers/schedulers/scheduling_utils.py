@@ -45,6 +45,7 @@ ProcessName: TypeAlias = Literal["absorbing", "uniform"]
 Grid: TypeAlias = Literal["uniform", "cosine", "optimal", "learned"]
 Unmasking: TypeAlias = Literal["counts", "bernoulli"]
 Order: TypeAlias = Literal["random", "spread"]
+Selection: TypeAlias = Literal["random", "lowest_margin", "lowest_max_probability", "lowest_current_probability"]
 Tempered: TypeAlias = Literal["leave_one_out", "denoiser"]
 Coefficients: TypeAlias = dict[str, dict[str, list[float]]]
 
@@ -651,3 +652,28 @@ def check_not_negative(config: Any, name: str) -> None:
     for where, values in ({"": [config[name]]} | learned).items():
         if not all(0 <= value < math.inf for value in values):
             raise ValueError(f"`{name}`{where} is {values}; allowed are numbers of at least 0")
+
+
+def check_corrections(config: Any) -> None:
+    """Raises `ValueError` if the knobs that correctors of chosen positions share are not allowed."""
+    if config.num_corrector_steps < 0:
+        raise ValueError(f"`num_corrector_steps` is {config.num_corrector_steps}; it must be at least 0")
+    if config.positions_per_correction < 1:
+        raise ValueError(f"`positions_per_correction` is {config.positions_per_correction}; it must be at least 1")
+    check_not_negative(config, "selection_temperature")
+
+
+def selection_confidence(log_law: Tensor, tokens: Tensor, selection: Selection) -> Tensor:
+    """What a `selection` other than `"random"` compares, (...): the lowest are drawn anew.
+
+    Args:
+        log_law (`torch.Tensor` of shape `(..., V)`): Log-law of each position given all others.
+        tokens (`torch.Tensor` of shape `(...)`): The tokens that are there.
+        selection (`str`): `"lowest_margin"`, `"lowest_max_probability"` or `"lowest_current_probability"`.
+    """
+    if selection == "lowest_max_probability":
+        return log_law.amax(-1)
+    current = log_law.gather(-1, tokens[..., None]).squeeze(-1)
+    if selection == "lowest_margin":
+        return current - log_law.scatter(-1, tokens[..., None], -math.inf).amax(-1)
+    return current
