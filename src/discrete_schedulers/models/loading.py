@@ -47,7 +47,8 @@ def first_file(source: str, names: tuple[str, ...], hub: Mapping[str, Any]) -> P
         hub (`dict`): Arguments of `huggingface_hub.hf_hub_download`.
 
     Raises:
-        OSError: As in `huggingface_hub`, if none was found and the Hub could not be asked.
+        OSError: If none was found and the Hub could not be asked; else as `huggingface_hub` raises it: no such repository, no
+            access.
     """
     unknown = None
     for name in names:
@@ -65,7 +66,9 @@ def first_file(source: str, names: tuple[str, ...], hub: Mapping[str, Any]) -> P
         except LocalEntryNotFoundError as error:  # offline: not in the cache, or not in the repository
             unknown = unknown or error
     if unknown is not None:
-        raise unknown
+        raise OSError(
+            f"the Hub cannot be reached, and {' or '.join(names)} of {source!r} is not in the local cache"
+        ) from unknown
     return None
 
 
