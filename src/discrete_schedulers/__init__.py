@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers import SchedulerMixin  # diffusers looks it up here to load our schedulers
 
-from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
+from discrete_schedulers.denoisers import Denoiser, GuidedDenoiser, NetworkDenoiser, guidance_schedule
 from discrete_schedulers.information import InformationCurve, information_curve, optimal_counts, optimal_times
 from discrete_schedulers.interop import BlockRefinementAdapter, ForeignScheduler
 from discrete_schedulers.likelihood import LikelihoodEstimate, conditional_nll, log_likelihood_ratio, nll
@@ -86,6 +86,7 @@ __all__ = [
     "ForeignScheduler",
     "GibbsCorrectorScheduler",
     "GillespieScheduler",
+    "GuidedDenoiser",
     "HollowTransformerModel",
     "InformationCurve",
     "InformedCorrectorScheduler",
@@ -115,6 +116,7 @@ __all__ = [
     "UniformProcess",
     "WINOScheduler",
     "conditional_nll",
+    "guidance_schedule",
     "information_curve",
     "log_likelihood_ratio",
     "nll",
