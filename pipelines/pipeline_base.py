@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
+from discrete_schedulers.denoisers import GuidedDenoiser, NetworkDenoiser
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
 from discrete_schedulers.models import DDiTModel, HollowTransformerModel
 from discrete_schedulers.sampling import Generators
@@ -32,7 +32,7 @@ from discrete_schedulers.schedulers import DiscreteScheduler
 BUNDLED = "discrete-schedulers/"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 SCHEDULER_FACTS = ("vocab_size", "mask_token_id", "process", "noise_schedule")  # of the model, in a scheduler's config
-StepCallback = Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None
+StepCallback: TypeAlias = Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None
 
 
 def require_ours(scheduler: Any) -> None:
@@ -73,6 +73,7 @@ def network_facts(model: torch.nn.Module, scheduler: DiscreteScheduler) -> dict[
             "split_head": True,
             "max_length": model.config.max_length,
             "time_input": "sigma" if timed else None,
+            "grid_shape": model.config.get("grid_shape"),
         }
     if isinstance(model, HollowTransformerModel):
         facts |= {
@@ -107,7 +108,7 @@ class DiscretePipeline(DiffusionPipeline):
 
     def denoise(
         self,
-        denoiser: Denoiser,
+        denoiser: NetworkDenoiser | GuidedDenoiser,
         latents: Tensor,
         frozen: Tensor,
         num_inference_steps: int,
@@ -118,7 +119,7 @@ class DiscretePipeline(DiffusionPipeline):
         """The loop.
 
         Args:
-            denoiser (`Denoiser`): The network and its conditions.
+            denoiser (`NetworkDenoiser` or `GuidedDenoiser`): The network and its conditions.
             latents (`torch.Tensor` of shape `(B, L)`): Tokens to start from, int64.
             frozen (`torch.Tensor` of shape `(B, L)`): Bool; tokens that stay as they are.
             num_inference_steps (`int`): Steps.
@@ -138,7 +139,7 @@ class DiscretePipeline(DiffusionPipeline):
                 conditions = scheduler.model_inputs(t, latents, frozen, generator)
                 chosen = scheduler.positions(t, latents, generator)  # None: all of them
                 model_output = denoiser(latents, t, chosen, **conditions)
-                num_model_calls += 1 if chosen is None else int(chosen.any())
+                num_model_calls += denoiser.calls_at(t) if chosen is None or bool(chosen.any()) else 0
                 latents = scheduler.step(model_output, t, latents, generator=generator).prev_sample
                 latents = torch.where(frozen, template_ids, latents)
                 if callback_on_step_end is not None:

@@ -53,7 +53,12 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
     from discrete_schedulers.models import DDiTModel, HollowTransformerModel
-    from discrete_schedulers.pipelines import DiscreteDiffusionPipeline, DiscreteDiffusionPipelineOutput
+    from discrete_schedulers.pipelines import (
+        DiscreteDiffusionPipeline,
+        DiscreteDiffusionPipelineOutput,
+        DiscreteImagePipeline,
+        DiscreteImagePipelineOutput,
+    )
 
 __version__ = "0.1.0"
 
@@ -62,6 +67,8 @@ LAZY = {
     "DDiTModel": "discrete_schedulers.models",
     "DiscreteDiffusionPipeline": "discrete_schedulers.pipelines",
     "DiscreteDiffusionPipelineOutput": "discrete_schedulers.pipelines",
+    "DiscreteImagePipeline": "discrete_schedulers.pipelines",
+    "DiscreteImagePipelineOutput": "discrete_schedulers.pipelines",
     "HollowTransformerModel": "discrete_schedulers.models",
     "ModelMixin": "diffusers",
 }
@@ -77,6 +84,8 @@ __all__ = [
     "DiscreteDDIMScheduler",
     "DiscreteDiffusionPipeline",
     "DiscreteDiffusionPipelineOutput",
+    "DiscreteImagePipeline",
+    "DiscreteImagePipelineOutput",
     "DiscreteScheduler",
     "DiscreteSchedulerOutput",
     "EntropyBoundScheduler",

@@ -78,6 +78,8 @@ class NetworkDenoiser:
         max_length (`int`, *optional*): Longest sequence the network takes.
         grid_shape (`tuple[int, int]`, *optional*): (height, width) where tokens form an image.
         codebook_size (`int`, *optional*): Number of ids that decode, for image models.
+        grid_input (`bool`, defaults to `False`): The network takes ids (B, height, width) of `grid_shape`, and returns logits
+            (B, width of the logits, height, width), channels first.
         call_arguments (`dict`): Passed to the network in every call, the same for all rows of a batch.
 
     Raises:
@@ -100,6 +102,7 @@ class NetworkDenoiser:
     max_length: int | None = None
     grid_shape: tuple[int, int] | None = None
     codebook_size: int | None = None
+    grid_input: bool = False
     call_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,6 +121,8 @@ class NetworkDenoiser:
             raise ValueError(f"`revealed_logits={self.revealed_logits!r}` is for the absorbing process")
         if self.shift and self.revealed_logits == "shadow":
             raise ValueError("`revealed_logits='shadow'` needs `shift` 0: a shadow stands at its own position")
+        if self.grid_input and (self.grid_shape is None or self.split_head or self.revealed_logits != "none"):
+            raise ValueError("`grid_input` needs `grid_shape`, and neither `split_head` nor `revealed_logits`")
         survives = survival(torch.tensor(1.0, dtype=torch.float64), self.noise_schedule) > 0
         if not survives and self.time_input == "sigma":
             raise ValueError(f"`time_input='sigma'` is infinite at t = 1 for `noise_schedule={self.noise_schedule!r}`")
@@ -218,7 +223,12 @@ class NetworkDenoiser:
             revealed = ~self.is_masked(x_t) if asked is None else asked & ~self.is_masked(x_t)
             if revealed.any():
                 return self.raw_with_shadows(x_t, t, revealed, **conditions)
-        return logits_of(self.model(x_t, *self.time_arguments(x_t, t), **self.call_arguments, **conditions))
+        arguments = self.time_arguments(x_t, t)
+        if self.grid_input:
+            assert self.grid_shape is not None
+            sheet = x_t.view(len(x_t), *self.grid_shape)  # (B, h, w)
+            return logits_of(self.model(sheet, *arguments, **self.call_arguments, **conditions)).flatten(2).mT
+        return logits_of(self.model(x_t, *arguments, **self.call_arguments, **conditions))
 
     def raw_with_shadows(self, x_t: Tensor, t: Tensor | float, revealed: Tensor, **conditions: Any) -> Tensor:
         """As `raw`, with the output of shadows at the `revealed` positions, bool (B, L), in one call.
@@ -266,6 +276,8 @@ class NetworkDenoiser:
         """Raises `ValueError` if the ids or their number are not what the network takes."""
         if x_t.dim() != 2 or x_t.dtype != torch.int64:
             raise ValueError(f"`x_t` is {x_t.dtype} of shape {tuple(x_t.shape)}; it must be int64 (B, L)")
+        if self.grid_input and self.grid_shape is not None and x_t.shape[1] != self.grid_shape[0] * self.grid_shape[1]:
+            raise ValueError(f"`x_t` has length {x_t.shape[1]}; `grid_shape` is {tuple(self.grid_shape)}")
         if self.max_length is not None and x_t.shape[1] > self.max_length:
             raise ValueError(f"`x_t` has length {x_t.shape[1]}; this model takes at most {self.max_length}")
         if x_t.numel() and not 0 <= int(x_t.min()) <= int(x_t.max()) < self.vocab_size:
