@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
@@ -32,7 +32,7 @@ from discrete_schedulers.schedulers import DiscreteScheduler
 BUNDLED = "discrete-schedulers/"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 SCHEDULER_FACTS = ("vocab_size", "mask_token_id", "process", "noise_schedule")  # of the model, in a scheduler's config
-StepCallback = Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None
+StepCallback: TypeAlias = Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None
 
 
 def require_ours(scheduler: Any) -> None:
@@ -138,7 +138,7 @@ class DiscretePipeline(DiffusionPipeline):
                 conditions = scheduler.model_inputs(t, latents, frozen, generator)
                 chosen = scheduler.positions(t, latents, generator)  # None: all of them
                 model_output = denoiser(latents, t, chosen, **conditions)
-                num_model_calls += 1 if chosen is None else int(chosen.any())
+                num_model_calls += denoiser.calls_at(t) if chosen is None or chosen.any() else 0
                 latents = scheduler.step(model_output, t, latents, generator=generator).prev_sample
                 latents = torch.where(frozen, template_ids, latents)
                 if callback_on_step_end is not None:
