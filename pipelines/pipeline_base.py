@@ -139,7 +139,7 @@ class DiscretePipeline(DiffusionPipeline):
                 conditions = scheduler.model_inputs(t, latents, frozen, generator)
                 chosen = scheduler.positions(t, latents, generator)  # None: all of them
                 model_output = denoiser(latents, t, chosen, **conditions)
-                num_model_calls += denoiser.calls_at(t) if chosen is None or bool(chosen.any()) else 0
+                num_model_calls += denoiser.calls_at(t) if chosen is None or chosen.any() else 0
                 latents = scheduler.step(model_output, t, latents, generator=generator).prev_sample
                 latents = torch.where(frozen, template_ids, latents)
                 if callback_on_step_end is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LENGTH, MASK, WORDS, seeded, tiny_model
+from tiny import LENGTH, MASK, WORDS, seeded, tiny_model, tiny_pipeline
 from torch import Tensor, nn
 
 from discrete_schedulers import GuidedDenoiser, NetworkDenoiser, RowLogits, guidance_schedule
@@ -315,3 +315,24 @@ def test_calls_that_are_not_allowed() -> None:
         both(torch.full((2, 3), 4), 0.0)
     with pytest.raises(ValueError, match="`name` is 'square'; allowed: 'constant', 'linear', 'cosine'"):
         guidance_schedule("square", 2.0)
+
+
+# The pipeline
+
+
+def test_the_loop_counts_two_calls_for_a_guided_one() -> None:
+    pipe, seen = tiny_pipeline(model=tiny_model(num_classes=ANY)), []
+    pipe.model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    labels = torch.zeros(2, dtype=torch.int64)
+    denoiser = GuidedDenoiser(
+        pipe.denoiser,
+        lambda t: 2.0 if t < 0.6 else 1.0,
+        {"class_labels": labels},
+        {"class_labels": torch.full_like(labels, ANY)},
+    )
+    latents = torch.full((2, 8), MASK)
+    _, calls = pipe.denoise(denoiser, latents, torch.zeros_like(latents, dtype=torch.bool), 4, seeded())
+    assert seen == [2, 2, 4, 4]
+    assert calls == 6
+    _, calls = pipe.denoise(denoiser, torch.tensor([[MASK], [3]]), torch.tensor([[False], [True]]), 4, seeded())
+    assert calls in (1, 2)  # the only token opens once

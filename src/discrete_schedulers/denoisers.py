@@ -48,6 +48,10 @@ class Denoiser(Protocol):
         """Logits of p(x_0 | x_t): (B, L, V), or those of the chosen `positions`, bool (B, L), only."""
         ...
 
+    def calls_at(self, t: Tensor | float) -> int:
+        """Calls of the network in one call at time t."""
+        ...
+
 
 @dataclass
 class NetworkDenoiser:
