@@ -52,7 +52,7 @@ from discrete_schedulers.scud import ScheduleConditionedProcess
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-    from discrete_schedulers.models import DDiTModel, HollowTransformerModel
+    from discrete_schedulers.models import DDiTModel, HollowTransformerModel, PatchCodebook
     from discrete_schedulers.pipelines import DiscreteDiffusionPipeline, DiscreteDiffusionPipelineOutput
 
 __version__ = "0.1.0"
@@ -64,6 +64,7 @@ LAZY = {
     "DiscreteDiffusionPipelineOutput": "discrete_schedulers.pipelines",
     "HollowTransformerModel": "discrete_schedulers.models",
     "ModelMixin": "diffusers",
+    "PatchCodebook": "discrete_schedulers.models",
 }
 
 __all__ = [
@@ -97,6 +98,7 @@ __all__ = [
     "ModelMixin",
     "NetworkDenoiser",
     "PCSamplerScheduler",
+    "PatchCodebook",
     "PathPlanningScheduler",
     "PredictorCorrectorScheduler",
     "PsiScheduler",
