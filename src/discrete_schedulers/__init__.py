@@ -52,7 +52,7 @@ from discrete_schedulers.scud import ScheduleConditionedProcess
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-    from discrete_schedulers.models import DDiTModel, HollowTransformerModel
+    from discrete_schedulers.models import DDiTModel, HollowTransformerModel, PatchCodebook
     from discrete_schedulers.pipelines import (
         DiscreteDiffusionPipeline,
         DiscreteDiffusionPipelineOutput,
@@ -71,6 +71,7 @@ LAZY = {
     "DiscreteImagePipelineOutput": "discrete_schedulers.pipelines",
     "HollowTransformerModel": "discrete_schedulers.models",
     "ModelMixin": "diffusers",
+    "PatchCodebook": "discrete_schedulers.models",
 }
 
 __all__ = [
@@ -107,6 +108,7 @@ __all__ = [
     "ModelMixin",
     "NetworkDenoiser",
     "PCSamplerScheduler",
+    "PatchCodebook",
     "PathPlanningScheduler",
     "PredictorCorrectorScheduler",
     "PsiScheduler",

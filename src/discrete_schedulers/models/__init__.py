@@ -2,5 +2,6 @@
 
 from discrete_schedulers.models.ddit import DDiTModel
 from discrete_schedulers.models.hollow import HollowTransformerModel
+from discrete_schedulers.models.patch_codebook import PatchCodebook
 
-__all__ = ["DDiTModel", "HollowTransformerModel"]
+__all__ = ["DDiTModel", "HollowTransformerModel", "PatchCodebook"]
