@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import ConfigMixin, ModelMixin, VQModel
-from diffusers.configuration_utils import register_to_config
+from diffusers import VQModel
 from PIL import Image
 from tiny import randomised, seeded
 from torch import Tensor
@@ -22,6 +21,7 @@ from discrete_schedulers import (
     DiscreteImagePipeline,
     MaskGITScheduler,
     NetworkDenoiser,
+    PatchCodebook,
     SpreadScheduler,
 )
 from discrete_schedulers.pipelines.images import decode, encode, pixels_of, tokens_to_paint
@@ -31,19 +31,11 @@ MASK, LENGTH = CODES, GRID[0] * GRID[1]
 FACTS = {"vocab_size": CODES + 1, "mask_token_id": MASK}
 
 
-class Shades(ModelMixin, ConfigMixin):
+def shades() -> PatchCodebook:
     """Each code is a 2 x 2 patch of one grey."""
-
-    @register_to_config
-    def __init__(self, patch_size: int = 2) -> None:
-        super().__init__()
-        self.register_buffer("shades", torch.linspace(0, 1, CODES))
-
-    def encode(self, images: Tensor) -> Tensor:
-        return (images[:, 0, ::2, ::2] * (CODES - 1)).round().long()
-
-    def decode(self, ids: Tensor) -> Tensor:
-        return self.shades[ids][:, None].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    decoder = PatchCodebook(num_codes=CODES)
+    decoder.codebook.copy_(torch.linspace(0, 1, CODES)[:, None, None, None])
+    return decoder
 
 
 def tiny_network(num_classes: int | None = CLASSES, seed: int = 0) -> DDiTModel:
@@ -67,7 +59,7 @@ def tiny_vq(seed: int = 0) -> VQModel:
 
 
 def pipeline(scheduler: Any = None, **changes: Any) -> DiscreteImagePipeline:
-    components = {"model": tiny_network(), "scheduler": scheduler or AncestralScheduler(**FACTS), "decoder": Shades()}
+    components = {"model": tiny_network(), "scheduler": scheduler or AncestralScheduler(**FACTS), "decoder": shades()}
     pipe = DiscreteImagePipeline(**(components | {"denoiser": {"grid_shape": GRID}} | changes))
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -370,3 +362,5 @@ def test_arguments_that_are_not_allowed(arguments: dict, message: str) -> None:
 def test_a_grid_is_required() -> None:
     with pytest.raises(ValueError, match="`denoiser` has no `grid_shape`"):
         pipeline(denoiser={})
+    network = DDiTModel(CODES + 1, 32, 1, 4, 16, LENGTH, grid_shape=GRID)  # says it itself
+    assert pipeline(denoiser={}, model=network).config.denoiser["grid_shape"] == list(GRID)
