@@ -14,6 +14,8 @@ from torch import Tensor
 
 from discrete_schedulers.denoisers import GuidedDenoiser, NetworkDenoiser
 from discrete_schedulers.denoisers import guidance_schedule as scale_over_time
+from discrete_schedulers.models.image_checkpoints import HALTON_REPOSITORY, load_amused, load_halton
+from discrete_schedulers.models.loading import first_file, read_config
 from discrete_schedulers.pipelines.images import (
     decode,
     encode,
@@ -23,6 +25,7 @@ from discrete_schedulers.pipelines.images import (
     tokens_to_paint,
 )
 from discrete_schedulers.pipelines.pipeline_base import (
+    HUB_ARGUMENTS,
     DiscretePipeline,
     StepCallback,
     bundled_folder,
@@ -31,7 +34,7 @@ from discrete_schedulers.pipelines.pipeline_base import (
     require_ours,
 )
 from discrete_schedulers.sampling import Generators
-from discrete_schedulers.schedulers import DiscreteScheduler
+from discrete_schedulers.schedulers import DiscreteScheduler, MaskGITScheduler, SpreadScheduler
 
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
@@ -116,23 +119,69 @@ class DiscreteImagePipeline(DiscretePipeline):
         super().__setattr__(name, value)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> DiscreteImagePipeline:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, weight_name: str | None = None, **kwargs: Any
+    ) -> DiscreteImagePipeline:
         """Load a pipeline from a folder, the Hub, or this package.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder written by `save_pretrained`, a Hub id, or the bundled
-                id `"discrete-schedulers/tiny-image"`, which needs no network.
-            **kwargs: As in `diffusers.DiffusionPipeline.from_pretrained`.
+                id `"discrete-schedulers/tiny-image"`, which needs no network. Repositories of aMUSEd (`amused/amused-256`) and
+                Halton-MaskGIT (`llvictorll/Halton-MaskGIT`) are read as they were published.
+            weight_name (`str`, *optional*): Which file of a Halton-MaskGIT repository, such as `"ImageNet_256_tiny.pth"`.
+            **kwargs: As in `diffusers.DiffusionPipeline.from_pretrained`; for repositories that are not of this pipeline these:
+                `scheduler`, `denoiser` (facts that differ), `torch_dtype` or `dtype`, `revision`, `token`, `cache_dir`,
+                `force_download`, `local_files_only`; aMUSEd: `variant`; Halton-MaskGIT: `decoder` (a module, or the folder,
+                file or repository of LlamaGen's `vq_ds16_c2i.pt`).
 
         Raises:
-            ValueError: If a bundled id is not one of this package's.
+            ValueError: If a bundled id is not one of this package's, or a repository is of no known family or does not fit it.
             OSError: As `huggingface_hub` raises it: no such repository, no access, no connection.
         """
         name = str(pretrained_model_name_or_path)
         if not is_bundled(name):
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+            index = first_file(name, ("model_index.json",), hub)
+            kind = None if index is None else read_config(index).get("_class_name")
+            if kind != cls.__name__:
+                return cls.from_published(name, kind, weight_name, **kwargs)
             return super().from_pretrained(name, **kwargs)
         with bundled_folder(name) as folder:
             pipe = super().from_pretrained(folder, **kwargs)
+        pipe.register_to_config(_name_or_path=name)
+        return pipe
+
+    @classmethod
+    def from_published(
+        cls, name: str, kind: str | None, weight_name: str | None, **kwargs: Any
+    ) -> DiscreteImagePipeline:
+        """Load a repository of somebody else's pipeline, `kind` in its model_index.json. Arguments as in `from_pretrained`."""
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", dtype)
+        scheduler, facts = kwargs.pop("scheduler", None), kwargs.pop("denoiser", None)
+        if kind == "AmusedPipeline":
+            parts = load_amused(name, dtype, kwargs.pop("variant", None), hub)
+        elif kind is None and (weight_name is not None or name.lower() == HALTON_REPOSITORY.lower()):
+            parts = load_halton(name, weight_name, kwargs.pop("decoder", None), dtype, hub)
+        else:
+            held = "no model_index.json" if kind is None else f"a model_index.json of {kind}"
+            raise ValueError(
+                f"{name!r} has {held}; known are this pipeline's own, AmusedPipeline's, and Halton-MaskGIT's files, which "
+                "`weight_name` names"
+            )
+        if kwargs:
+            raise ValueError(f"`{min(kwargs)}` is not an argument for {name!r}, which is not of this pipeline")
+        facts = parts.facts | dict(facts or {})
+        if scheduler is None:
+            states = {"vocab_size": facts["vocab_size"], "mask_token_id": facts["mask_token_id"]}
+            if kind == "AmusedPipeline":
+                scheduler = MaskGITScheduler(**states, choice_temperature=2.0)
+            else:
+                scheduler = SpreadScheduler(**states, pattern="halton", grid="cosine", grid_shape=facts["grid_shape"])
+        pipe = cls(
+            parts.model, scheduler, parts.decoder, parts.tokenizer, parts.text_encoder, facts, parts.signed_pixels
+        )
         pipe.register_to_config(_name_or_path=name)
         return pipe
 

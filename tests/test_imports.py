@@ -71,6 +71,7 @@ TABLE = {
 }
 EXTRA = {
     "evaluation": {"sacrebleu"},  # self-BLEU
+    "models/image_checkpoints": {"accelerate"},  # networks without weights
     "models/loading": {"accelerate", "huggingface_hub", "safetensors"},  # weights of the Hub
     "pipelines/pipeline_discrete_diffusion": {"numpy"},  # output_type="np", as diffusers has it
     "pipelines/images": {"numpy"},

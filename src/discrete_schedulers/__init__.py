@@ -52,7 +52,7 @@ from discrete_schedulers.scud import ScheduleConditionedProcess
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-    from discrete_schedulers.models import DDiTModel, HollowTransformerModel, PatchCodebook
+    from discrete_schedulers.models import DDiTModel, HaltonMaskGITModel, HollowTransformerModel, PatchCodebook
     from discrete_schedulers.pipelines import (
         DiscreteDiffusionPipeline,
         DiscreteDiffusionPipelineOutput,
@@ -69,6 +69,7 @@ LAZY = {
     "DiscreteDiffusionPipelineOutput": "discrete_schedulers.pipelines",
     "DiscreteImagePipeline": "discrete_schedulers.pipelines",
     "DiscreteImagePipelineOutput": "discrete_schedulers.pipelines",
+    "HaltonMaskGITModel": "discrete_schedulers.models",
     "HollowTransformerModel": "discrete_schedulers.models",
     "ModelMixin": "diffusers",
     "PatchCodebook": "discrete_schedulers.models",
@@ -97,6 +98,7 @@ __all__ = [
     "GibbsCorrectorScheduler",
     "GillespieScheduler",
     "GuidedDenoiser",
+    "HaltonMaskGITModel",
     "HollowTransformerModel",
     "InformationCurve",
     "InformedCorrectorScheduler",
