@@ -1,5 +1,5 @@
-"""Di4C on joints that can be enumerated: control variates, the student that exact expectations of the losses lead to, and the same
-from sampled batches."""
+"""Di4C on joints that can be enumerated: control variates, the student that exact expectations of the losses lead to, and the
+same from sampled batches."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def learn(tables: Tables, with_data: float, iterations: int) -> dict[int, float]
     ],
 )
 def test_exact_expectations(name: str, with_data: float, teacher: dict[int, float], learned: dict[int, float]) -> None:
-    """Consistency with a teacher of 8 steps brings a single call near its 8 steps; correlations of data bring it nearer still."""
+    """Consistency with a teacher of 8 steps brings a single call near its 8 steps; correlations of data nearer still."""
     tables = Tables(Toy(name, LENGTH), 1.0)
     assert {n: tables.kl(tables.teacher[None], n) for n in teacher} == pytest.approx(teacher, abs=5e-5)
     assert learn(tables, with_data, 600) == pytest.approx(learned, abs=2e-3)

@@ -1,20 +1,21 @@
 r"""Di4C: distil many steps of a masked model into a student whose tokens depend on each other through a latent.
 
-The teacher is a product over positions, p(x_0 | x_t) = prod_d p^d; the student a mixture of products with a latent l ~ U[0, 1],
+The teacher is a product over positions, p(x_0 | x_t) = prod_d p^d; the student is a mixture of products with a latent
+l ~ U[0, 1]. With J latents for each row, and pbar^d = (1 / J) sum_j p^d(.; l_j),
 
-    P(x_0 | x_t) = (1 / J) sum_j prod_d p^d(x_0^d | x_t; l_j),     Q(x_0 | x_t) = prod_d pbar^d,   pbar^d = (1 / J) sum_j p^d(.; l_j)
+    P(x_0 | x_t) = (1 / J) sum_j prod_d p^d(x_0^d | x_t; l_j),        Q(x_0 | x_t) = prod_d pbar^d(x_0^d)
 
-With r_t the law of x_t, u < t < 1 and J latents for each row, its four losses are, summed over masked positions d,
+Its four losses are, summed over masked positions d, with u < t,
 
-    distillation   (1 / J) sum_j sum_d KL(teacher^d || p^d(.; l_j))                         for small t: all components are the teacher
-    consistency    E -log P(x_0 | x_t),  x_u ~ teacher(x_u | x_t),  x_0 ~ student(x_0 | x_u)    one teacher step, then the student
-    correlation    -log P(x_0 | x_t)                                                        x_0 that x_t was made of
+    distillation   (1 / J) sum_j sum_d KL(teacher^d || p^d(.; l_j))        for small t: every component is the teacher
+    consistency    E -log P(x_0 | x_t)    one teacher step x_u ~ p(x_u | x_t), then the student, x_0 ~ P(x_0 | x_u)
+    correlation    -log P(x_0 | x_t)      with the x_0 that x_t was made of
     marginal       sum_d KL(teacher^d || pbar^d)
 
-In the second and third, -log P is replaced by -(log P - log Q): a control variate. In the second the mean of -log Q given x_u and
-the target's latent is known, sum_d CE(m^d, pbar^d), and is added back, so that nothing is biased but for the J under the logarithm
-(log of a mean of few: too low). In the third the marginal loss takes its place: correlations come from data, marginals from the
-teacher.
+In the second and third, -log P is replaced by -(log P - log Q): a control variate. In the second the mean of -log Q given x_u
+and the target's latent is known, sum_d CE(m^d, pbar^d), and is added back, so that nothing is biased but for the J under the
+logarithm (the log of a mean of few is too low). In the third the marginal loss takes its place: correlations come from data,
+marginals from the teacher.
 
 Sampling is ordinary, with a fresh latent for each row and call: [`LatentModel`] and `LearnedScheduler(network_latent=True)`.
 
@@ -128,7 +129,7 @@ def consistency_loss(log_p: Tensor, x_0: Tensor, target: Tensor, is_masked: Tens
     Args:
         log_p (`torch.Tensor` of shape `(J, B, L, V)`): The student at x_t.
         x_0 (`torch.Tensor` of shape `(T, B, L)`): One draw from each target.
-        target (`torch.Tensor` of shape `(T, B, L, V)`): Law of x_0 at each x_u and latent, known tokens certain; without gradient.
+        target (`torch.Tensor` of shape `(T, B, L, V)`): Law of x_0 at each x_u and latent, known tokens certain.
         is_masked (`torch.Tensor` of shape `(B, L)`): Bool; masks of x_t.
     """
     return correlation_loss(log_p, x_0, is_masked) + divergence(target.mean(0), mean_law(log_p), is_masked)
@@ -211,7 +212,7 @@ def di4c_losses(
 
 
 def total_loss(losses: Losses, t: Tensor, distilled_below: float, correlation_scale: float) -> Tensor:
-    """The published sum for each row, (B,): below a small time only the components are taught; above it they are taught together.
+    """The published sum for each row, (B,): below a small time each component is taught, above it all of them together.
 
         t < distilled_below:  distillation        else:  consistency + a(t) correlation + marginal
 

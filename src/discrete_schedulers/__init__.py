@@ -52,7 +52,7 @@ from discrete_schedulers.scud import ScheduleConditionedProcess
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-    from discrete_schedulers.models import DDiTModel, HollowTransformerModel
+    from discrete_schedulers.models import DDiTModel, HollowTransformerModel, LatentModel
     from discrete_schedulers.pipelines import DiscreteDiffusionPipeline, DiscreteDiffusionPipelineOutput
 
 __version__ = "0.1.0"
@@ -63,6 +63,7 @@ LAZY = {
     "DiscreteDiffusionPipeline": "discrete_schedulers.pipelines",
     "DiscreteDiffusionPipelineOutput": "discrete_schedulers.pipelines",
     "HollowTransformerModel": "discrete_schedulers.models",
+    "LatentModel": "discrete_schedulers.models",
     "ModelMixin": "diffusers",
 }
 
@@ -91,6 +92,7 @@ __all__ = [
     "InformedCorrectorScheduler",
     "KLASSScheduler",
     "LSDScheduler",
+    "LatentModel",
     "LearnedScheduler",
     "LikelihoodEstimate",
     "MaskGITScheduler",

@@ -2,5 +2,6 @@
 
 from discrete_schedulers.models.ddit import DDiTModel
 from discrete_schedulers.models.hollow import HollowTransformerModel
+from discrete_schedulers.models.latent import LatentModel
 
-__all__ = ["DDiTModel", "HollowTransformerModel"]
+__all__ = ["DDiTModel", "HollowTransformerModel", "LatentModel"]

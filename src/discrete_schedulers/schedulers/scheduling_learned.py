@@ -108,7 +108,7 @@ class LearnedScheduler(FactorisedScheduler):
         learned_for (`dict`, *optional*): What they were learned for: base model, revision, vocabulary, method, metrics.
         information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
         network_latent (`bool`, defaults to `False`): Tell the network `latent` (B,), a uniform number for each row, anew in
-            each call: for networks that are mixtures themselves.
+            each call: for networks that are mixtures themselves, [`LatentModel`].
     """
 
     revises_tokens = True  # with remasking
