@@ -85,7 +85,7 @@ def product_log_prob(log_p: Tensor, x_0: Tensor, is_masked: Tensor) -> Tensor:
 
 
 def divergence(p: Tensor, log_q: Tensor, is_masked: Tensor) -> Tensor:
-    """sum_d KL(p^d || q^d), (..., B), from laws p (..., B, L, V)."""
+    """sum_d KL(p^d || q^d), (..., B), from laws p (..., B, L, V) that have no gradient."""
     each = (torch.special.xlogy(p, p) - p * log_q).sum(-1)
     return torch.where(is_masked, each, 0.0).sum(-1)
 
