@@ -48,7 +48,7 @@ TABLE = {
     "scud": Part({"sampling", "processes"}, {"torch"}),
     "interop": Part({"sampling", "processes", "schedulers", "schedulers/scheduling_utils"}, {"torch", "diffusers"}),
     "models": Part({"models/*"}, set()),
-    "models/*": Part({"denoisers", "processes", "models/*"}, {"torch", "diffusers", "transformers"}),
+    "models/*": Part({"denoisers", "processes", "sampling", "models/*"}, {"torch", "diffusers", "transformers"}),
     "schedulers": Part({"schedulers/*", "schedulers/scheduling_utils"}, set()),
     "schedulers/scheduling_utils": Part({"sampling", "processes", "information"}, {"torch", "diffusers"}),
     "schedulers/order_utils": Part({"sampling", "schedulers/scheduling_utils"}, {"torch"}),
@@ -72,6 +72,7 @@ TABLE = {
 EXTRA = {
     "evaluation": {"sacrebleu"},  # self-BLEU
     "models/image_checkpoints": {"accelerate"},  # networks without weights
+    "models/latent": {"peft", "safetensors"},  # LoRA, and the adapter's file
     "models/loading": {"accelerate", "huggingface_hub", "safetensors"},  # weights of the Hub
     "pipelines/pipeline_discrete_diffusion": {"numpy"},  # output_type="np", as diffusers has it
     "pipelines/images": {"numpy"},

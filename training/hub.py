@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-UPLOADED = ["scheduler_config.json", "metrics.json", "plot.png", "README.md"]
+UPLOADED = ["scheduler_config.json", "metrics.json", "plot.png", "README.md", "latent_adapter.*"]
 
 CARD = """{header}
 

@@ -32,7 +32,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
+from discrete_schedulers.processes import AbsorbingProcess
 from discrete_schedulers.sampling import Generators, categorical, draw_states, uniforms
+from discrete_schedulers.schedulers.learned_utils import (
+    STEP_BLOCKS,
+    learned_law,
+    learned_mixture,
+    mixture_of,
+    times_from_counts,
+)
 
 LOWEST = -1e30  # a logit of probability 0 that can be multiplied
 Coefficients: TypeAlias = dict[str, Tensor]  # named blocks of floats, float64
@@ -62,6 +70,28 @@ LogRatio: TypeAlias = Callable[[Coefficients, Tensor], Tensor]  # (coefficients,
 def factorised(law: Tensor) -> StepLaw:
     """A product law (B, L, V), as `transition` of a factorised scheduler gives it, as a mixture of one."""
     return StepLaw(law.new_zeros(1), law[None])
+
+
+def learned_kernel(process: AbsorbingProcess, times: Tensor) -> Kernel:
+    """The step law of `LearnedScheduler(unmasking="bernoulli")`: coefficients are the blocks of a budget as tensors, by their
+    names in the config, any of them but `times` and `order`. What is learned goes into the config as it is.
+
+    Args:
+        process (`AbsorbingProcess`): The forward process.
+        times (`torch.Tensor` of shape `(N + 1,)`): The grid, where there is no block `counts`.
+    """
+
+    def kernel(coefficients: Coefficients, index: int, logits: Tensor, x_t: Tensor) -> StepLaw:
+        grid = times_from_counts(process, coefficients["counts"]) if "counts" in coefficients else times
+        step = {name: coefficients[name][index] for name in STEP_BLOCKS if name in coefficients}
+        if "mixture_weight" not in coefficients:
+            return factorised(learned_law(process, logits, x_t, grid[index], grid[index + 1], step))
+        weight, shift = coefficients["mixture_weight"], coefficients["mixture_shift"]
+        mixture = mixture_of(weight, shift, process.vocab_size, process.mask_token_id)
+        law = learned_mixture(process, logits, x_t, grid[index], grid[index + 1], step, mixture)
+        return StepLaw(mixture.log_weights, law)
+
+    return kernel
 
 
 # Paths

@@ -399,6 +399,8 @@ def sampler_nll_bound(
         raise ValueError(f"{name} chooses positions by their logits: `positions` does not say which ones it opens")
     if scheduler.revises_tokens:
         raise ValueError(f"{name} can revise tokens: this bound is for samplers that draw each of them once")
+    if scheduler.draws_latent:
+        raise ValueError(f"{name} has a mixture: this bound is for samplers whose tokens of a step are independent")
     bounds = []
     for x_0 in data.split(batch_size):
         x_t, total = torch.where(frozen, x_0, mask), torch.zeros(len(x_0), dtype=torch.float64, device=data.device)

@@ -7,7 +7,7 @@ a config of floats can be learned with the floats as tensors. `times_from_counts
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,35 @@ from discrete_schedulers.schedulers.scheduling_utils import own_logits, token_lo
 
 STEP_BLOCKS = ("rate", "inverse_temperature", "gate_a", "gate_b", "remask")
 StepCoefficients: TypeAlias = Mapping[str, Tensor]  # those of `STEP_BLOCKS` that are set, a float64 scalar each
+
+
+class Mixture(NamedTuple):
+    """A latent of each row and step, one of K, that tilts the tokens.
+
+    Args:
+        log_weights (`torch.Tensor` of shape `(K,)`): Log-probabilities of the components, float64.
+        shift (`torch.Tensor` of shape `(K, L, V)`): Added to the logits in each of them, float64; 0 at the mask.
+    """
+
+    log_weights: Tensor
+    shift: Tensor
+
+
+def mixture_of(weight: Tensor, shift: Tensor, vocab_size: int, mask_token_id: int) -> Mixture:
+    """The mixture that the blocks `mixture_weight` (K,) and `mixture_shift` (K L (V - 1),) say, differentiable in both.
+
+    Raises:
+        ValueError: If the number of shifts is no multiple of K (V - 1).
+    """
+    each = len(weight) * (vocab_size - 1)
+    if shift.numel() == 0 or shift.numel() % each:
+        raise ValueError(
+            f"'mixture_shift' has {shift.numel()} values; {len(weight)} components of {vocab_size - 1} tokens need a multiple "
+            f"of {each}: (component, position, token but the mask)"
+        )
+    tokens = shift.view(len(weight), -1, vocab_size - 1)
+    before, after = tokens[..., :mask_token_id], tokens[..., mask_token_id:]
+    return Mixture(weight.log_softmax(0), torch.cat([before, torch.zeros_like(tokens[..., :1]), after], dim=-1))
 
 
 def learned_law(
@@ -45,6 +74,50 @@ def learned_law(
     q = sharpened(process, logits, sample, t, coefficients, temperature, top_p).double().softmax(-1)
     if not isinstance(process, AbsorbingProcess):
         return process.posterior(sample, q, t, s)
+    return moved_law(process, q, logits, sample, t, s, coefficients)
+
+
+def learned_mixture(
+    process: AbsorbingProcess,
+    logits: Tensor,
+    sample: Tensor,
+    t: Tensor,
+    s: Tensor,
+    coefficients: StepCoefficients,
+    mixture: Mixture,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Tensor:
+    """Law of x_s for each position in each component of a mixture, shape (K, B, L, V), float64. Arguments as in
+    `learned_law`, and the mixture: given the component of a row its positions are independent."""
+    q = sharpened(process, logits, sample, t, coefficients, temperature, top_p).double()
+    q = tilted(q, sample, mixture).softmax(-1)
+    return moved_law(process, q, logits, sample, t, s, coefficients)
+
+
+def tilted(logits: Tensor, sample: Tensor, mixture: Mixture) -> Tensor:
+    """Logits (K, B, L, V) of the components, from logits (B, L, V).
+
+    Raises:
+        ValueError: If the mixture is for another length.
+    """
+    length = mixture.shift.shape[1]
+    if sample.shape[1] != length:
+        raise ValueError(f"'mixture_shift' is for {length} positions, but `sample` has {sample.shape[1]}")
+    return logits + mixture.shift.to(logits.device)[:, None]
+
+
+def moved_law(
+    process: AbsorbingProcess,
+    q: Tensor,
+    logits: Tensor,
+    sample: Tensor,
+    t: Tensor,
+    s: Tensor,
+    coefficients: StepCoefficients,
+) -> Tensor:
+    """Law of x_s, (..., B, L, V), where masks that open take tokens of the law q (..., B, L, V). Arguments as in
+    `learned_law`."""
     opens = open_probability(process, t, s, coefficients).to(q.device)
     if is_gated(coefficients):
         opens = gated(opens, gate_log_odds(logits, process.mask_token_id, coefficients))[..., None]  # (B, L, 1)

@@ -12,6 +12,8 @@ In step k from t to s, with r = (alpha_s - alpha_t) / (1 - alpha_t) and p the ne
     times (N + 1) or counts (N)    the grid, with `grid="learned"`: its times, or how many positions open in each step
     rate, inverse_temperature, gate_a, gate_b, remask (N each)                     the numbers above
     order (L)                      a priority of each position, the highest opens first, equal ones in random order
+    mixture_weight (K)             log-weights w of a latent z of each row and step (their softmax is its law), and
+    mixture_shift (K L (V - 1))    what it adds to the logits: position i opens to a token of q_i exp(shift_z,i) / Z
 
     no blocks                      AncestralScheduler                  inverse_temperature    its `temperature`, for each step
     times                          JYS, optimal and Beta schedules     remask                 ReMDM, Psi, DDIM on masks
@@ -27,11 +29,16 @@ they are drawn one after another with weights u_i / (1 - u_i). Temperature and t
 
 Exact in law for one token per step with grid, rate, order and gate, none of which sees the token that it opens. An inverse
 temperature is not: it pays where several tokens open in one step. Uniform noise has times and inverse_temperature (of the
-leave-one-out law). A mixture of token laws (a latent for each sequence and step, as in Di4C) is no block: its steps have no law
-for each position, and its K L V floats are a tensor's, not a config's.
+leave-one-out law).
+
+A mixture is the one block that can draw dependent tokens in one call: given z they are independent, so `transition`, the law of
+each position on its own, averages over z, and `components` has all. Shifts have a float for each component, position and token
+but the mask, in this order: for small vocabularies and one length. Larger ones want z inside the network:
+with `network_latent` it is drawn here, so that a generator makes samples of such a network reproducible too.
 
 Sources: time grids: JYS (arXiv 2410.07761), Beta schedules (2509.13866); rates: LSD (2509.19962); remasking: ReMDM
-(2503.00307); gate: the linear form of a learned unmasking policy (2512.09106) that sees the largest probability.
+(2503.00307); gate: the linear form of a learned unmasking policy (2512.09106) that sees the largest probability; mixture: Di4C
+(2410.08709) with the network frozen.
 """
 
 from __future__ import annotations
@@ -45,18 +52,25 @@ from discrete_schedulers.sampling import (
     Generators,
     RowLogits,
     bernoulli_subset,
+    categorical,
+    draw_tokens,
     gumbels,
     spread_subset,
     top_subset,
+    uniforms,
 )
 from discrete_schedulers.schedulers.learned_utils import (
     STEP_BLOCKS,
+    Mixture,
     gate_log_odds,
     gated,
     learned_law,
+    learned_mixture,
+    mixture_of,
     open_probability,
     remask_probability,
     sharpened,
+    tilted,
     times_from_counts,
 )
 from discrete_schedulers.schedulers.scheduling_utils import (
@@ -68,7 +82,8 @@ from discrete_schedulers.schedulers.scheduling_utils import (
     Unmasking,
 )
 
-BLOCKS = ("times", "counts", *STEP_BLOCKS, "order")
+MIXTURE_BLOCKS = ("mixture_weight", "mixture_shift")
+BLOCKS = ("times", "counts", *STEP_BLOCKS, "order", *MIXTURE_BLOCKS)
 UNIFORM_BLOCKS = ("times", "inverse_temperature")
 
 
@@ -92,6 +107,8 @@ class LearnedScheduler(FactorisedScheduler):
             the blocks above. Those of other schedulers are not read.
         learned_for (`dict`, *optional*): What they were learned for: base model, revision, vocabulary, method, metrics.
         information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
+        network_latent (`bool`, defaults to `False`): Tell the network `latent` (B,), a uniform number for each row, anew in
+            each call: for networks that are mixtures themselves, [`LatentModel`].
     """
 
     revises_tokens = True  # with remasking
@@ -112,6 +129,7 @@ class LearnedScheduler(FactorisedScheduler):
         coefficients: Coefficients | None = None,
         learned_for: dict | None = None,
         information_curve: list[float] | None = None,
+        network_latent: bool = False,
     ) -> None:
         self.prepare()
         self.revises_tokens = self.is_learned("remask")
@@ -132,6 +150,15 @@ class LearnedScheduler(FactorisedScheduler):
                 raise ValueError(f"{where} '{name}' must be positive, not {blocks[name]}")
         if "order" in blocks and (self.config.unmasking != "counts" or self.config.order != "random"):
             raise ValueError(f"{where} 'order' needs `unmasking='counts'` and `order='random'`")
+        if len(set(blocks) & set(MIXTURE_BLOCKS)) == 1:
+            raise ValueError(f"{where} a mixture is 'mixture_weight' and 'mixture_shift', not one of them")
+        if "mixture_weight" in blocks:
+            self.mixture_of(blocks)
+
+    def mixture_of(self, blocks: dict[str, list[float]]) -> Mixture:
+        """The mixture of a budget that has one."""
+        weight, shift = (torch.tensor(blocks[name], dtype=torch.float64) for name in MIXTURE_BLOCKS)
+        return mixture_of(weight, shift, self.config.vocab_size, self.absorbing_process.mask_token_id)
 
     def blocks(self, num_inference_steps: int) -> dict[str, list[float]]:
         """What was learned for a step budget; nothing where there are no coefficients at all.
@@ -163,10 +190,12 @@ class LearnedScheduler(FactorisedScheduler):
         return times
 
     def set_grid(self, times: Tensor, device: torch.device | str | None = None) -> None:
-        """As in [`DiscreteScheduler`]; also whether the budget has a gate."""
+        """As in [`DiscreteScheduler`]; also whether the budget has a gate or a mixture."""
         super().set_grid(times, device)
         blocks = (self.config.coefficients or {}).get(str(len(times) - 1), {})
         self.chooses_by_logits = "gate_a" in blocks or "gate_b" in blocks
+        self.mixture = self.mixture_of(blocks) if "mixture_weight" in blocks else None
+        self.draws_latent = self.mixture is not None or self.config.network_latent
 
     def step_coefficients(self, index: int) -> dict[str, Tensor]:
         """The numbers of a step, by the names of `STEP_BLOCKS`."""
@@ -175,7 +204,10 @@ class LearnedScheduler(FactorisedScheduler):
 
     def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
         """`learned_law` of the step, see [`FactorisedScheduler.transition`]. With `unmasking="counts"` this is the law of each
-        position when each opens on its own, while positions of a row exclude each other."""
+        position when each opens on its own, while positions of a row exclude each other; with a mixture, the mean over it."""
+        if self.mixture is not None:
+            log_weights, law = self.components(model_output, timestep, sample)
+            return torch.einsum("k,kblv->blv", log_weights.exp().to(law.device), law)
         index, config = self.step_index(timestep), self.config
         t, s = self.times[index], self.times[index + 1]
         coefficients = self.step_coefficients(index)
@@ -183,12 +215,44 @@ class LearnedScheduler(FactorisedScheduler):
             self.noise_process, model_output, sample, t, s, coefficients, config.temperature, config.top_p
         )
 
+    def components(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-weights (K,) of the latent, and the law of x_s in each component, (K, B, L, V): the law of a row is their
+        mixture, not the product of `transition`. Arguments as there.
+
+        Raises:
+            ValueError: If the budget has no mixture, or one for another length.
+        """
+        index, config = self.step_index(timestep), self.config
+        if self.mixture is None:
+            raise ValueError(f"coefficients for {len(self.times) - 1} steps have no 'mixture_weight'")
+        law = learned_mixture(
+            self.absorbing_process,
+            model_output,
+            sample,
+            self.times[index],
+            self.times[index + 1],
+            self.step_coefficients(index),
+            self.mixture,
+            config.temperature,
+            config.top_p,
+        )
+        return self.mixture.log_weights, law
+
     def is_shaped(self, index: int) -> bool:
         """Whether the call `index` draws from another law than the network's own."""
-        return super().is_shaped(index) or "inverse_temperature" in self.blocks(len(self.times) - 1)
+        shaped = self.mixture is not None or "inverse_temperature" in self.blocks(len(self.times) - 1)
+        return super().is_shaped(index) or shaped
 
     def shaped_logits(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
-        """Logits of q, see [`DiscreteScheduler.shaped_logits`]."""
+        """Logits of q, see [`DiscreteScheduler.shaped_logits`]; with a mixture, of its mean, and of all positions only."""
+        shaped = self.sharpened_logits(logits, index, sample)
+        if self.mixture is None:
+            return shaped
+        each = tilted(shaped.double(), sample, self.mixture).log_softmax(-1)  # (K, B, L, V)
+        return (self.mixture.log_weights.to(each.device)[:, None, None, None] + each).logsumexp(0)
+
+    def sharpened_logits(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
+        """Logits of q, before a mixture tilts them. Arguments as in `shaped_logits`."""
         t, coefficients, config = self.times[index], self.step_coefficients(index), self.config
         return sharpened(self.noise_process, logits, sample, t, coefficients, config.temperature, config.top_p)
 
@@ -196,6 +260,16 @@ class LearnedScheduler(FactorisedScheduler):
         """u: P(a mask opens in this step), before a gate. Absorbing process."""
         t, s = self.times[index], self.times[index + 1]
         return float(open_probability(self.absorbing_process, t, s, self.step_coefficients(index)))
+
+    def model_inputs(
+        self,
+        timestep: int | float | Tensor,
+        sample: Tensor,
+        frozen: Tensor | None = None,
+        generator: Generators = None,
+    ) -> dict[str, Tensor]:
+        """`latent` (B,) of this call with `network_latent`, else nothing. See [`DiscreteScheduler.model_inputs`]."""
+        return {"latent": uniforms((len(sample),), generator, sample.device)} if self.config.network_latent else {}
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
         """Masks that open in this step; all masks where a gate chooses among them. See [`DiscreteScheduler.positions`]."""
@@ -249,10 +323,26 @@ class LearnedScheduler(FactorisedScheduler):
             opens = gated(torch.tensor(self.open_probability(index), dtype=torch.float64), log_odds)
             chosen = self.opening(sample, opens, generator, log_odds)
             rows = RowLogits(rows.logits[chosen[is_masked]], chosen)
-        moved = super().move_rows(rows, index, sample, generator)
+        if self.mixture is None:
+            moved = super().move_rows(rows, index, sample, generator)
+        else:
+            moved = self.move_rows_together(rows, self.mixture, index, sample, generator)
         t, s = self.times[index], self.times[index + 1]
         falls = float(remask_probability(self.absorbing_process, t, s, coefficients))
         if falls == 0:  # no draw: the samples are those of ancestral steps
             return moved
         is_token = sample != self.config.mask_token_id
         return moved.masked_fill(bernoulli_subset(is_token, falls, generator), self.config.mask_token_id)
+
+    def move_rows_together(
+        self, rows: RowLogits, mixture: Mixture, index: int, sample: Tensor, generator: Generators
+    ) -> Tensor:
+        """`sample` with a token at each of the chosen positions, from one component for each row."""
+        latent = categorical(
+            mixture.log_weights.to(sample.device).expand(len(sample), -1),
+            uniforms((len(sample),), generator, sample.device),
+        )
+        shift = tilted(torch.zeros(1, 1, dtype=torch.float64, device=sample.device), sample, mixture)  # (K, 1, L, V)
+        logits = self.sharpened_logits(rows.logits, index, sample[rows.positions])
+        logits = logits.double() + shift[latent, 0][rows.positions]
+        return sample.masked_scatter(rows.positions, draw_tokens(RowLogits(logits, rows.positions), generator))

@@ -72,7 +72,8 @@ CHOICES = {
     "score_law": ("model", "tempered"),
     "mask_schedule": ("cosine", "linear", "square", "cubic", "root", "log", "exp", "grid"),
 }
-POSITION_BLOCKS = ("order",)  # learned blocks with one float for each position instead of one for each step
+# learned blocks whose length is not that of the steps: a float for each position, component, or token at each position
+OTHER_LENGTHS = ("order", "mixture_weight", "mixture_shift")
 
 
 @dataclass
@@ -103,6 +104,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         revises_tokens (`bool`): Whether a token that is not a mask may become another one, or a mask, in absorbing noise.
         chooses_by_logits (`bool`): Whether `positions` names those to choose from, and the logits decide which of them move.
         needs_revealed_logits (`bool`): Whether it reads the law of revealed tokens given the others: see [`NetworkDenoiser`].
+        draws_latent (`bool`): Whether the tokens of a step depend on each other through a latent of the row.
     """
 
     order = 1
@@ -111,6 +113,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
     revises_tokens = False
     needs_revealed_logits = False
     chooses_by_logits = False
+    draws_latent = False
     learned_block: str | None = None  # the block of `coefficients` without which a budget cannot be run
     learned_knobs: tuple[str, ...] = ()  # numbers of the constructor that can be learned for each step
 
@@ -626,7 +629,7 @@ def check_coefficients(coefficients: Coefficients) -> Coefficients:
                     f"`coefficients` for {budget} steps: '{name}' has a value that is not finite: {values}"
                 )
             length = int(budget) + (name == "times")
-            if name in POSITION_BLOCKS:  # the length of the sequence, which the config does not know
+            if name in OTHER_LENGTHS:  # they go with the length of the sequence, which the config does not know
                 length = max(len(values), 1)
             if len(values) != length:
                 raise ValueError(
