@@ -322,7 +322,7 @@ class LearnedScheduler(FactorisedScheduler):
             )
             opens = gated(torch.tensor(self.open_probability(index), dtype=torch.float64), log_odds)
             chosen = self.opening(sample, opens, generator, log_odds)
-            rows = RowLogits(rows.logits[chosen[is_masked]], chosen)
+            rows = rows.among(chosen)
         if self.mixture is None:
             moved = super().move_rows(rows, index, sample, generator)
         else:
