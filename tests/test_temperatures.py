@@ -1,0 +1,149 @@
+"""Inverse temperatures learned on the law of the last samples: slopes against differences of exact laws, what is learned
+against the exact optimum, features by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from laws import Joint, as_denoiser, exact_denoiser, kl, run_law
+from scipy.optimize import minimize
+from torch import Tensor
+from toys import toy_joint
+
+from discrete_schedulers import AbsorbingProcess, LearnedScheduler
+from discrete_schedulers.sampling import RowLogits
+from discrete_schedulers.training.marginal import centred, divergence_weights
+from discrete_schedulers.training.temperatures import (
+    BETA_RANGE,
+    Rolled,
+    descend_temperatures,
+    fluency,
+    roll,
+    text_features,
+    token_slopes,
+    with_temperatures,
+)
+
+L, S, MASK, V = 4, 2, 2, 3
+JOINT = toy_joint("ising", L)
+EXACT = exact_denoiser(JOINT, AbsorbingProcess(V, MASK))
+
+
+def final_law(scheduler: LearnedScheduler, log_beta: Tensor) -> Tensor:
+    """Law of the last sample over the rows of the joint: of the scheduler without temperatures, on tempered logits."""
+    scheduler.set_timesteps(len(log_beta))
+    beta = {float(t): float(b) for t, b in zip(scheduler.timesteps, log_beta.exp(), strict=True)}
+    law = run_law(scheduler, as_denoiser(lambda x, t: beta[t] * EXACT(x, t)), len(log_beta), L)
+    return law[JOINT.states @ V ** torch.arange(L - 1, -1, -1)]
+
+
+def reverse_kl(scheduler: LearnedScheduler, log_beta: Tensor) -> float:
+    return kl(final_law(scheduler, log_beta), JOINT.p)
+
+
+def row_of(x: Tensor) -> Tensor:
+    return x @ S ** torch.arange(L - 1, -1, -1)
+
+
+SCHEDULERS = [
+    LearnedScheduler(V, MASK, unmasking="bernoulli"),
+    LearnedScheduler(V, MASK),
+    LearnedScheduler(V, MASK, order="spread"),
+    LearnedScheduler(V, MASK, grid="learned", coefficients={"2": {"counts": [1.0, 3.0]}}),
+]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=["bernoulli", "counts", "spread", "learned counts"])
+def test_gradient_is_the_slope_of_the_exact_divergence(scheduler: LearnedScheduler) -> None:
+    log_beta, rows = torch.tensor([-0.4, 0.6], dtype=torch.float64), 40_000
+    x, slopes = roll(EXACT, scheduler, log_beta, (rows, L), torch.Generator().manual_seed(0))
+    log_ratio = (final_law(scheduler, log_beta) / JOINT.p).log()[row_of(x)]
+    terms = centred(divergence_weights(log_ratio, "reverse_kl"))[:, None] * slopes
+    error = terms.std(0) / math.sqrt(rows)
+    for k, h in enumerate(torch.eye(2, dtype=torch.float64) * 1e-5):
+        exact = (reverse_kl(scheduler, log_beta + h) - reverse_kl(scheduler, log_beta - h)) / 2e-5
+        assert abs(float(terms[:, k].mean()) - exact) < 4.5 * float(error[k])
+        assert abs(float(slopes[:, k].mean())) < 4.5 * float(slopes[:, k].std()) / math.sqrt(rows)
+        assert abs(exact) > 4.5 * float(error[k]) or abs(exact) < 0.02  # the test sees a gradient where there is one
+
+
+def test_slopes_of_tokens() -> None:
+    logits = torch.tensor([[0.3, -1.0, -torch.inf, 2.0]], dtype=torch.float64)
+    for token in (0, 1, 3):
+        log_q = [(beta * logits).log_softmax(-1)[0, token] for beta in (1.5 * math.exp(1e-6), 1.5 * math.exp(-1e-6))]
+        slope = float(token_slopes(logits, torch.tensor([token]), 1.5))
+        assert slope == pytest.approx(float(log_q[0] - log_q[1]) / 2e-6, abs=1e-8)
+
+
+def test_a_path_is_that_of_the_scheduler() -> None:
+    """The samples are those that the learned config draws from the same generators, whatever the batch."""
+    log_beta = torch.tensor([-0.4, 0.6], dtype=torch.float64)
+    generators = [torch.Generator().manual_seed(i) for i in range(6)]
+    x, slopes = roll(EXACT, SCHEDULERS[2], log_beta, (6, L), generators)
+    alone = [roll(EXACT, SCHEDULERS[2], log_beta, (1, L), [torch.Generator().manual_seed(i)]) for i in range(6)]
+    assert torch.equal(x, torch.cat([one.x_0 for one in alone]))
+    torch.testing.assert_close(slopes, torch.cat([one.slopes for one in alone]), rtol=0, atol=1e-12)
+    learned = with_temperatures(SCHEDULERS[2], log_beta)
+    assert learned.config.coefficients == {"2": {"inverse_temperature": log_beta.exp().tolist()}}
+
+
+def test_descent_reaches_the_optimum() -> None:
+    """With the exact ratio: at least 85 % of what the exact law allows to gain over temperature 1."""
+    scheduler = SCHEDULERS[1]
+
+    def exact(values: list[float]) -> float:
+        return reverse_kl(scheduler, torch.tensor(values, dtype=torch.float64))
+
+    limits = [tuple(math.log(b) for b in BETA_RANGE)] * 2
+    best = minimize(exact, [0.0, 0.1], method="Nelder-Mead", bounds=limits, options={"maxfev": 60}).fun
+    state: dict[str, Tensor] = {}
+
+    def rolled(log_beta: Tensor, iteration: int) -> Rolled:
+        state["now"] = log_beta.clone()
+        return roll(EXACT, scheduler, log_beta, (512, L), torch.Generator().manual_seed(iteration))
+
+    def weights(x: Tensor) -> Tensor:
+        ratio = (final_law(scheduler, state["now"]) / JOINT.p).log()
+        return divergence_weights(ratio[row_of(x)], "reverse_kl")
+
+    *_, last = descend_temperatures(rolled, weights, 2, 60)
+    start = exact([0.0, 0.0])
+    assert best < 0.8 * start
+    assert exact(last.tolist()) < best + 0.15 * (start - best)
+
+
+def test_fluency_by_hand() -> None:
+    """A joint of two pairs of equal tokens: each half says the other."""
+    joint = Joint(
+        torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]), torch.full((4,), 0.25).double()
+    )
+    exact = exact_denoiser(joint, AbsorbingProcess(V, MASK))
+
+    def smoothed(x: Tensor, t: float, positions: Tensor) -> RowLogits:
+        rows = exact(x, t, positions)
+        assert isinstance(rows, RowLogits)
+        return RowLogits((0.9 * rows.logits.exp() + 0.05 * torch.tensor([1.0, 1.0, 0.0])).log(), positions)
+
+    smoothed.mask_token_id = MASK  # type: ignore[attr-defined]
+    x = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    torch.testing.assert_close(fluency(smoothed, x), torch.full((2, 2), math.log(0.95)).double())
+    features = text_features(smoothed, 4, batch_size=1)(x)
+    square = math.log(0.95) ** 2
+    assert features[0, -5:].tolist() == pytest.approx([math.log(0.95)] * 2 + [square] * 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.5}, "`temperature` is 0.5"),
+        ({"top_p": 0.5}, "`top_p` 0.5"),
+        ({"coefficients": {"2": {"gate_b": [1.0, 1.0]}}}, "has a gate"),
+        ({"coefficients": {"2": {"mixture_weight": [0.0], "mixture_shift": [0.0] * 8}}}, "has a mixture"),
+    ],
+)
+def test_schedulers_without_such_slopes(changes: dict, message: str) -> None:
+    scheduler = LearnedScheduler(V, MASK, **changes)
+    with pytest.raises(ValueError, match=message):
+        roll(EXACT, scheduler, torch.zeros(2, dtype=torch.float64), (3, L), None)

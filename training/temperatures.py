@@ -1,0 +1,187 @@
+r"""One inverse temperature for each step of a [`LearnedScheduler`], learned on the law of its last samples.
+
+A path opens some masks in each step and draws their tokens from q = softmax(beta_k l), l the network's logits. Which masks open
+does not depend on beta, so that the slope of the path's log-probability needs no call of the network beyond those that drew it:
+
+    d log P(path) / d log beta_k = sum over tokens v drawn in step k of  beta_k ( l(v) - sum_u q(u) l(u) )
+
+With w of the path's end (`marginal.divergence_weights` of log(q_c / p), a learned ratio) the gradient of the divergence is
+mean_b (w_b - mean of the other rows) slope_b. For text the ratio sees hashed n-grams and the fluency of a sample: how well the
+frozen network itself predicts half of it from the other half,
+
+    fluency_j(x) = mean_{i = j mod 2} log p(x_i | x at the other half),     j = 0, 1
+
+which few-step samples lack first. Tempering raises fluency and lowers variety; the ratio weighs both against the data.
+
+Source: `training/marginal.py`; the features are this library's own. Sums in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from discrete_schedulers.denoisers import Denoiser
+from discrete_schedulers.sampling import Generators, RowLogits
+from discrete_schedulers.schedulers import LearnedScheduler
+from discrete_schedulers.training.marginal import centred, ngram_features
+
+BETA_RANGE = (0.2, 5.0)
+
+
+class Rolled(NamedTuple):
+    """Samples, and how their paths' log-probabilities change with the temperatures.
+
+    Args:
+        x_0 (`torch.Tensor` of shape `(B, L)`): Samples, int64.
+        slopes (`torch.Tensor` of shape `(B, N)`): d log P(path) / d log beta_k, float64.
+    """
+
+    x_0: Tensor
+    slopes: Tensor
+
+
+def with_temperatures(scheduler: LearnedScheduler, log_beta: Tensor) -> LearnedScheduler:
+    """The scheduler with exp(log_beta), (N,), as the inverse temperatures of N steps, beside the blocks it has there.
+
+    Raises:
+        ValueError: If another temperature, top-p or mixture makes the token law.
+    """
+    config = scheduler.config
+    if config.temperature != 1 or config.top_p != 1:
+        raise ValueError(f"`temperature` is {config.temperature} and `top_p` {config.top_p}; both must be 1 to learn")
+    steps = str(len(log_beta))
+    blocks = dict((config.coefficients or {}).get(steps, {}))
+    if "mixture_weight" in blocks:
+        raise ValueError("the scheduler has a mixture: its tokens have no temperature of their own")
+    blocks["inverse_temperature"] = log_beta.exp().tolist()
+    return LearnedScheduler.from_config(config, coefficients={steps: blocks})
+
+
+def token_slopes(logits: Tensor, tokens: Tensor, beta: float) -> Tensor:
+    """d log q(token) / d log beta, (R,), float64, of tokens (R,) drawn from q = softmax(beta logits), logits (R, V)."""
+    wide = logits.double()
+    q = (beta * wide).softmax(-1)
+    mean = (q * wide.masked_fill(q == 0, 0.0)).sum(-1)  # 0 * -inf is NaN
+    return beta * (wide.gather(-1, tokens[:, None]).squeeze(-1) - mean)
+
+
+@torch.no_grad()
+def roll(
+    denoiser: Denoiser,
+    scheduler: LearnedScheduler,
+    log_beta: Tensor,
+    shape: tuple[int, int],
+    generator: Generators,
+    device: torch.device | str = "cpu",
+) -> Rolled:
+    """Draw paths.
+
+    Args:
+        denoiser (`Denoiser`): The frozen network.
+        scheduler (`LearnedScheduler`): Its grid, order and other blocks; absorbing process, no gate.
+        log_beta (`torch.Tensor` of shape `(N,)`): Logarithms of the inverse temperatures, float64.
+        shape (`tuple[int, int]`): Rows B and positions L.
+        generator (`torch.Generator`, `list[torch.Generator]` or `None`): Source of randomness.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where the network is.
+
+    Raises:
+        ValueError: If the scheduler has a gate, a mixture, or another temperature.
+    """
+    scheduler = with_temperatures(scheduler, log_beta)
+    scheduler.set_timesteps(len(log_beta))
+    if scheduler.chooses_by_logits:
+        raise ValueError("the scheduler has a gate, which sees the logits: its openings are part of the path's law")
+    x = scheduler.sample_prior(shape, generator, device)
+    slopes = torch.zeros(shape[0], len(log_beta), dtype=torch.float64, device=device)
+    for k, t in enumerate(scheduler.timesteps):
+        chosen = scheduler.positions(k, x, generator)
+        assert chosen is not None  # absorbing
+        rows = denoiser(x, t, chosen)
+        x = scheduler.step(rows, k, x, generator=generator).prev_sample
+        slopes[:, k] = row_sums(rows, token_slopes(rows.logits, x[chosen], float(log_beta[k].exp())))
+    return Rolled(x, slopes)
+
+
+def row_sums(rows: RowLogits, values: Tensor) -> Tensor:
+    """Values (R,) at the chosen positions, summed over each row of the batch, (B,)."""
+    return (
+        torch.zeros(rows.positions.shape, dtype=values.dtype, device=values.device)
+        .masked_scatter(rows.positions, values)
+        .sum(1)
+    )
+
+
+@torch.no_grad()
+def fluency(denoiser: Denoiser, x: Tensor, batch_size: int = 64) -> Tensor:
+    """fluency_0 and fluency_1 of each sample, (B, 2), float64, in nats per token; see the head of the file.
+
+    Args:
+        denoiser (`Denoiser`): The frozen network, absorbing process.
+        x (`torch.Tensor` of shape `(B, L)`): Samples, L >= 2.
+        batch_size (`int`, defaults to 64): Rows in one call of the network.
+    """
+    assert denoiser.mask_token_id is not None
+    found = []
+    for part in x.split(batch_size):
+        means = []
+        for offset in (0, 1):
+            hidden = torch.zeros_like(part, dtype=torch.bool)
+            hidden[:, offset::2] = True
+            rows = denoiser(part.masked_fill(hidden, denoiser.mask_token_id), 0.5, hidden)
+            taken = rows.logits.double().log_softmax(-1).gather(-1, part[hidden][:, None]).squeeze(-1)
+            means.append(row_sums(rows, taken.clamp(min=math.log(1e-9))) / hidden[0].sum())
+        found.append(torch.stack(means, dim=1))
+    return torch.cat(found)
+
+
+def text_features(denoiser: Denoiser, buckets: int, batch_size: int = 64) -> Callable[[Tensor], Tensor]:
+    """Tokens (B, L) to features (B, 2 buckets + 5), float64: hashed shares of tokens and of pairs, fluencies, their squares and
+    product."""
+
+    def features(x: Tensor) -> Tensor:
+        a, b = fluency(denoiser, x, batch_size).unbind(1)
+        fluent = torch.stack([a, b, a * a, b * b, a * b], dim=1)
+        return torch.cat([ngram_features(x, 1, buckets), ngram_features(x, 2, buckets), fluent], dim=1)
+
+    return features
+
+
+def descend_temperatures(
+    rolled: Callable[[Tensor, int], Rolled],
+    weights: Callable[[Tensor], Tensor],
+    num_steps: int,
+    iterations: int,
+    learning_rate: float = 0.05,
+    averaged: int = 20,
+) -> Iterator[Tensor]:
+    """Adam on the score-function gradient, clipped to `BETA_RANGE`; yields the mean of the last iterates.
+
+    Args:
+        rolled (`Callable`): Draws the paths of an iteration, from log beta (N,) and its number.
+        weights (`Callable`): w at samples (B, L), (B,): `marginal.divergence_weights` of a log ratio.
+        num_steps (`int`): N.
+        iterations (`int`): Gradient steps.
+        learning_rate (`float`, defaults to 0.05): Of Adam, on log beta; it falls to a tenth over the run, by a cosine.
+        averaged (`int`, defaults to 20): Iterates in the mean.
+
+    Yields:
+        `torch.Tensor` of shape `(N,)`: log beta, after each iteration.
+    """
+    log_beta = torch.zeros(num_steps, dtype=torch.float64)
+    optimizer = torch.optim.Adam([log_beta], lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations, eta_min=learning_rate / 10)
+    latest: deque[Tensor] = deque(maxlen=averaged)
+    for iteration in range(iterations):
+        x_0, slopes = rolled(log_beta, iteration)
+        log_beta.grad = (centred(weights(x_0))[:, None] * slopes).mean(0).to(log_beta.device)
+        optimizer.step()
+        schedule.step()
+        log_beta.clamp_(*map(math.log, BETA_RANGE))
+        latest.append(log_beta.clone())
+        yield torch.stack(list(latest)).mean(0)
