@@ -23,6 +23,7 @@ from discrete_schedulers import (
     GillespieScheduler,
     InformedCorrectorScheduler,
     KLASSScheduler,
+    Learn2PDScheduler,
     LearnedScheduler,
     LSDScheduler,
     MaskGITScheduler,
@@ -72,6 +73,12 @@ CORRECTED = {str(n): {"divergence_free": [0.3 * (k % 4) for k in range(n)]} for 
 THETA = {str(n): {"theta": [0.3 + 0.1 * (k % 4) for k in range(n)]} for n in BUDGETS}
 SCALE_AND_TIMES = {str(n): {"scale": learned_scale(n), "times": learned_times(n)} for n in BUDGETS}
 
+FILTER = {  # three hidden units over blocks of four
+    "hidden_weight": [[2.0, -0.5, 0.3, 0.0], [0.0, 1.5, -1.0, 1.0], [-1.0, 0.5, 1.0, 2.0]],
+    "hidden_bias": [0.1, -0.2, 0.3],
+    "output_weight": [[1.0, -2.0, 0.5], [-1.0, 1.5, 0.2], [0.3, 0.3, -0.8], [2.0, -1.0, 0.4]],
+    "output_bias": [0.2, -0.1, 0.4, -0.6],
+}
 EVENTS = {str(n): {"events": [1.0 + k for k in range(n)]} for n in BUDGETS}
 
 
@@ -238,6 +245,7 @@ CASES = [
     SchedulerCase("threshold", ThresholdScheduler, {"threshold": 0.3}),
     SchedulerCase("threshold-blocks", ThresholdScheduler, {"threshold": 0.3, "block_length": 4, "temperature": 0.7}),
     SchedulerCase("factor", ThresholdScheduler, {"rule": "factor", "factor": 1.7, "coefficients": FACTORS}),
+    SchedulerCase("learn2pd", Learn2PDScheduler, {"threshold": 0.5, "filter": FILTER, "block_length": 4}),
     SchedulerCase("klass", KLASSScheduler, {"threshold": 0.3, "kl_threshold": 3.0, "history_length": 1}),
     SchedulerCase("pc-sampler", PCSamplerScheduler, {"block_length": 4, "grid": "cosine"}),
     SchedulerCase("entropy-bound", EntropyBoundScheduler, {"entropy_bound": 1.5}),

@@ -536,11 +536,33 @@ def two_sample_judge(
         entropy (`Callable`): Of a set of samples.
         seed (`int`): Of the samples.
     """
+
+    def draw(coefficients: Coefficients, generator: torch.Generator) -> Tensor:
+        return sample_paths(kernel, coefficients, denoiser, start, times, generator)[-1]
+
+    return judge_of_draws(draw, heldout, features, entropy, seed)
+
+
+def judge_of_draws(
+    draw: Callable[[Coefficients, torch.Generator], Tensor],
+    heldout: Tensor,
+    features: Features,
+    entropy: Callable[[Tensor], float],
+    seed: int,
+) -> Callable[[Coefficients], Verdict]:
+    """`two_sample_judge` for any sampler, also those whose step law is not known: orders, thresholds, corrections.
+
+    Args:
+        draw (`Callable`): Floats and a generator to samples (B, L).
+        heldout (`torch.Tensor` of shape `(m, L)`): Data that the ratio has not seen.
+        features (`Callable`): Tokens to features, for `two_sample_statistic`.
+        entropy (`Callable`): Of a set of samples.
+        seed (`int`): Of the samples, the same for every candidate.
+    """
     theirs, target = features(heldout), entropy(heldout)
 
     def judge(coefficients: Coefficients) -> Verdict:
-        generator = torch.Generator().manual_seed(seed)
-        x = sample_paths(kernel, coefficients, denoiser, start, times, generator)[-1]
+        x = draw(coefficients, torch.Generator().manual_seed(seed))
         return Verdict(two_sample_statistic(features(x), theirs), entropy(x) / target)
 
     return judge

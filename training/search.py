@@ -1,9 +1,11 @@
 r"""Search for a few sampler coefficients without gradients: CMA-ES on any loss.
 
 For fewer than about 20 floats it is the most robust choice: it needs no path probabilities, so it also serves samplers whose
-step law is not known (orders, thresholds, corrections), and it does not mind the noise of a two-sample statistic. Evaluate the
-loss with the same random numbers for all candidates (`marginal.two_sample_judge` does) and hand the candidates to
-`marginal.keep_best`.
+step law is not known (orders, thresholds, corrections), and it does not mind the noise of a two-sample statistic. For the
+marginal objective, all candidates with the same random numbers, and a second judge with fresh data and numbers:
+
+    candidates = [start, *evolve(judged(judge), start, spread, bounds, evaluations, seed)]
+    best = keep_best(candidates, heldout_judge)                              # marginal.two_sample_judge, judge_of_draws
 
 Source: Hansen, Ostermeier 2001; the package `cma` (`pip install discrete_schedulers[search]`).
 """
@@ -16,7 +18,29 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from discrete_schedulers.training.marginal import Bounds, Coefficients
+from discrete_schedulers.training.marginal import Bounds, Coefficients, Verdict
+
+ENTROPY_PENALTY = 10.0  # nats for all of the entropy: a lack of one per cent costs as much as a KL of 0.1
+
+
+def judged(
+    judge: Callable[[Coefficients], Verdict], entropy_range: tuple[float, float] = (0.99, math.inf)
+) -> Callable[[Coefficients], float]:
+    """The marginal objective as a loss for `evolve`: the two-sample statistic, and a price on entropy outside the range, so
+    that the search is led back into it. `marginal.keep_best` is strict.
+
+    Args:
+        judge (`Callable`): On samples with the same random numbers for all candidates.
+        entropy_range (`tuple[float, float]`, defaults to `(0.99, inf)`): Of `entropy_ratio`, as in `marginal.keep_best`.
+    """
+    low, high = entropy_range
+
+    def loss(coefficients: Coefficients) -> float:
+        verdict = judge(coefficients)
+        outside = max(low - verdict.entropy_ratio, verdict.entropy_ratio - high, 0.0)
+        return verdict.statistic + ENTROPY_PENALTY * outside
+
+    return loss
 
 
 def evolve(

@@ -12,6 +12,7 @@ from discrete_schedulers.schedulers.scheduling_gibbs_corrector import GibbsCorre
 from discrete_schedulers.schedulers.scheduling_gillespie import GillespieScheduler
 from discrete_schedulers.schedulers.scheduling_informed_corrector import InformedCorrectorScheduler
 from discrete_schedulers.schedulers.scheduling_klass import KLASSScheduler
+from discrete_schedulers.schedulers.scheduling_learn2pd import Learn2PDScheduler
 from discrete_schedulers.schedulers.scheduling_learned import LearnedScheduler
 from discrete_schedulers.schedulers.scheduling_lsd import LSDScheduler
 from discrete_schedulers.schedulers.scheduling_maskgit import MaskGITScheduler
@@ -47,6 +48,7 @@ __all__ = [
     "InformedCorrectorScheduler",
     "KLASSScheduler",
     "LSDScheduler",
+    "Learn2PDScheduler",
     "LearnedScheduler",
     "MaskGITScheduler",
     "PCSamplerScheduler",

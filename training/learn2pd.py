@@ -1,0 +1,116 @@
+r"""Learn the filter of [`Learn2PDScheduler`] from the frozen network's own decoding: no reward, no labels from outside.
+
+The network decodes masks one by one, the most confident first. At each state on the way a masked position has a prediction, the
+most probable token; its label is whether decoding ended with this very token. The filter learns the label from the confidences
+of its block by logistic loss, so that f is the share of final predictions among those that look like this one.
+
+Source: Bao et al. 2025 (Learn2PD, arXiv 2509.25188).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from discrete_schedulers.sampling import top_subset
+from discrete_schedulers.schedulers.scheduling_learn2pd import FilterFloats, filter_log_odds
+
+
+class Decoded(NamedTuple):
+    """States of greedy decoding, R of them.
+
+    Args:
+        confidence (`torch.Tensor` of shape `(R, w)`): Largest probability at each mask, 1 at known tokens, float64.
+        is_final (`torch.Tensor` of shape `(R, w)`): Bool; whether the most probable token is the one decoding ended with.
+        is_masked (`torch.Tensor` of shape `(R, w)`): Bool.
+    """
+
+    confidence: Tensor
+    is_final: Tensor
+    is_masked: Tensor
+
+
+@torch.no_grad()
+def decode_one_by_one(
+    denoiser: Callable[[Tensor, float], Tensor], start: Tensor, mask_token_id: int, block_length: int | None = None
+) -> Decoded:
+    """Decode greedily, one token of each row in each call, blocks from left to right, and label every state on the way.
+
+    Args:
+        denoiser (`Callable`): The frozen network: tokens (B, L) and a time to logits (B, L, V). It is told the masked share.
+        start (`torch.Tensor` of shape `(B, L)`): Prompts and masks.
+        mask_token_id (`int`): The mask.
+        block_length (`int`, *optional*): w; divides L. `None` is one block.
+
+    Raises:
+        ValueError: If the block length does not divide L.
+    """
+    length = start.shape[1]
+    width = block_length or length
+    if length % width:
+        raise ValueError(f"`block_length` is {block_length}, which does not divide the {length} positions of `start`")
+    block = torch.arange(length, device=start.device) // width
+    state, seen = start.clone(), []
+    while (state == mask_token_id).any():
+        is_masked = state == mask_token_id
+        logits = denoiser(state, float(is_masked.double().mean())).double()
+        logits[..., mask_token_id] = -torch.inf
+        best = logits.softmax(-1).max(-1)
+        seen.append((torch.where(is_masked, best.values, 1.0), best.indices, is_masked))
+        first = torch.where(is_masked, block, length).amin(1, keepdim=True)
+        current = is_masked & (block == first)
+        opens = top_subset(current, current.any(1).long(), best.values)
+        state = torch.where(opens, best.indices, state)
+    confidence, guess, masked = (torch.stack(part) for part in zip(*seen, strict=True))  # (T, B, L)
+    final = guess == state
+    rows = [part.view(-1, width) for part in (confidence, final, masked)]
+    keep = rows[2].any(1)
+    return Decoded(*(part[keep] for part in rows))
+
+
+def fit_filter(
+    decoded: Decoded,
+    hidden: int,
+    iterations: int,
+    generator: torch.Generator,
+    learning_rate: float = 0.01,
+    batch_size: int = 512,
+) -> FilterFloats:
+    """The filter with the smallest logistic loss at masked positions, by Adam: `Learn2PDScheduler(filter=...)`.
+
+    Args:
+        decoded (`Decoded`): From `decode_one_by_one`; held-out prompts are for the choice of the threshold.
+        hidden (`int`): H; 32 with w = 32 in the paper.
+        iterations (`int`): Steps of Adam.
+        generator (`torch.Generator`): Of the first weights and the batches.
+        learning_rate (`float`, defaults to 0.01): Falls to 0 over the run, linearly.
+        batch_size (`int`, defaults to 512): States in a batch.
+
+    Raises:
+        ValueError: If there is nothing to learn from.
+    """
+    if not decoded.is_masked.any():
+        raise ValueError("`decoded` has no masked position: decode from states with masks")
+    width = decoded.confidence.shape[1]
+    shapes = {"hidden_weight": (hidden, width), "hidden_bias": (hidden,)}
+    shapes |= {"output_weight": (width, hidden), "output_bias": (width,)}
+    layers = {
+        name: (torch.randn(shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5).requires_grad_()
+        for name, shape in shapes.items()
+    }
+    optimizer = torch.optim.Adam(layers.values(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, iterations)
+    for _ in range(iterations):
+        rows = torch.randint(len(decoded.confidence), (batch_size,), generator=generator)
+        log_odds = filter_log_odds(layers, decoded.confidence[rows])
+        wanted, counted = decoded.is_final[rows].double(), decoded.is_masked[rows].double()
+        each = binary_cross_entropy_with_logits(log_odds, wanted, reduction="none")
+        optimizer.zero_grad()
+        ((each * counted).sum() / counted.sum()).backward()
+        optimizer.step()
+        schedule.step()
+    return {name: layer.detach().tolist() for name, layer in layers.items()}
