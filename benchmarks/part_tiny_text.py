@@ -31,7 +31,7 @@ from discrete_schedulers.evaluation import (
     sampler_nll_bound,
     unigram_entropy,
 )
-from discrete_schedulers.training.distill import pack
+from discrete_schedulers.training.data import pack
 
 MODEL = "discrete-schedulers/tiny-text"
 FULL = {

@@ -33,6 +33,7 @@ from discrete_schedulers import (
     AncestralScheduler,
     DDiTModel,
     DiscreteDiffusionPipeline,
+    DiscreteScheduler,
     InformationCurve,
     LearnedScheduler,
     LSDScheduler,
@@ -41,7 +42,7 @@ from discrete_schedulers import (
     optimal_times,
 )
 from discrete_schedulers.information import schedule_gain
-from discrete_schedulers.training import distill
+from discrete_schedulers.training import data, distill
 from discrete_schedulers.training.hub import write_card
 from discrete_schedulers.training.objectives import CoupledRoll, draw_noise, perturbed_start
 
@@ -60,6 +61,7 @@ METHODS = {
     "optimal_grid": ["--method", "optimal_grid"],
     "optimal_grid text": ["--method", "optimal_grid"],
     "lsd text": ["--objective", "l2"],
+    "marginal text": ["--method", "marginal", "--num_samples", "24", "--num_epochs", "3", "--buckets", "4"],
 }
 PLOTTED = ["lsd l2", "lsd_plus repaired", "optimal_grid text"]  # drawing takes half of such a small run's time
 FINISHED = ["README.md", "metrics.json", "plot.png", "scheduler_config.json"]
@@ -119,8 +121,9 @@ def arguments(work: Path, folder: Path) -> list[str]:
     return ["--pretrained_model_name_or_path", str(work / "model"), "--output_dir", str(folder), *SMALL]
 
 
-def load(name: str, folder: Path) -> AncestralScheduler | LSDScheduler:
-    return (AncestralScheduler if name.startswith("optimal") else LSDScheduler).from_pretrained(folder)
+def load(name: str, folder: Path) -> DiscreteScheduler:
+    classes = {"optimal_grid": AncestralScheduler, "marginal": LearnedScheduler}
+    return classes.get(name.split()[0], LSDScheduler).from_pretrained(folder)
 
 
 def flat(coefficients: dict[str, dict[str, list[float]]]) -> list[float]:
@@ -156,6 +159,10 @@ def test_scheduler_config(finished: Callable, work: Path, name: str) -> None:
             assert scheduler.times.tolist() == pytest.approx(optimal_times(curve, steps).tolist(), abs=1e-12)
         return
     assert config["coefficients"] == metrics["coefficients"]  # bit for bit
+    if name.startswith("marginal"):
+        assert (config["order"], config["unmasking"]) == ("spread", "counts")
+        assert {n: len(b["inverse_temperature"]) for n, b in config["coefficients"].items()} == {"2": 2, "4": 4}
+        return
     assert config["scale"] == ("log_score" if "softmax" in name or "log-score" in name else "score")
     for steps in BUDGETS:
         blocks = metrics["coefficients"][str(steps)]
@@ -208,7 +215,8 @@ def test_metrics(finished: Callable, work: Path, name: str) -> None:
     assert 0 < metrics["data_entropy"] <= math.log(LENGTH)
     assert metrics["sequence_evaluations"] > SAMPLES * LENGTH / 2
     told = metrics["arguments"]
-    assert (told["teacher_steps"], told["num_samples"], told["seed"]) == (32, SAMPLES, 0)
+    samples = 24 if name.startswith("marginal") else SAMPLES
+    assert (told["teacher_steps"], told["num_samples"], told["seed"]) == (32, samples, 0)
     assert not {"hub_token", "push_to_hub", "output_dir"} & set(told)
 
 
@@ -321,7 +329,7 @@ def test_optimal_grid_is_that_of_the_models_curve(finished: Callable, work: Path
     assert metrics["sequence_evaluations"] == 2 * len(windows) * LENGTH
 
 
-@pytest.mark.parametrize("name", ["lsd l2", "lsd softmax", "optimal_grid", "optimal_grid text"])
+@pytest.mark.parametrize("name", ["lsd l2", "lsd softmax", "optimal_grid", "optimal_grid text", "marginal text"])
 @pytest.mark.usefixtures("no_plot")
 def test_coefficients_do_not_depend_on_batches(finished: Callable, work: Path, tmp_path: Path, name: str) -> None:
     metrics, folder = finished(name)
@@ -340,7 +348,7 @@ def test_coefficients_do_not_depend_on_batches(finished: Callable, work: Path, t
 
 
 @pytest.mark.usefixtures("no_plot")
-@pytest.mark.parametrize("name", ["lsd l2", "optimal_grid text"])
+@pytest.mark.parametrize("name", ["lsd l2", "optimal_grid text", "marginal text"])
 def test_evaluations_are_counted(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Every sequence that goes through the network until the coefficients are there, and none of those that measure."""
     rows: list[int] = []
@@ -456,9 +464,9 @@ def test_models_and_data_are_refused(work: Path, tmp_path: Path) -> None:
 # Data
 
 
-def texts_of(*extra: str) -> distill.Texts | None:
+def texts_of(*extra: str) -> data.Texts | None:
     given = ["--pretrained_model_name_or_path", "x", "--output_dir", "out", *extra]
-    return distill.load_texts(distill.parse_args(given))
+    return data.load_texts(distill.parse_args(given))
 
 
 def test_texts(work: Path, tmp_path: Path) -> None:
@@ -493,10 +501,10 @@ def test_texts_of_the_bundled_model() -> None:
 def test_pack(work: Path) -> None:
     tokenizer = DiscreteDiffusionPipeline.from_pretrained(work / "model").tokenizer
     texts = [" ".join(WORDS[2:12])] * 4  # 40 tokens
-    windows = distill.pack(texts, tokenizer, 8, 100)
+    windows = data.pack(texts, tokenizer, 8, 100)
     assert windows.flatten().tolist() == list(range(2, 12)) * 4
-    assert torch.equal(distill.pack(texts, tokenizer, 8, 3), windows[[0, 2, 4]])
-    assert distill.pack(texts, tokenizer, 9, 100).shape == (4, 9)
+    assert torch.equal(data.pack(texts, tokenizer, 8, 3), windows[[0, 2, 4]])
+    assert data.pack(texts, tokenizer, 9, 100).shape == (4, 9)
 
 
 # Kills
@@ -647,7 +655,8 @@ def launch(given: list[str], processes: int, cwd: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "processes"), [("lsd l2", 1), ("lsd l2", 2), ("lsd softmax", 2), ("optimal_grid text", 2)]
+    ("name", "processes"),
+    [("lsd l2", 1), ("lsd l2", 2), ("lsd softmax", 2), ("optimal_grid text", 2), ("marginal text", 2)],
 )
 def test_number_of_processes(finished: Callable, work: Path, tmp_path: Path, name: str, processes: int) -> None:
     metrics, folder = finished(name)
@@ -712,7 +721,7 @@ def test_killed_again_and_again(work: Path, tmp_path: Path) -> None:
 
 TRY = """
 import json, sys
-from discrete_schedulers.training import distill
+from discrete_schedulers.training import data, distill
 for given in json.loads(sys.argv[1]):
     try:
         distill.main(given)

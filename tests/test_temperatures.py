@@ -131,6 +131,7 @@ def test_fluency_by_hand() -> None:
     torch.testing.assert_close(fluency(smoothed, x), torch.full((2, 2), math.log(0.95)).double())
     features = text_features(smoothed, 4, batch_size=1)(x)
     square = math.log(0.95) ** 2
+    assert features.shape == (2, 13)
     assert features[0, -5:].tolist() == pytest.approx([math.log(0.95)] * 2 + [square] * 3)
 
 

@@ -4,7 +4,8 @@ r"""Learn the coefficients of a scheduler for a frozen discrete diffusion model,
         --method lsd --num_inference_steps 4 8 16 --output_dir tiny-text-lsd
 
 Methods: `lsd` (a factor on the score for each step), `lsd_plus` (step sizes as well; `--repaired` for the objective whose
-optimum is a sampler), `optimal_grid` (dynamic programming on the model's own information curve, any number of steps).
+optimum is a sampler), `optimal_grid` (dynamic programming on the model's own information curve, any number of steps),
+`marginal` (an inverse temperature for each step, on the law of the last samples; positions in the spread order).
 
 The folder then holds scheduler_config.json, metrics.json, plot.png and README.md; `--push_to_hub` uploads these in one
 commit. Every random number is a function of (seed, sample index), so the coefficients do not depend on the number of
@@ -22,10 +23,9 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -45,6 +45,7 @@ from discrete_schedulers import (
 )
 from discrete_schedulers.evaluation import NgramJudge, generative_perplexity, sampler_nll_bound, unigram_entropy
 from discrete_schedulers.information import schedule_gain
+from discrete_schedulers.training.data import batches, generators, load_texts, pack
 from discrete_schedulers.training.hub import (
     create_repository,
     markdown_table,
@@ -52,6 +53,15 @@ from discrete_schedulers.training.hub import (
     write_card,
     write_plot,
     write_text,
+)
+from discrete_schedulers.training.marginal import (
+    Coefficients,
+    Features,
+    LogisticRatio,
+    Verdict,
+    divergence_weights,
+    keep_best,
+    two_sample_statistic,
 )
 from discrete_schedulers.training.objectives import (
     PHI_RANGE,
@@ -67,9 +77,15 @@ from discrete_schedulers.training.objectives import (
     repaired_step_sizes,
     times_from_step_sizes,
 )
+from discrete_schedulers.training.temperatures import Rolled, descend_temperatures, roll, text_features
 
 SMALLEST_STEP = 1e-6  # LSD+ as printed: gradient steps that would make a kappa or the time after it negative end here
-MAX_DOCUMENTS = 50_000  # of each split of a dataset, evenly thinned: more than any metric here can use
+DEFAULTS: dict[str, dict[str, Any]] = {  # of arguments that mean something else in each
+    "marginal": {"num_samples": 128, "num_epochs": 100, "learning_rate": 0.05},
+    "others": {"num_samples": 64, "num_epochs": 20, "learning_rate": 1e-3},
+}
+CANDIDATES = 10  # of marginal: how many of its iterates are judged, evenly, beside temperature 1
+JUDGE_BUCKETS = 8  # tokens and pairs in the statistic that judges: it needs more samples than features
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_data_samples", type=int, default=256, help="Sequences of each split that are used.")
     parser.add_argument("--sequence_length", type=int, default=None, help="Defaults to the model's longest.")
     # Method
-    parser.add_argument("--method", choices=["lsd", "lsd_plus", "optimal_grid"], default="lsd")
+    parser.add_argument("--method", choices=["lsd", "lsd_plus", "optimal_grid", "marginal"], default="lsd")
     parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4, 8, 16], help="Step budgets.")
     parser.add_argument(
         "--objective", choices=SCALE_OF, default=None, help="d of eq. 6. Default: generalised_kl, or what --scale has."
@@ -107,9 +123,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Write a LearnedScheduler, which has more to learn, with this law.",
     )
     parser.add_argument("--teacher_steps", type=int, default=1024)
-    parser.add_argument("--num_samples", type=int, default=64, help="Samples that coefficients are fitted on.")
-    parser.add_argument("--num_epochs", type=int, default=20, help="Gradient steps of `--solver sgd` and of lsd_plus.")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--num_samples",
+        type=int,
+        default=None,
+        help="Samples that coefficients are fitted on: 64, or 128 in each gradient step of marginal.",
+    )
+    parser.add_argument(
+        "--num_epochs",
+        type=int,
+        default=None,
+        help="Gradient steps of `--solver sgd` and of lsd_plus (20), of marginal (100).",
+    )
+    parser.add_argument("--learning_rate", type=float, default=None, help="1e-3; 0.05 for marginal.")
+    parser.add_argument(
+        "--buckets", type=int, default=128, help="marginal: hashed tokens and pairs that its ratio sees."
+    )
     parser.add_argument("--train_batch_size", type=int, default=16, help="Sequences in one call of the network.")
     # Evaluation
     parser.add_argument("--num_eval_samples", type=int, default=64, help="Samples and held-out sequences per budget.")
@@ -124,6 +153,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hub_model_id", default=None, help="Defaults to the name of the output folder.")
     parser.add_argument("--hub_token", default=None)
     args = parser.parse_args(argv)
+    for name, value in DEFAULTS["marginal" if args.method == "marginal" else "others"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     check_args(parser, args)
     args.num_inference_steps = sorted(set(args.num_inference_steps))
     return args
@@ -132,14 +164,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exits with a message if arguments are not allowed or contradict each other; fills in `objective` and `scale`."""
     counts = ["teacher_steps", "num_samples", "num_epochs", "train_batch_size", "max_data_samples", "num_eval_samples"]
-    for name in [*counts, "checkpoints_total_limit", "sequence_length"]:
+    for name in [*counts, "buckets", "checkpoints_total_limit", "sequence_length"]:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}; it must be at least 1")
     if min(args.num_inference_steps) < 1:
         parser.error(f"--num_inference_steps is {args.num_inference_steps}; budgets must be at least 1")
     wrong = [n for n in args.num_inference_steps if args.teacher_steps % n]
-    if wrong and args.method != "optimal_grid":
+    if wrong and args.method in ("lsd", "lsd_plus"):
         parser.error(
             f"--teacher_steps {args.teacher_steps} is not a multiple of {wrong}: the grids would not be nested"
         )
@@ -159,6 +191,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--objective {args.objective} is for --method lsd; lsd_plus has generalised_kl")
     if args.repaired and args.method != "lsd_plus":
         parser.error("--repaired is for --method lsd_plus")
+    if args.method == "marginal" and args.num_samples <= 2 * JUDGE_BUCKETS + 5:
+        parser.error(f"--num_samples is {args.num_samples}; --method marginal needs more than {2 * JUDGE_BUCKETS + 5}")
     if args.learned_scheduler and args.scale == "log_score":
         parser.error("--learned_scheduler has no such law as --scale log_score: a rate that depends on the logits")
 
@@ -182,88 +216,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("the plot needs matplotlib: pip install 'discrete_schedulers[train]'")
 
 
-# Data
-
-
-class Texts(NamedTuple):
-    """Documents: to fit the curve on, to measure on, and to fit the judge on."""
-
-    fit: list[str]
-    heldout: list[str]
-    judge: list[str]
-
-
-def load_texts(args: argparse.Namespace) -> Texts | None:
-    """The texts that the arguments name, or those that the bundled model brings; `None` where there are none.
-
-    Raises:
-        ValueError: If the dataset does not have the named column.
-    """
-    from datasets import load_dataset
-
-    if args.dataset_name is not None:
-        data = load_dataset(args.dataset_name, args.dataset_config)
-        splits = {name: documents(split, args.text_column) for name, split in data.items()}
-        heldout = splits.get("validation") or splits.get("test")
-        return split_texts(splits["train"], heldout)
-    if args.train_file is not None:
-        named = {"train": args.train_file, "validation": args.validation_file}
-        data = load_dataset("text", data_files={name: file for name, file in named.items() if file is not None})
-        return split_texts(
-            list(data["train"]["text"]), list(data["validation"]["text"]) if "validation" in data else None
-        )
-    if args.pretrained_model_name_or_path == "discrete-schedulers/tiny-text":
-        with as_file(files("discrete_schedulers") / "assets" / "tiny-text" / "corpus") as folder:
-            named = {split: str(folder / f"{split}.txt.xz") for split in ("train", "validation", "test")}
-            data = load_dataset("text", data_files=named)
-            return Texts(*(list(data[split]["text"]) for split in ("validation", "test", "train")))
-    return None
-
-
-def split_texts(train: list[str], heldout: list[str] | None) -> Texts:
-    """Without held-out documents, every tenth one is held out."""
-    if heldout is not None:
-        return Texts(train, heldout, train)
-    rest = [text for i, text in enumerate(train) if i % 10 != 9]
-    return Texts(rest, train[9::10], rest)
-
-
-def documents(split: Any, column: str) -> list[str]:
-    """The texts of a split of a dataset, evenly thinned to `MAX_DOCUMENTS`.
-
-    Raises:
-        ValueError: If there is no such column.
-    """
-    if column not in split.column_names:
-        raise ValueError(f"`--text_column` is {column!r}; the dataset has {split.column_names}")
-    chosen = torch.linspace(0, len(split) - 1, min(len(split), MAX_DOCUMENTS), dtype=torch.float64).long().tolist()
-    return list(split.select(chosen)[column])
-
-
-def pack(texts: list[str], tokenizer: Any, length: int, limit: int) -> Tensor:
-    """Texts as one stream of tokens cut into windows of L, evenly thinned to at most `limit`, int64 (n, L).
-
-    Raises:
-        ValueError: If they do not fill one window.
-    """
-    stream = torch.tensor(tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"], dtype=torch.int64)
-    windows = stream[: len(stream) // length * length].view(-1, length)
-    if len(windows) == 0:
-        raise ValueError(
-            f"{len(texts)} documents have {len(stream)} tokens, fewer than one sequence of `--sequence_length` {length}"
-        )
-    chosen = torch.linspace(0, len(windows) - 1, min(limit, len(windows)), dtype=torch.float64).long()
-    return windows[chosen]
-
-
-def generators(seed: int, purpose: int, indices: range) -> list[torch.Generator]:
-    """One for each sample, a function of (seed, purpose, index) alone. Purpose 0 is the shared noise of `draw_noise`."""
-    return [torch.Generator().manual_seed((seed + purpose) * 1_000_003 + index) for index in indices]
-
-
-def batches(count: int, size: int) -> list[range]:
-    """The indices 0 .. count - 1 in pieces of at most `size`."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+# Samples
 
 
 def sample(
@@ -418,9 +371,65 @@ def learn_times(scheduler: LSDScheduler, masked: Tensor, args: argparse.Namespac
     return times_from_step_sizes(kappa)
 
 
+def learn_temperatures(
+    pipe: DiscreteDiffusionPipeline,
+    scheduler: LearnedScheduler,
+    steps: int,
+    data: Tensor,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+) -> list[float]:
+    """Inverse temperatures of a step budget: score-function descent on half of the data. Of its iterates, and temperature 1,
+    the one is kept whose samples are nearest to the other half by `two_sample_statistic`."""
+    processes, fit, heldout = accelerator.num_processes, data[::2], data[1::2]
+
+    def features(buckets: int) -> Features:
+        """`text_features`, of which every process works out its share."""
+        own = text_features(pipe.denoiser, buckets, args.train_batch_size)
+        return lambda x: gather_samples(accelerator, own(x[accelerator.process_index :: processes]), len(x)).to(
+            x.device
+        )
+
+    ratio, judges = LogisticRatio(fit, features(args.buckets)), features(JUDGE_BUCKETS)
+    share = list(range(accelerator.process_index, args.num_samples, processes))
+
+    def rolled(log_beta: Tensor, iteration: int) -> Rolled:
+        """Every process draws its share; all get all."""
+        parts = []
+        for part in batches(len(share), args.train_batch_size):
+            rows = [(iteration + 1) * args.num_samples + share[i] for i in part]
+            drawn = [one for row in rows for one in generators(args.seed, 4, range(row, row + 1))]
+            parts.append(
+                roll(pipe.denoiser, scheduler, log_beta, (len(rows), data.shape[1]), drawn, accelerator.device)
+            )
+        x_0, slopes = (torch.cat(found) for found in zip(*parts, strict=True))
+        return Rolled(
+            gather_samples(accelerator, x_0, args.num_samples).to(accelerator.device),
+            gather_samples(accelerator, slopes, args.num_samples).to(accelerator.device),
+        )
+
+    def weights(x: Tensor) -> Tensor:
+        return divergence_weights(ratio({}, x), "reverse_kl")
+
+    target, target_entropy = judges(heldout), unigram_entropy(heldout).mean().item()
+
+    def verdict(candidate: Coefficients) -> Verdict:
+        x = rolled(candidate["log_beta"], -1).x_0  # the same random numbers for all
+        return Verdict(two_sample_statistic(judges(x), target), unigram_entropy(x).mean().item() / target_entropy)
+
+    descent = descend_temperatures(rolled, weights, steps, args.num_epochs, args.learning_rate)
+    every = -(-args.num_epochs // CANDIDATES)
+    show = tqdm(descent, desc=f"{steps} steps", total=args.num_epochs, disable=not accelerator.is_main_process)
+    candidates = [torch.zeros(steps, dtype=torch.float64)]
+    candidates += [log_beta for n, log_beta in enumerate(show, start=1) if n % every == 0 or n == args.num_epochs]
+    return keep_best(({"log_beta": one} for one in candidates), verdict).coefficients["log_beta"].exp().tolist()
+
+
 def as_learned(scheduler: DiscreteScheduler) -> LearnedScheduler:
     """The [`LearnedScheduler`] with the law of what a method learned: an optimal grid, or factors on the score of log-linear or
     linear noise, whose Euler steps are ancestral ones."""
+    if isinstance(scheduler, LearnedScheduler):
+        return scheduler
     if not isinstance(scheduler, LSDScheduler):
         return LearnedScheduler.from_config(scheduler.config)
     names = {"scale": "rate", "times": "times"}
@@ -525,18 +534,27 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
 
     # Data to fit the curve and to measure on; without texts, samples of the model
-    texts = load_texts(args) if accelerator.is_main_process or args.method == "optimal_grid" else None
+    fits_on_data = args.method in ("optimal_grid", "marginal")
+    texts = load_texts(args) if accelerator.is_main_process or fits_on_data else None
     if texts is not None:
         if pipe.tokenizer is None:
             raise ValueError("texts need a tokenizer, which this model does not bring: leave out data arguments")
         fit = pack(texts.fit, pipe.tokenizer, length, args.max_data_samples).to(accelerator.device)
         heldout = pack(texts.heldout, pipe.tokenizer, length, args.num_eval_samples).to(accelerator.device)
-    elif args.method == "optimal_grid":
+    elif fits_on_data:
         if "samples" not in tensors:
             pipe.scheduler = AncestralScheduler.from_config(base, unmasking="counts", order="random")
             tensors["samples"] = sample(pipe, 3, args.num_samples + args.num_eval_samples, length, length, args).cpu()
             checkpoint()
         fit, heldout = tensors["samples"].to(accelerator.device).split([args.num_samples, args.num_eval_samples])
+
+    passed: list[int] = []  # sequences in each call of the network since they were counted
+    counting = pipe.model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
+
+    def evaluations() -> int:
+        total = int(reduce(torch.tensor(sum(passed), dtype=torch.float64)))
+        passed.clear()
+        return total
 
     # Learn
     learned_for = {"base_model": args.pretrained_model_name_or_path, "revision": args.revision}
@@ -562,19 +580,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         accelerator.print(f"R = {gain:.3f}: the most a time grid can win is a factor of {1 / gain:.2f} in excess KL")
         settings = {"grid": "optimal", "information_curve": state["curve"], "learned_for": learned_for}
         scheduler = AncestralScheduler.from_config(base, **settings)
+    elif args.method == "marginal":
+        settings = {"order": "spread", "learned_for": learned_for}
+        student = LearnedScheduler.from_config(base, **settings)
+        for steps in args.num_inference_steps:
+            if str(steps) in state["coefficients"]:
+                continue
+            beta = learn_temperatures(pipe, student, steps, fit, args, accelerator)
+            state["coefficients"][str(steps)] = {"inverse_temperature": beta}
+            state["evaluations"] += evaluations()
+            accelerator.print(f"{steps} steps: inverse temperatures {json.dumps(beta)}")
+            checkpoint(LearnedScheduler.from_config(base, coefficients=state["coefficients"], **settings))
+        scheduler = LearnedScheduler.from_config(base, coefficients=state["coefficients"], **settings)
     else:
         # This process has its share of the samples; every process keeps the teacher's states of all of them
         share = list(range(accelerator.process_index, args.num_samples, accelerator.num_processes))
         noise = draw_noise(share, length, args.seed, accelerator.device)
         mask = base["mask_token_id"]
-        passed: list[int] = []  # sequences in each call of the network since they were counted
-        counting = pipe.model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
-
-        def evaluations() -> int:
-            total = int(reduce(torch.tensor(sum(passed), dtype=torch.float64)))
-            passed.clear()
-            return total
-
         segments = math.lcm(*args.num_inference_steps)  # of the teacher's grid, between times that students share
         if not tensors:
             tensors["states"] = torch.full((1, args.num_samples, length), mask)
@@ -615,8 +637,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             state["evaluations"] += evaluations()
             accelerator.print(f"{steps} steps: {json.dumps(blocks)}")
             checkpoint(LSDScheduler.from_config(base, coefficients=state["coefficients"], **settings))
-        counting.remove()
         scheduler = LSDScheduler.from_config(base, coefficients=state["coefficients"], **settings)
+    counting.remove()
     if args.learned_scheduler:
         scheduler = as_learned(scheduler)
 
@@ -676,7 +698,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def gather_samples(accelerator: Accelerator, x: Tensor, num_samples: int) -> Tensor:
-    """What all processes rolled, (B, L) each, as (num_samples, L) in order of the sample index, on the CPU.
+    """What all processes have, (B, F) each, as (num_samples, F) in order of the sample index, on the CPU.
 
     Process r of P has the samples r, r + P, ...; those with one sample fewer pad.
     """

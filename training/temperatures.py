@@ -147,7 +147,7 @@ def text_features(denoiser: Denoiser, buckets: int, batch_size: int = 64) -> Cal
     def features(x: Tensor) -> Tensor:
         a, b = fluency(denoiser, x, batch_size).unbind(1)
         fluent = torch.stack([a, b, a * a, b * b, a * b], dim=1)
-        return torch.cat([ngram_features(x, 1, buckets), ngram_features(x, 2, buckets), fluent], dim=1)
+        return torch.cat([ngram_features(x, 2, buckets), fluent], dim=1)
 
     return features
 

@@ -1,0 +1,93 @@
+"""Texts to token windows, and the random numbers of each sample: what the scripts share about data."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.resources import as_file, files
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_DOCUMENTS = 50_000  # of each split of a dataset, evenly thinned: more than any metric here can use
+
+
+class Texts(NamedTuple):
+    """Documents: to fit the curve on, to measure on, and to fit the judge on."""
+
+    fit: list[str]
+    heldout: list[str]
+    judge: list[str]
+
+
+def load_texts(args: argparse.Namespace) -> Texts | None:
+    """The texts that the arguments name, or those that the bundled model brings; `None` where there are none.
+
+    Raises:
+        ValueError: If the dataset does not have the named column.
+    """
+    from datasets import load_dataset
+
+    if args.dataset_name is not None:
+        data = load_dataset(args.dataset_name, args.dataset_config)
+        splits = {name: documents(split, args.text_column) for name, split in data.items()}
+        heldout = splits.get("validation") or splits.get("test")
+        return split_texts(splits["train"], heldout)
+    if args.train_file is not None:
+        named = {"train": args.train_file, "validation": args.validation_file}
+        data = load_dataset("text", data_files={name: file for name, file in named.items() if file is not None})
+        return split_texts(
+            list(data["train"]["text"]), list(data["validation"]["text"]) if "validation" in data else None
+        )
+    if args.pretrained_model_name_or_path == "discrete-schedulers/tiny-text":
+        with as_file(files("discrete_schedulers") / "assets" / "tiny-text" / "corpus") as folder:
+            named = {split: str(folder / f"{split}.txt.xz") for split in ("train", "validation", "test")}
+            data = load_dataset("text", data_files=named)
+            return Texts(*(list(data[split]["text"]) for split in ("validation", "test", "train")))
+    return None
+
+
+def split_texts(train: list[str], heldout: list[str] | None) -> Texts:
+    """Without held-out documents, every tenth one is held out."""
+    if heldout is not None:
+        return Texts(train, heldout, train)
+    rest = [text for i, text in enumerate(train) if i % 10 != 9]
+    return Texts(rest, train[9::10], rest)
+
+
+def documents(split: Any, column: str) -> list[str]:
+    """The texts of a split of a dataset, evenly thinned to `MAX_DOCUMENTS`.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    if column not in split.column_names:
+        raise ValueError(f"`--text_column` is {column!r}; the dataset has {split.column_names}")
+    chosen = torch.linspace(0, len(split) - 1, min(len(split), MAX_DOCUMENTS), dtype=torch.float64).long().tolist()
+    return list(split.select(chosen)[column])
+
+
+def pack(texts: list[str], tokenizer: Any, length: int, limit: int) -> Tensor:
+    """Texts as one stream of tokens cut into windows of L, evenly thinned to at most `limit`, int64 (n, L).
+
+    Raises:
+        ValueError: If they do not fill one window.
+    """
+    stream = torch.tensor(tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    windows = stream[: len(stream) // length * length].view(-1, length)
+    if len(windows) == 0:
+        raise ValueError(
+            f"{len(texts)} documents have {len(stream)} tokens, fewer than one sequence of `--sequence_length` {length}"
+        )
+    chosen = torch.linspace(0, len(windows) - 1, min(limit, len(windows)), dtype=torch.float64).long()
+    return windows[chosen]
+
+
+def generators(seed: int, purpose: int, indices: range) -> list[torch.Generator]:
+    """One for each sample, a function of (seed, purpose, index) alone. Purpose 0 is the shared noise of `draw_noise`."""
+    return [torch.Generator().manual_seed((seed + purpose) * 1_000_003 + index) for index in indices]
+
+
+def batches(count: int, size: int) -> list[range]:
+    """The indices 0 .. count - 1 in pieces of at most `size`."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
