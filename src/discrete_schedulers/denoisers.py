@@ -91,7 +91,8 @@ class NetworkDenoiser:
         max_length (`int`, *optional*): Longest sequence the network takes.
         grid_shape (`tuple[int, int]`, *optional*): (height, width) where tokens form an image.
         codebook_size (`int`, *optional*): Number of ids that decode, for image models.
-        call_arguments (`dict`): Passed to the network in every call, the same for all rows of a batch.
+        call_arguments (`dict`): Passed to the network in every call, the same for all rows of a batch. Conditions of a call
+            with the same names take their place.
 
     Raises:
         ValueError: If a fact is not allowed, or the facts contradict each other.
