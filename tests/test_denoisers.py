@@ -360,7 +360,7 @@ def test_only_what_is_needed_is_run(split_head: bool) -> None:
         ({"parametrization": "epsilon"}, "`parametrization` is 'epsilon'; allowed: 'x0', 'score', 'leave_one_out'"),
         ({"shift": 2}, "`shift` is 2; allowed: 0, 1"),
         ({"shift": 1, "shift_first": "drop"}, "`shift_first` is 'drop'; allowed: 'keep', 'copy'"),
-        ({"time_input": "step"}, "`time_input` is 'step'; allowed: 'sigma', 't', None"),
+        ({"time_input": "step"}, "`time_input` is 'step'; allowed: 'sigma', 't', 'steps_left', None"),
         ({"noise_schedule": "quadratic"}, "`noise_schedule` is 'quadratic'"),
         ({"time_input": "sigma", "noise_schedule": "linear"}, "`time_input='sigma'` is infinite at t = 1"),
         (

@@ -52,7 +52,13 @@ from discrete_schedulers.scud import ScheduleConditionedProcess
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-    from discrete_schedulers.models import DDiTModel, HaltonMaskGITModel, HollowTransformerModel, PatchCodebook
+    from discrete_schedulers.models import (
+        DDiTModel,
+        HaltonMaskGITModel,
+        HollowTransformerModel,
+        MeissonicTransformerModel,
+        PatchCodebook,
+    )
     from discrete_schedulers.pipelines import (
         DiscreteDiffusionPipeline,
         DiscreteDiffusionPipelineOutput,
@@ -71,6 +77,7 @@ LAZY = {
     "DiscreteImagePipelineOutput": "discrete_schedulers.pipelines",
     "HaltonMaskGITModel": "discrete_schedulers.models",
     "HollowTransformerModel": "discrete_schedulers.models",
+    "MeissonicTransformerModel": "discrete_schedulers.models",
     "ModelMixin": "diffusers",
     "PatchCodebook": "discrete_schedulers.models",
 }
@@ -107,6 +114,7 @@ __all__ = [
     "LearnedScheduler",
     "LikelihoodEstimate",
     "MaskGITScheduler",
+    "MeissonicTransformerModel",
     "ModelMixin",
     "NetworkDenoiser",
     "PCSamplerScheduler",
