@@ -37,14 +37,23 @@ CHOICES = {
 class Denoiser(Protocol):
     """What the pipeline, the information curve and the trainer call."""
 
-    vocab_size: int
-    mask_token_id: int | None
+    @property
+    def vocab_size(self) -> int:
+        """Width V of the state space."""
+        ...
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """The mask's id; `None` for the uniform process."""
+        ...
 
     @overload
-    def __call__(self, x_t: Tensor, t: Tensor | float, positions: None = None) -> Tensor: ...
+    def __call__(self, x_t: Tensor, t: Tensor | float, positions: None = None, **conditions: Any) -> Tensor: ...
     @overload
-    def __call__(self, x_t: Tensor, t: Tensor | float, positions: Tensor) -> RowLogits: ...
-    def __call__(self, x_t: Tensor, t: Tensor | float, positions: Tensor | None = None) -> Tensor | RowLogits:
+    def __call__(self, x_t: Tensor, t: Tensor | float, positions: Tensor, **conditions: Any) -> RowLogits: ...
+    def __call__(
+        self, x_t: Tensor, t: Tensor | float, positions: Tensor | None = None, **conditions: Any
+    ) -> Tensor | RowLogits:
         """Logits of p(x_0 | x_t): (B, L, V), or those of the chosen `positions`, bool (B, L), only."""
         ...
 
@@ -230,12 +239,11 @@ class NetworkDenoiser:
             revealed = ~self.is_masked(x_t) if asked is None else asked & ~self.is_masked(x_t)
             if revealed.any():
                 return self.raw_with_shadows(x_t, t, revealed, **conditions)
-        arguments = self.time_arguments(x_t, t)
+        time, told = self.time_arguments(x_t, t), self.call_arguments | conditions
         if self.grid_input:
             assert self.grid_shape is not None
-            sheet = x_t.view(len(x_t), *self.grid_shape)  # (B, h, w)
-            return logits_of(self.model(sheet, *arguments, **self.call_arguments, **conditions)).flatten(2).mT
-        return logits_of(self.model(x_t, *arguments, **self.call_arguments, **conditions))
+            return logits_of(self.model(x_t.view(-1, *self.grid_shape), *time, **told)).flatten(2).mT
+        return logits_of(self.model(x_t, *time, **told))
 
     def raw_with_shadows(self, x_t: Tensor, t: Tensor | float, revealed: Tensor, **conditions: Any) -> Tensor:
         """As `raw`, with the output of shadows at the `revealed` positions, bool (B, L), in one call.
@@ -251,11 +259,15 @@ class NetworkDenoiser:
         is_real = torch.arange(len(place), device=x_t.device) < length
         sees = torch.where(is_real[:, None], is_real, is_real & (place[:, None] != place))  # (L + S, L + S)
         sees |= torch.eye(len(place), dtype=torch.bool, device=x_t.device)
-        conditions = conditions | {"attention_mask": sees[None, None], "position_ids": place[None]}
+        mask = sees[None, None]  # (1, 1, L + S, L + S)
+        if "attention_mask" in conditions:  # (B, L), 0 at padding
+            is_token = conditions["attention_mask"].bool()
+            mask = mask & torch.cat([is_token, is_token[:, columns]], dim=1)[:, None, None]
+        conditions = conditions | {"attention_mask": mask, "position_ids": place[None]}
         wanted = conditions.pop("positions", None)
         if wanted is not None:
             conditions["positions"] = torch.cat([wanted & ~revealed, revealed[:, columns]], dim=1)
-        output = logits_of(self.model(extended, *self.time_arguments(x_t, t), **self.call_arguments, **conditions))
+        output = logits_of(self.model(extended, *self.time_arguments(x_t, t), **(self.call_arguments | conditions)))
         if wanted is None:
             raw = output[:, :length].clone()
             raw[:, columns] = torch.where(revealed[:, columns, None], output[:, length:], raw[:, columns])
@@ -351,8 +363,9 @@ class GuidedDenoiser:
 
         logits = u + s (c - u)          p_0(v) proportional to p(v | x_t, y)^s p(v | x_t)^(1 - s)
 
-    With s = 1 there is no guidance, and the unconditional branch is not run. Other sources write w = s - 1 (LLaDA, MaskGIT).
-    For networks that are exact, p(v | x_t, y) / p(v | x_t) is proportional to p(y | x_0^i = v, x_t) at each position i, hence
+    With s = 1 there is no guidance, the unconditional branch is not run, and only `conditions` are of use. Other sources
+    write w = s - 1 (LLaDA, MaskGIT). For networks that are exact, p(v | x_t, y) / p(v | x_t) is proportional to
+    p(y | x_0^i = v, x_t) at each position i, hence
 
         p_0^i(v) proportional to p(x_0^i = v | x_t) p(y | x_0^i = v, x_t)^s
 
@@ -376,7 +389,7 @@ class GuidedDenoiser:
             those of x_t do: masks in the place of a prompt, or a negative prompt.
 
     Raises:
-        ValueError: If there is nothing that the branches differ in, or the scale or the ids are not what they must be.
+        ValueError: If s is not 1 and the branches do not differ, or the scale or the ids are not what they must be.
     """
 
     denoiser: NetworkDenoiser
@@ -390,7 +403,8 @@ class GuidedDenoiser:
             raise ValueError(
                 f"`guidance_scale` is {self.guidance_scale}; it must be a finite number, or a function of t"
             )
-        if not self.negative_conditions and self.negative_ids is None:
+        is_guided = callable(self.guidance_scale) or self.guidance_scale != 1
+        if is_guided and not self.negative_conditions and self.negative_ids is None:
             raise ValueError(
                 "guidance needs an unconditional branch that differs: pass `negative_conditions` or `negative_ids`"
             )

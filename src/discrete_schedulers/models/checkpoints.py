@@ -91,6 +91,7 @@ class Family(NamedTuple):
         suppress (`str` or `tuple[int, ...]`): Ids that are never drawn: these, or `"specials"`: the tokenizer's special tokens,
             or `"padding"`: ids that the tokenizer does not have.
         frozen (`tuple[int, ...]`): Ids that are never noised; with `suppress="specials"` these too.
+        ends (`tuple[str, ...]`): Tokens by which texts end, beside the tokenizer's eos; empty: texts fill their length.
         tokenizer (`str`, defaults to `""`): Where the tokenizer is; empty: in the repository.
         tokenizer_class (`str`, defaults to `"AutoTokenizer"`): transformers' class for it.
     """
@@ -112,6 +113,7 @@ class Family(NamedTuple):
     noise_schedule: NoiseSchedule = "linear"
     suppress: Literal["specials", "padding"] | tuple[int, ...] = ()
     frozen: tuple[int, ...] = ()
+    ends: tuple[str, ...] = ()
     tokenizer: str = ""
     tokenizer_class: str = "AutoTokenizer"
 
@@ -199,6 +201,7 @@ FAMILIES = (
         config_names=LLADA_NAMES,
         keys=LLADA_KEYS,
         suppress="padding",
+        ends=("<|endoftext|>", "<|eot_id|>"),
     ),
     Family(
         name="Dream",
@@ -209,6 +212,7 @@ FAMILIES = (
         model_type="qwen2",
         shift=1,
         suppress="padding",
+        ends=("<|endoftext|>", "<|im_end|>"),
         tokenizer_class="Qwen2Tokenizer",
     ),
     Family(
@@ -247,6 +251,7 @@ FAMILIES = (
         repositories=("dllm-hub/*-diffusion-mdlm-*", "dllm-collection/*-diffusion-mdlm-*"),
         marks={"model_type": ("a2d-qwen3", "a2d-qwen2", "a2d-llama")},
         suppress="padding",
+        ends=("<|endoftext|>", "<|im_end|>", "<|eot_id|>"),
     ),
     Family(
         name="DPLM",
@@ -415,3 +420,17 @@ def denoiser_facts(
         "suppress_token_ids": list(suppress),
         "frozen_token_ids": list(frozen),
     }
+
+
+def end_token_ids(family: Family, tokenizer: Any) -> list[int] | None:
+    """Ids by which a family's texts end, of those that the tokenizer has; `None` where texts fill their length.
+
+    Args:
+        family (`Family`): Its row.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer.
+    """
+    if tokenizer is None or not family.ends:
+        return None
+    known = tokenizer.get_vocab()
+    ids = {known[token] for token in family.ends if token in known} | {tokenizer.eos_token_id}
+    return sorted(ids - {None}) or None
