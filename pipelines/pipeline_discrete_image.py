@@ -292,6 +292,11 @@ class DiscreteImagePipeline(DiscretePipeline):
         return output if return_dict else (output.images, output.sequences, output.num_model_calls)
 
     @property
+    def guidance_scale(self) -> float:
+        """That of the last call; a callback changes it by `pipe._guidance_scale`."""
+        return self._guidance_scale
+
+    @property
     def num_classes(self) -> int | None:
         """Classes of the network; their number is also the id of "any". `None`: it has none."""
         return self.model.config.get("num_classes") if isinstance(self.model, ConfigMixin) else None
@@ -404,13 +409,16 @@ class DiscreteImagePipeline(DiscretePipeline):
         schedule: GuidanceSchedule,
     ) -> NetworkDenoiser | GuidedDenoiser:
         """The network with its conditions, for images of this grid in this many steps."""
+        self._guidance_scale = guidance_scale
         denoiser = NetworkDenoiser(self.model, **(self.config.denoiser | {"grid_shape": grid, "num_steps": num_steps}))
         if schedule not in GUIDANCE_SCHEDULES:
             allowed = ", ".join(map(repr, GUIDANCE_SCHEDULES))
             raise ValueError(f"`guidance_schedule` is {schedule!r}; allowed: {allowed}")
         if positive:
-            scale = guidance_scale if schedule == "constant" else scale_over_time(schedule, guidance_scale)
-            return GuidedDenoiser(denoiser, scale, positive, negative)
+            # read in each step: a callback may change it
+            return GuidedDenoiser(
+                denoiser, lambda t: scale_over_time(schedule, self._guidance_scale)(t), positive, negative
+            )
         if guidance_scale != 1:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but this model has neither classes nor text: it must be 1"
