@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from discrete_schedulers import (
+    DiscreteDiffusionPipeline,
     DiscreteImagePipeline,
     HaltonMaskGITModel,
     MaskGITScheduler,
@@ -686,7 +687,7 @@ def test_published_sizes(file: str, width: int, layers: int, grid: int, millions
         )
     counted = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     assert counted == {key: shape for key, shape in shapes.items() if key != "head.weight"}
-    assert round(sum(map(math.prod, counted.values())) / 1e6, 1) == pytest.approx(millions, abs=0.35)
+    assert round(sum(map(math.prod, counted.values())) / 1e6, 1) == millions
 
 
 def test_published_decoder() -> None:
@@ -744,6 +745,8 @@ def test_repositories_that_are_refused(halton_folder: Path, amused_folder: Path,
         load(halton_folder, weight_name="x.pth")
     with pytest.raises(ValueError, match="`device_map` is not an argument"):
         load(amused_folder, device_map="cpu")
+    with pytest.raises(ValueError, match="is of AmusedPipeline, for images: load it with DiscreteImagePipeline"):
+        DiscreteDiffusionPipeline.from_pretrained(amused_folder)
     with pytest.raises(ValueError, match="is not bundled; bundled:"):
         load("discrete-schedulers/no-such-image")
 
