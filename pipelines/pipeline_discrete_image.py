@@ -149,7 +149,7 @@ class DiscreteImagePipeline(DiscretePipeline):
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             index = first_file(name, ("model_index.json",), hub)
             held = {} if index is None else read_config(index)
-            if held.get("_class_name") != cls.__name__:
+            if held.get("_class_name") not in (cls.__name__, "DiscreteImagePipeline"):
                 return cls.from_published(name, held, weight_name, **kwargs)
             return super().from_pretrained(name, **kwargs)
         with bundled_folder(name) as folder:

@@ -212,6 +212,24 @@ def test_amused_saves_as_ours(pipe: DiscreteImagePipeline, tmp_path: Path) -> No
         loaded()
 
 
+def test_amused_in_half_precision(amused: AmusedPipeline, tmp_path: Path) -> None:
+    """Files of a variant, as they are published too; a decoder that asks for it runs in float32 all the same."""
+    amused.save_pretrained(tmp_path, variant="fp16")
+    pipe = DiscreteImagePipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    parts = (pipe.model, pipe.decoder, pipe.text_encoder)
+    assert [part.dtype for part in parts] == [torch.float16] * 3
+    weight = pipe.model.embed.embeddings.weight
+    assert torch.equal(weight, amused.transformer.embed.embeddings.weight.half())
+    pipe.decoder.register_to_config(force_upcast=True)
+    ids = torch.randint(0, CODES, (1, 4, 4), generator=seeded())
+    with torch.no_grad():
+        pixels = decode(pipe.decoder, ids, False)
+    assert pixels.dtype == torch.float32
+    assert pipe.decoder.dtype == torch.float16
+    with torch.no_grad():
+        assert torch.equal(pixels, decode(pipe.decoder.float(), ids, False))
+
+
 # ---- Meissonic -------------------------------------------------------------------------------------------------------
 
 HEADS, HEAD_DIM, AXES = 2, 16, (4, 6, 6)
