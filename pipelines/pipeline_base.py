@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from discrete_schedulers.denoisers import GuidedDenoiser, NetworkDenoiser
+from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
 from discrete_schedulers.models import DDiTModel, HollowTransformerModel
 from discrete_schedulers.sampling import Generators
@@ -108,7 +108,7 @@ class DiscretePipeline(DiffusionPipeline):
 
     def denoise(
         self,
-        denoiser: NetworkDenoiser | GuidedDenoiser,
+        denoiser: Denoiser,
         latents: Tensor,
         frozen: Tensor,
         num_inference_steps: int,
@@ -119,7 +119,7 @@ class DiscretePipeline(DiffusionPipeline):
         """The loop.
 
         Args:
-            denoiser (`NetworkDenoiser` or `GuidedDenoiser`): The network and its conditions.
+            denoiser (`Denoiser`): The network and its conditions.
             latents (`torch.Tensor` of shape `(B, L)`): Tokens to start from, int64.
             frozen (`torch.Tensor` of shape `(B, L)`): Bool; tokens that stay as they are.
             num_inference_steps (`int`): Steps.

@@ -52,6 +52,8 @@ from discrete_schedulers.pipelines.text import (
 from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import AncestralScheduler, DiscreteScheduler
 
+IMAGE_PIPELINES = ("AmusedPipeline", "DiscreteImagePipeline")
+
 
 @dataclass
 class DiscreteDiffusionPipelineOutput(BaseOutput):
@@ -155,6 +157,11 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
                 return cls.from_family(name, read_config(first), declared, **kwargs)
             if declared:
                 raise ValueError(f"`{next(iter(declared))}` is not for {name!r}, whose model_index.json says it")
+            kind = read_config(first).get("_class_name")
+            if kind in IMAGE_PIPELINES:
+                raise ValueError(
+                    f"{name!r} is of {kind}, for images: load it with DiscreteImagePipeline.from_pretrained"
+                )
             return super().from_pretrained(name, **kwargs)
         with bundled_folder(name) as folder:
             pipe = super().from_pretrained(folder, **kwargs)

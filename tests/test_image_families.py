@@ -1,5 +1,5 @@
 """Image models as they are on the Hub, scaled down, with random weights: served from loopback, loaded by their id, held against
-diffusers' own network and pipeline (aMUSEd) or the formula of the network in float64 (Halton-MaskGIT, LlamaGen's decoder).
+diffusers' own network and pipeline (aMUSEd) or the formula of the network in float64 (Meissonic, Halton-MaskGIT, LlamaGen).
 """
 
 from __future__ import annotations
@@ -7,6 +7,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,14 @@ from tiny import randomised, seeded
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from discrete_schedulers import DiscreteImagePipeline, HaltonMaskGITModel, MaskGITScheduler, SpreadScheduler
+from discrete_schedulers import (
+    DiscreteDiffusionPipeline,
+    DiscreteImagePipeline,
+    HaltonMaskGITModel,
+    MaskGITScheduler,
+    MeissonicTransformerModel,
+    SpreadScheduler,
+)
 from discrete_schedulers.models.image_checkpoints import (
     HALTON_FILES,
     HALTON_HEADS,
@@ -130,7 +139,7 @@ def test_amused_guided_logits(pipe: DiscreteImagePipeline, amused: AmusedPipelin
     extra = ((4, 6), 1.0, 2.0, 5.0)
     with torch.no_grad():
         positive, negative = (pipe.text_conditions(texts, 2, *extra) for texts in (prompts, [""]))
-        logits = pipe.denoiser_for((4, 6), positive, negative, 3.0, "constant")(x, 0.5)
+        logits = pipe.denoiser_for((4, 6), 7, positive, negative, 3.0, "constant")(x, 0.5)
         raw = []
         for texts in (prompts, ["", ""]):
             ids = amused.tokenizer(texts, padding="max_length", max_length=12, return_tensors="pt").input_ids
@@ -201,6 +210,211 @@ def test_amused_saves_as_ours(pipe: DiscreteImagePipeline, tmp_path: Path) -> No
     assert torch.equal(once, again)
     with pytest.raises(ValueError, match="`prompt` is required: this model is conditioned on text"):
         loaded()
+
+
+def test_amused_in_half_precision(amused: AmusedPipeline, tmp_path: Path) -> None:
+    """Files of a variant, as they are published too; a decoder that asks for it runs in float32 all the same."""
+    amused.save_pretrained(tmp_path, variant="fp16")
+    pipe = DiscreteImagePipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    parts = (pipe.model, pipe.decoder, pipe.text_encoder)
+    assert [part.dtype for part in parts] == [torch.float16] * 3
+    weight = pipe.model.embed.embeddings.weight
+    assert torch.equal(weight, amused.transformer.embed.embeddings.weight.half())
+    pipe.decoder.register_to_config(force_upcast=True)
+    ids = torch.randint(0, CODES, (1, 4, 4), generator=seeded())
+    with torch.no_grad():
+        pixels = decode(pipe.decoder, ids, False)
+    assert pixels.dtype == torch.float32
+    assert pipe.decoder.dtype == torch.float16
+    with torch.no_grad():
+        assert torch.equal(pixels, decode(pipe.decoder.float(), ids, False))
+
+
+# ---- Meissonic -------------------------------------------------------------------------------------------------------
+
+HEADS, HEAD_DIM, AXES = 2, 16, (4, 6, 6)
+# The published config.json, scaled down; its class is not the one of this name in diffusers.
+MEISSONIC = {"_class_name": "Transformer2DModel", "_diffusers_version": "0.30.2", "attention_head_dim": HEAD_DIM}
+MEISSONIC |= {"axes_dims_rope": AXES, "codebook_size": CODES, "downsample": True, "guidance_embeds": False}
+MEISSONIC |= {
+    "in_channels": 64,
+    "joint_attention_dim": 32,
+    "num_attention_heads": HEADS,
+    "num_layers": 2,
+    "patch_size": 1,
+}
+MEISSONIC |= {"num_single_layers": 2, "pooled_projection_dim": 32, "upsample": True, "vocab_size": STATES}
+
+
+def meissonic_network() -> MeissonicTransformerModel:
+    names = {name: value for name, value in MEISSONIC.items() if not name.startswith("_")}
+    return randomised(
+        MeissonicTransformerModel(**{n: v for n, v in names.items() if n not in ("in_channels", "patch_size")})
+    )
+
+
+def meissonic_reference(
+    state: dict[str, Tensor], ids: Tensor, timestep: float, text: Tensor, pooled: Tensor, micro: Tensor
+) -> Tensor:
+    """The formula, in float64."""
+    s = {key: tensor.double() for key, tensor in state.items()}
+    silu, gelu = F.silu, lambda x: F.gelu(x, approximate="tanh")
+
+    def linear(key: str, x: Tensor) -> Tensor:
+        return x @ s[f"{key}.weight"].T + s.get(f"{key}.bias", 0)
+
+    def rms(key: str, x: Tensor) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * s[f"{key}.weight"]
+
+    def centred(x: Tensor) -> Tensor:
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+
+    def two_layers(key: str, x: Tensor) -> Tensor:
+        return linear(f"{key}.linear_2", silu(linear(f"{key}.linear_1", x)))
+
+    def waves(values: Tensor) -> Tensor:
+        angle = values.double()[..., None] * 10000.0 ** -(torch.arange(128) / 128)
+        return torch.cat([angle.cos(), angle.sin()], -1)
+
+    def turned(x: Tensor, places: Tensor) -> Tensor:
+        angle = torch.cat([places[:, [i]] * 10000.0 ** -(torch.arange(0, w, 2) / w) for i, w in enumerate(AXES)], -1)
+        even, odd = x[..., ::2], x[..., 1::2]
+        pairs = even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()
+        return torch.stack(pairs, -1).flatten(-2)
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        share = (turned(q, places) @ turned(k, places).mT / math.sqrt(HEAD_DIM)).softmax(-1)
+        return (share @ v).transpose(1, 2).flatten(2)
+
+    condition = two_layers("cond_embed", torch.cat([pooled.double(), waves(micro).flatten(1)], -1))
+    at = torch.full((len(ids),), timestep * 1000)
+    e = two_layers("time_text_embed.timestep_embedder", waves(at)) + two_layers(
+        "time_text_embed.text_embedder", condition
+    )
+    e = silu(e)[:, None]
+    x = (
+        rms("embed.layer_norm", s["embed.embeddings.weight"][ids]) @ s["embed.conv.weight"][:, :, 0, 0].T
+    )  # (B, h, w, H)
+    x = rms("down_block.downsample.norm", x).permute(0, 3, 1, 2)
+    x = F.conv2d(x, s["down_block.downsample.conv.weight"], stride=2)
+    rows, columns = x.shape[-2:]
+    x = linear("project_to_hidden", rms("project_to_hidden_norm", x.flatten(2).mT))
+    c = rms("encoder_proj_layer_norm", linear("context_embedder", text.double()))
+    length = c.shape[1]
+    cells = [(0.0, float(row), float(column)) for row in range(rows) for column in range(columns)]
+    places = torch.tensor([(0.0, 0.0, 0.0)] * length + cells, dtype=torch.float64)
+    for i in range(2):
+        b = f"transformer_blocks.{i}."
+        shift, scale, gate, shift_m, scale_m, gate_m = linear(f"{b}norm1.linear", e).chunk(6, -1)
+        c_shift, c_scale, c_gate, c_shift_m, c_scale_m, c_gate_m = linear(f"{b}norm1_context.linear", e).chunk(6, -1)
+        h, g = centred(x) * (1 + scale) + shift, centred(c) * (1 + c_scale) + c_shift
+        q, k, v = (heads(linear(f"{b}attn.to_{name}", h)) for name in "qkv")
+        q_c, k_c, v_c = (heads(linear(f"{b}attn.add_{name}_proj", g)) for name in "qkv")
+        q = torch.cat([rms(f"{b}attn.norm_added_q", q_c), rms(f"{b}attn.norm_q", q)], 2)
+        k = torch.cat([rms(f"{b}attn.norm_added_k", k_c), rms(f"{b}attn.norm_k", k)], 2)
+        out = attention(q, k, torch.cat([v_c, v], 2))
+        x = x + gate * linear(f"{b}attn.to_out.0", out[:, length:])
+        c = c + c_gate * linear(f"{b}attn.to_add_out", out[:, :length])
+        h, g = centred(x) * (1 + scale_m) + shift_m, centred(c) * (1 + c_scale_m) + c_shift_m
+        x = x + gate_m * linear(f"{b}ff.net.2", gelu(linear(f"{b}ff.net.0.proj", h)))
+        c = c + c_gate_m * linear(f"{b}ff_context.net.2", gelu(linear(f"{b}ff_context.net.0.proj", g)))
+    x = torch.cat([c, x], 1)
+    for i in range(2):
+        b = f"single_transformer_blocks.{i}."
+        shift, scale, gate = linear(f"{b}norm.linear", e).chunk(3, -1)
+        h = centred(x) * (1 + scale) + shift
+        q, k, v = (heads(linear(f"{b}attn.to_{name}", h)) for name in "qkv")
+        out = attention(rms(f"{b}attn.norm_q", q), rms(f"{b}attn.norm_k", k), v)
+        x = x + gate * linear(f"{b}proj_out", torch.cat([out, gelu(linear(f"{b}proj_mlp", h))], -1))
+    x = linear("project_from_hidden", rms("project_from_hidden_norm", x[:, length:])).unflatten(1, (rows, columns))
+    x = rms("up_block.upsample.norm", x).permute(0, 3, 1, 2)
+    x = F.conv_transpose2d(x, s["up_block.upsample.conv.weight"], stride=2).permute(0, 2, 3, 1)
+    x = rms("mlm_layer.layer_norm", x @ s["mlm_layer.conv1.weight"][:, :, 0, 0].T)
+    return (x @ s["mlm_layer.conv2.weight"][:, :, 0, 0].T).flatten(1, 2)
+
+
+@pytest.fixture(scope="module")
+def meissonic_folder(amused_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As published: a pipeline and a scheduler of its own code, which are not run, and aMUSEd's other components."""
+    folder = tmp_path_factory.mktemp("meissonic")
+    for name in ("vqvae", "text_encoder", "tokenizer"):
+        shutil.copytree(amused_folder / name, folder / name)
+    meissonic_network().save_pretrained(folder / "transformer")
+    (folder / "transformer" / "config.json").write_text(json.dumps(MEISSONIC))
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"mask_token_id": MASK}))
+    index = {"_class_name": "Pipeline", "transformer": ["transformer", "Transformer2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["scheduler", "Scheduler"]}))
+    return folder
+
+
+@pytest.fixture
+def meissonic(meissonic_folder: Path) -> DiscreteImagePipeline:
+    pipe = DiscreteImagePipeline.from_pretrained(meissonic_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_meissonic_facts(warnings_of_diffusers: Callable[[], list[str]], meissonic: DiscreteImagePipeline) -> None:
+    facts = meissonic.config.denoiser
+    assert (facts["vocab_size"], facts["mask_token_id"], facts["codebook_size"]) == (STATES, MASK, CODES)
+    assert (facts["grid_shape"], facts["time_input"], facts["grid_input"]) == ([64, 64], "steps_left", True)
+    assert type(meissonic.model) is MeissonicTransformerModel
+    assert type(meissonic.scheduler) is MaskGITScheduler
+    assert warnings_of_diffusers() == []
+
+
+@pytest.mark.parametrize(("t", "steps", "left"), [(1.0, 8, 7), (0.125, 8, 0), (0.75, 4, 2)])
+def test_meissonic_guided_logits(meissonic: DiscreteImagePipeline, t: float, steps: int, left: int) -> None:
+    x = torch.randint(0, CODES, (2, 24), generator=seeded())
+    x[:, 1::3] = MASK
+    extra = ((4, 6), 1.0, 2.0, 5.0)
+    with torch.no_grad():
+        c, u = (meissonic.text_conditions(texts, 2, *extra) for texts in (["a cat", "dogs"], [""]))
+        logits = meissonic.denoiser_for((4, 6), steps, c, u, 9.0, "constant")(x, t)
+        state = meissonic.model.state_dict()
+        branches = [
+            meissonic_reference(
+                state,
+                x.view(2, 4, 6),
+                left,
+                told["encoder_hidden_states"],
+                told["pooled_text_emb"],
+                told["micro_conds"],
+            )
+            for told in (c, u)
+        ]
+    expected = branches[1] + 9 * (branches[0] - branches[1])
+    assert (branches[0] - branches[1]).abs().max() > 0.1
+    assert torch.allclose(logits[..., :CODES].double(), expected, atol=1e-3)
+    assert (logits[..., CODES:] == -math.inf).all()
+
+
+def test_meissonic_samples(meissonic: DiscreteImagePipeline, tmp_path: Path) -> None:
+    arguments = {"height": 8, "width": 12, "num_inference_steps": 3, "guidance_scale": 9.0, "output_type": "pt"}
+    seen = []
+    hook = meissonic.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1].tolist()))
+    output = meissonic("a cat", **arguments, generator=seeded())
+    hook.remove()
+    assert seen == [[2.0, 2.0], [1.0, 1.0], [0.0, 0.0]]  # as the published pipeline counts them, in both branches
+    assert output.images.shape == (1, 3, 8, 12)
+    assert (output.sequences < CODES).all()
+    meissonic.save_pretrained(tmp_path)
+    loaded = DiscreteImagePipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(loaded("a cat", **arguments, generator=seeded()).sequences, output.sequences)
+
+
+def test_meissonic_arguments_that_are_not_allowed() -> None:
+    with pytest.raises(ValueError, match="`guidance_embeds` is True"):
+        MeissonicTransformerModel(guidance_embeds=True)
+    with pytest.raises(ValueError, match="`pooled_projection_dim` is 768; the heads are 1024 wide together"):
+        MeissonicTransformerModel(pooled_projection_dim=768)
+    with pytest.raises(ValueError, match="the grid must come back"):
+        MeissonicTransformerModel(upsample=False)
 
 
 # ---- Halton-MaskGIT --------------------------------------------------------------------------------------------------
@@ -430,7 +644,7 @@ def test_halton_guided_logits(halton: DiscreteImagePipeline) -> None:
     c, u = (halton_reference(halton_state(), ids, y, heads) for y in (labels, anything))
     conditions = {"class_labels": labels}, {"class_labels": anything}
     with torch.no_grad():
-        denoiser = halton.denoiser_for((GRID, GRID), *conditions, 2.5, "constant")
+        denoiser = halton.denoiser_for((GRID, GRID), 7, *conditions, 2.5, "constant")
         logits, chosen = denoiser(ids, 0.3), ids == HALTON_CODES
         at_masks = denoiser(ids, 0.3, chosen)
     expected = u + 2.5 * (c - u)
@@ -491,7 +705,7 @@ def test_published_sizes(file: str, width: int, layers: int, grid: int, millions
         )
     counted = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     assert counted == {key: shape for key, shape in shapes.items() if key != "head.weight"}
-    assert round(sum(map(math.prod, counted.values())) / 1e6, 1) == pytest.approx(millions, abs=0.35)
+    assert round(sum(map(math.prod, counted.values())) / 1e6, 1) == millions
 
 
 def test_published_decoder() -> None:
@@ -549,6 +763,8 @@ def test_repositories_that_are_refused(halton_folder: Path, amused_folder: Path,
         load(halton_folder, weight_name="x.pth")
     with pytest.raises(ValueError, match="`device_map` is not an argument"):
         load(amused_folder, device_map="cpu")
+    with pytest.raises(ValueError, match="is of AmusedPipeline, for images: load it with DiscreteImagePipeline"):
+        DiscreteDiffusionPipeline.from_pretrained(amused_folder)
     with pytest.raises(ValueError, match="is not bundled; bundled:"):
         load("discrete-schedulers/no-such-image")
 
@@ -573,27 +789,34 @@ torch.save(results, sys.argv[2])
 
 @pytest.mark.slow
 def test_loaded_by_id(
-    pipe: DiscreteImagePipeline, halton: DiscreteImagePipeline, amused_folder: Path, halton_folder: Path, tmp_path: Path
+    pipe: DiscreteImagePipeline,
+    meissonic: DiscreteImagePipeline,
+    halton: DiscreteImagePipeline,
+    amused_folder: Path,
+    meissonic_folder: Path,
+    halton_folder: Path,
+    tmp_path: Path,
 ) -> None:
     text = {"prompt": "a cat", "num_inference_steps": 3, "guidance_scale": 2.0}
     classes = {"class_labels": 1, "num_inference_steps": 3, "guidance_scale": 2.0}
     named = {"weight_name": "ImageNet_256_tiny.pth", "torch_dtype": torch.float32}
     jobs = {
         "amused": ("amused/amused-256", {}, text),
+        "meissonic": ("MeissonFlow/Meissonic", {}, text | {"height": 8, "width": 8}),
         "halton": (HALTON_REPOSITORY, named, classes),
         "unnamed": (HALTON_REPOSITORY, {}, classes),
         "no file": (HALTON_REPOSITORY, {"weight_name": "ImageNet_512_tiny.pth"}, classes),
     }
     torch.save(jobs, tmp_path / "jobs.pt")
     with LoopbackHub(home=tmp_path / "home") as hub:
-        files = {str(p.relative_to(amused_folder)): p.read_bytes() for p in amused_folder.rglob("*") if p.is_file()}
-        publish(hub, "amused/amused-256", files)
+        for name, folder in (("amused/amused-256", amused_folder), ("MeissonFlow/Meissonic", meissonic_folder)):
+            publish(hub, name, {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
         publish(hub, HALTON_REPOSITORY, {"ImageNet_256_tiny.pth": halton_file()})
         publish(hub, "FoundationVision/LlamaGen", {"vq_ds16_c2i.pt": (halton_folder / "vq_ds16_c2i.pt").read_bytes()})
         hub.python(CLIENT, tmp_path / "jobs.pt", tmp_path / "results.pt", token=None)
     results = torch.load(tmp_path / "results.pt")
-    for name, ours, call in (("amused", pipe, text), ("halton", halton, classes)):
-        expected = ours(**call, generator=seeded(), output_type="pt")
+    for name, ours in (("amused", pipe), ("meissonic", meissonic), ("halton", halton)):
+        expected = ours(**jobs[name][2], generator=seeded(), output_type="pt")
         assert not isinstance(results[name], str), results[name]
         assert torch.equal(results[name][0], expected.sequences)
         assert torch.equal(results[name][1], expected.images)

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         HaltonMaskGITModel,
         HollowTransformerModel,
         LatentModel,
+        MeissonicTransformerModel,
         PatchCodebook,
     )
     from discrete_schedulers.pipelines import (
@@ -79,6 +80,7 @@ LAZY = {
     "HaltonMaskGITModel": "discrete_schedulers.models",
     "HollowTransformerModel": "discrete_schedulers.models",
     "LatentModel": "discrete_schedulers.models",
+    "MeissonicTransformerModel": "discrete_schedulers.models",
     "ModelMixin": "diffusers",
     "PatchCodebook": "discrete_schedulers.models",
 }
@@ -117,6 +119,7 @@ __all__ = [
     "LearnedScheduler",
     "LikelihoodEstimate",
     "MaskGITScheduler",
+    "MeissonicTransformerModel",
     "ModelMixin",
     "NetworkDenoiser",
     "PCSamplerScheduler",

@@ -30,7 +30,7 @@ CHOICES = {
     "parametrization": ("x0", "score", "leave_one_out"),
     "shift": (0, 1),
     "shift_first": ("keep", "copy"),
-    "time_input": ("sigma", "t", None),
+    "time_input": ("sigma", "t", "steps_left", None),
     "revealed_logits": ("none", "leave_one_out", "shadow"),
 }
 
@@ -78,7 +78,8 @@ class NetworkDenoiser:
         shift (`int`, defaults to 0): 1 where the logits at i - 1 predict position i.
         shift_first (`str`, defaults to `"keep"`): With `shift`, position 0 keeps its own logits (`"keep"`, Dream) or its
             token (`"copy"`, DiffuGPT).
-        time_input (`str`, *optional*): `"sigma"` (total noise), `"t"`, or `None` for a network without time.
+        time_input (`str`, *optional*): `"sigma"` (total noise), `"t"`, `"steps_left"` (N t - 1 in a run of N steps: Meissonic),
+            or `None` for a network without time.
         noise_schedule (`str`, defaults to `"loglinear"`): Turns t into sigma and alpha.
         suppress_token_ids (`tuple[int, ...]`): Ids that are never drawn, beside the mask.
         frozen_token_ids (`tuple[int, ...]`): Ids that are never noised (start, end, padding).
@@ -97,6 +98,7 @@ class NetworkDenoiser:
         codebook_size (`int`, *optional*): Number of ids that decode, for image models.
         grid_input (`bool`, defaults to `False`): The network takes ids (B, height, width) of `grid_shape`, and returns logits
             (B, width of the logits, height, width), channels first.
+        num_steps (`int`, *optional*): Steps N of the run, for `time_input="steps_left"`.
         call_arguments (`dict`): Passed to the network in every call, the same for all rows of a batch. Conditions of a call
             with the same names take their place.
 
@@ -111,7 +113,7 @@ class NetworkDenoiser:
     parametrization: Literal["x0", "score", "leave_one_out"] = "x0"
     shift: int = 0
     shift_first: Literal["keep", "copy"] = "keep"
-    time_input: Literal["sigma", "t"] | None = None
+    time_input: Literal["sigma", "t", "steps_left"] | None = None
     noise_schedule: NoiseSchedule = "loglinear"
     suppress_token_ids: tuple[int, ...] = ()
     frozen_token_ids: tuple[int, ...] = ()
@@ -122,6 +124,7 @@ class NetworkDenoiser:
     grid_shape: tuple[int, int] | None = None
     codebook_size: int | None = None
     grid_input: bool = False
+    num_steps: int | None = None
     call_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -248,15 +251,14 @@ class NetworkDenoiser:
             revealed = ~self.is_masked(x_t) if asked is None else asked & ~self.is_masked(x_t)
             if revealed.any():
                 return self.raw_with_shadows(x_t, t, revealed, **conditions)
-        arguments = self.call_arguments | conditions
+        time, told = self.time_arguments(x_t, t), self.call_arguments | conditions
         if self.grid_input:
             assert self.grid_shape is not None
-            sheet = x_t.view(len(x_t), *self.grid_shape)  # (B, h, w)
-            return logits_of(self.model(sheet, *self.time_arguments(x_t, t), **arguments)).flatten(2).mT
-        if self.head is None or "positions" not in arguments:
-            return logits_of(self.model(x_t, *self.time_arguments(x_t, t), **arguments))
-        with head_at(self.model.get_submodule(self.head), arguments.pop("positions")):
-            return logits_of(self.model(x_t, *self.time_arguments(x_t, t), **arguments))
+            return logits_of(self.model(x_t.view(-1, *self.grid_shape), *time, **told)).flatten(2).mT
+        if self.head is None or "positions" not in told:
+            return logits_of(self.model(x_t, *time, **told))
+        with head_at(self.model.get_submodule(self.head), told.pop("positions")):
+            return logits_of(self.model(x_t, *time, **told))
 
     def can_split(self, x_t: Tensor, wanted: Tensor) -> bool:
         """Whether the head can run at the wanted positions only, bool (B, L)."""
@@ -328,6 +330,10 @@ class NetworkDenoiser:
         if self.time_input is None:
             return ()
         t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
+        if self.time_input == "steps_left":
+            if self.num_steps is None:
+                raise ValueError("`num_steps` is missing: this network is told how many steps are left")
+            return ((self.num_steps * t - 1).clamp(min=0).float(),)
         value = t if self.time_input == "t" else -torch.log(survival(t, self.noise_schedule))
         return (value.float(),)
 

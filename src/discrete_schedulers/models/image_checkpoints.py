@@ -1,17 +1,19 @@
 r"""Image models of the Hub: what a repository holds, and how it becomes a network, a decoder and their facts.
 
     aMUSEd           diffusers' layout with model_index.json: UVit2DModel, VQModel, CLIP, all of diffusers and transformers
+    Meissonic        the same layout, with a network of this library
     Halton-MaskGIT   one `.pth` for each network, with optimizer state; codes are those of LlamaGen's VQ-16
 
 LlamaGen's VQ-16 is a VQModel of diffusers with other key names: its codes are divided by their length once and for all, and
 since the nearest of codes of one length does not depend on the length of what is looked up, encoding is the same too.
-Sources: `amused/amused-256`, `llvictorll/Halton-MaskGIT`, `FoundationVision/LlamaGen`.
+Sources: `amused/amused-256`, `MeissonFlow/Meissonic`, `llvictorll/Halton-MaskGIT`, `FoundationVision/LlamaGen`.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from discrete_schedulers.models.halton import HaltonMaskGITModel
 from discrete_schedulers.models.loading import first_file, read_config
+from discrete_schedulers.models.meissonic import MeissonicTransformerModel
 
 HALTON_REPOSITORY = "llvictorll/Halton-MaskGIT"
 HALTON_FILES = (
@@ -54,35 +57,57 @@ class ImageParts(NamedTuple):
     text_encoder: Any = None
 
 
-def load_amused(source: str, dtype: torch.dtype | None, variant: str | None, hub: Mapping[str, Any]) -> ImageParts:
-    """aMUSEd: components in diffusers' layout.
+def text_to_image_class(source: str, index: Mapping[str, Any], hub: Mapping[str, Any]) -> type | None:
+    """The network of a repository in diffusers' layout, `None` where it is not one of these.
 
     Args:
         source (`str`): Folder or repository id.
+        index (`dict`): Its model_index.json.
+        hub (`dict`): Arguments of `huggingface_hub.hf_hub_download`.
+    """
+    if index.get("_class_name") == "AmusedPipeline":
+        return UVit2DModel
+    config_file = first_file(source, ("transformer/config.json",), hub) if "transformer" in index else None
+    config = {} if config_file is None else read_config(config_file)
+    # diffusers has another class of this name
+    if config.get("_class_name") == "Transformer2DModel" and {"num_single_layers", "codebook_size"} <= config.keys():
+        return MeissonicTransformerModel
+    return None
+
+
+def load_text_to_image(
+    source: str, network_class: type, dtype: torch.dtype | None, variant: str | None, hub: Mapping[str, Any]
+) -> ImageParts:
+    """aMUSEd or Meissonic: components in diffusers' layout.
+
+    Args:
+        source (`str`): Folder or repository id.
+        network_class (`type`): From `text_to_image_class`.
         dtype (`torch.dtype`, *optional*): Of the weights; `None`: float32.
         variant (`str`, *optional*): Of the weight files, such as `"fp16"`.
         hub (`dict`): Arguments of `huggingface_hub.hf_hub_download`.
     """
+    classes: dict[str, Any] = {"transformer": network_class, "vqvae": VQModel}
+    classes |= {"text_encoder": CLIPTextModelWithProjection}
     parts: dict[str, Any] = {}
-    for folder, kind in (
-        ("transformer", UVit2DModel),
-        ("vqvae", VQModel),
-        ("text_encoder", CLIPTextModelWithProjection),
-    ):
+    for folder, kind in classes.items():
         arguments = {"subfolder": folder, "dtype": dtype or torch.float32, "variant": variant, **hub}
         parts[folder] = kind.from_pretrained(source, **arguments).eval()
-    network = parts["transformer"]
+    config = parts["transformer"].config
     found = first_file(source, ("scheduler/scheduler_config.json",), hub)
     mask = None if found is None else read_config(found).get("mask_token_id")
     facts = {
-        "vocab_size": network.config.vocab_size,
-        "mask_token_id": network.config.vocab_size - 1 if mask is None else mask,
+        "vocab_size": config.vocab_size,
+        "mask_token_id": config.vocab_size - 1 if mask is None else mask,
         "grid_input": True,
-        "grid_shape": [network.config.sample_size] * 2,
-        "codebook_size": network.config.codebook_size,
+        "codebook_size": config.codebook_size,
     }
+    if network_class is UVit2DModel:
+        facts["grid_shape"] = [config.sample_size] * 2
+    else:  # 1024 pixels where the blocks run on half the grid, else 512
+        facts |= {"grid_shape": [64, 64] if config.downsample else [32, 32], "time_input": "steps_left"}
     tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **hub)
-    return ImageParts(network, parts["vqvae"], facts, False, tokenizer, parts["text_encoder"])
+    return ImageParts(parts["transformer"], parts["vqvae"], facts, False, tokenizer, parts["text_encoder"])
 
 
 def load_halton(
@@ -134,7 +159,7 @@ def state_of(path: Path, name: str, dtype: torch.dtype | None) -> dict[str, Tens
         ValueError: If the file is damaged, holds more than tensors and plain values, or has no such table.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, which is not read: a pickle can run code ({error})"
