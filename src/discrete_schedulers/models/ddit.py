@@ -189,6 +189,9 @@ class DDiTModel(ModelMixin, ConfigMixin):
         num_classes (`int`, *optional*): Number of classes for class conditioning; `None` for none.
         time_conditioning (`bool`, defaults to `True`): `False` feeds sigma = 0 always, as MDLM's checkpoints want it.
         mlp_ratio (`int`, defaults to 4): Width of the MLP in units of `hidden_size`.
+        absolute_positions (`bool`, defaults to `False`): Add a learned vector for each of `max_length` positions. Rotary angles
+            know distances only: where all tokens are masks every position gets the same law, so a model whose sequences have
+            a beginning and an end needs this. No published checkpoint has it.
 
     Raises:
         ValueError: If `num_heads` does not divide `hidden_size`, or `num_classes` is given without `cond_dim`.
@@ -208,6 +211,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
         num_classes: int | None = None,
         time_conditioning: bool = True,
         mlp_ratio: int = 4,
+        absolute_positions: bool = False,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:
@@ -215,6 +219,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
         if num_classes is not None and cond_dim is None:
             raise ValueError("`num_classes` needs `cond_dim`: a class is fed through the condition vector")
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
+        self.position_embed = TokenEmbedding(max_length, hidden_size) if absolute_positions else None
         self.sigma_map = None if cond_dim is None else TimestepEmbedder(cond_dim)
         self.cond_map = None if num_classes is None or cond_dim is None else LabelEmbedder(num_classes, cond_dim)
         self.rotary_emb = Rotary(hidden_size // num_heads)
@@ -255,6 +260,11 @@ class DDiTModel(ModelMixin, ConfigMixin):
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, L): nobody looks at padding
         x = self.vocab_embed(input_ids)
+        if self.position_embed is not None:
+            if length > self.config.max_length:
+                raise ValueError(f"`input_ids` has {length} positions; this model has {self.config.max_length}")
+            place = torch.arange(length, device=x.device)[None] if position_ids is None else position_ids.to(x.device)
+            x = x + self.position_embed(place)
         for block in self.blocks:
             x = block(x, cos, sin, condition, attention_mask)
         return self.output_layer(x, condition)
@@ -292,7 +302,8 @@ class DDiTModel(ModelMixin, ConfigMixin):
             [`DDiTOutput`] or `tuple`: `logits` first.
 
         Raises:
-            ValueError: If `sigma` or `class_labels` is missing, or there are no classes to name.
+            ValueError: If `sigma` or `class_labels` is missing, there are no classes to name, or a model with
+                `absolute_positions` gets more of them than it has.
         """
         hidden = self.hidden(input_ids, sigma, class_labels, attention_mask, position_ids)
         logits = self.head(hidden if positions is None else hidden[positions])
