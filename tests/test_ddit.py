@@ -221,6 +221,28 @@ def test_positions_matter_only_through_other_tokens() -> None:
 
 
 @torch.no_grad()
+def test_absolute_positions() -> None:
+    """The vector of a place is added to its token: a model without the table, fed the sums as tokens of their own, agrees."""
+    model = tiny_model(absolute_positions=True, max_length=9)
+    table, tokens = model.position_embed.embedding, model.vocab_embed.embedding
+    same = model(torch.full((1, 9), 4), SIGMA[1:2]).logits[0]
+    assert (same[1:] - same[:-1]).abs().amax(-1).min() > 1e-2
+    plain = tiny_model()
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if "position" not in key})
+    for ids, places in ((IDS[:1], torch.arange(9)), (IDS[:1, :5], torch.tensor([7, 2, 3, 4, 8]))):
+        length = len(places)
+        plain.vocab_embed.embedding = torch.nn.Parameter(
+            tokens[ids[0]] + table[places]
+        )  # row i: what stands at place i
+        expected = plain(torch.arange(length)[None], SIGMA[1:2], position_ids=places[None]).logits
+        found = model(ids, SIGMA[1:2], position_ids=places[None]).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(IDS, SIGMA).logits, model(IDS, SIGMA, position_ids=torch.arange(9)[None]).logits)
+    with pytest.raises(ValueError, match="`input_ids` has 10 tokens; this model has learned 9 places"):
+        model(torch.zeros(1, 10, dtype=torch.int64), SIGMA[:1])
+
+
+@torch.no_grad()
 def test_attention_mask() -> None:
     model, padded = tiny_model(), torch.ones(3, 9)
     padded[:, 6:] = 0

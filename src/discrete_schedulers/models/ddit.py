@@ -197,6 +197,9 @@ class DDiTModel(ModelMixin, ConfigMixin):
         grid_shape (`tuple[int, int]`, *optional*): Rows and columns of an image's tokens, in row-major order. Attention then
             sees rows and columns apart, and each place has a learned vector of its own: without it, an image that is all
             masks would get the same logits everywhere. `None` for a sequence.
+        absolute_positions (`bool`, defaults to `False`): Add a learned vector for each of `max_length` positions. Rotary angles
+            know distances only: where all tokens are masks every position gets the same law, so a model whose sequences have
+            a beginning and an end needs this. No published checkpoint has it.
 
     Raises:
         ValueError: If `num_heads` does not divide `hidden_size`, `num_classes` is given without `cond_dim`, or the heads of a
@@ -218,6 +221,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
         time_conditioning: bool = True,
         mlp_ratio: int = 4,
         grid_shape: tuple[int, int] | None = None,
+        absolute_positions: bool = False,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:
@@ -231,7 +235,9 @@ class DDiTModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"`hidden_size` ({hidden_size}) over `num_heads` ({num_heads}) must be a multiple of 4 with `grid_shape`"
             )
-        self.position_embed = None if grid_shape is None else TokenEmbedding(grid_shape[0] * grid_shape[1], hidden_size)
+        places = max_length if grid_shape is None else grid_shape[0] * grid_shape[1]
+        learned = absolute_positions or grid_shape is not None
+        self.position_embed = TokenEmbedding(places, hidden_size) if learned else None
         self.rotary_emb = Rotary(hidden_size // num_heads, None if grid_shape is None else grid_shape[1])
         self.blocks = nn.ModuleList(DDiTBlock(hidden_size, num_heads, cond_dim, mlp_ratio) for _ in range(num_blocks))
         self.output_layer = DDiTFinalLayer(hidden_size, vocab_size, cond_dim)
@@ -272,8 +278,8 @@ class DDiTModel(ModelMixin, ConfigMixin):
         x = self.vocab_embed(input_ids)
         if self.position_embed is not None:
             if position_ids is None and length > len(self.position_embed.embedding):
-                rows, columns = self.config.grid_shape
-                raise ValueError(f"`input_ids` has {length} tokens, but the grid {rows} x {columns} has fewer places")
+                known = len(self.position_embed.embedding)
+                raise ValueError(f"`input_ids` has {length} tokens; this model has learned {known} places")
             places = torch.arange(length, device=x.device) if position_ids is None else position_ids.to(x.device)
             x = x + self.position_embed(places)
         for block in self.blocks:
@@ -313,7 +319,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
             [`DDiTOutput`] or `tuple`: `logits` first.
 
         Raises:
-            ValueError: If `sigma` or `class_labels` is missing, there are no classes to name, or more tokens than places.
+            ValueError: If `sigma` or `class_labels` is missing, there are no classes to name, or more tokens than learned places.
         """
         hidden = self.hidden(input_ids, sigma, class_labels, attention_mask, position_ids)
         logits = self.head(hidden if positions is None else hidden[positions])

@@ -72,7 +72,9 @@ def open_blocks(is_masked: Tensor, block_length: int | None, calls_left: int) ->
     masks = is_masked.new_zeros(len(is_masked), -(-length // width), dtype=torch.int64)
     masks = masks.index_add(1, block, is_masked.long())  # (B, blocks)
     blocks_left = (masks > 0).sum(1)  # (B,)
-    number = (masks > 0).cumsum(1)[:, block]  # (B, L), of each position's block among those with masks: 1 is the leftmost
+    number = (masks > 0).cumsum(1)[
+        :, block
+    ]  # (B, L), of each position's block among those with masks: 1 is the leftmost
     now = (blocks_left + calls_left - 1) // calls_left
     return is_masked & (number <= now[:, None]), blocks_left >= calls_left
 
