@@ -319,7 +319,8 @@ class DDiTModel(ModelMixin, ConfigMixin):
             [`DDiTOutput`] or `tuple`: `logits` first.
 
         Raises:
-            ValueError: If `sigma` or `class_labels` is missing, there are no classes to name, or more tokens than learned places.
+            ValueError: If `sigma` or `class_labels` is missing, there are no classes to name, or there are more tokens than
+                learned places.
         """
         hidden = self.hidden(input_ids, sigma, class_labels, attention_mask, position_ids)
         logits = self.head(hidden if positions is None else hidden[positions])
