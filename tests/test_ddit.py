@@ -348,7 +348,7 @@ def test_errors() -> None:
         tiny_model(hidden_size=30)
     with pytest.raises(ValueError, match=r"`num_heads` \(16\).*multiple of 4"):
         tiny_model(num_heads=16, grid_shape=(3, 4))
-    with pytest.raises(ValueError, match=r"`input_ids` has 13 tokens, but the grid 3 x 4"):
+    with pytest.raises(ValueError, match=r"`input_ids` has 13 tokens; this model has learned 12 places"):
         tiny_model(grid_shape=(3, 4))(torch.zeros(1, 13, dtype=torch.int64), SIGMA[:1])
     with pytest.raises(ValueError, match="`num_classes` needs `cond_dim`"):
         tiny_model(cond_dim=None, num_classes=3)
