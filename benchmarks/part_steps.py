@@ -177,7 +177,6 @@ def measure(ours: Ours, logits: Tensor, settings: dict[str, Any]) -> dict[str, f
         given.append(RowLogits(logits[rows[-1]], rows[-1]) if ours.given == "rows" else logits)
 
     def run(number: int) -> None:
-        scheduler.set_timesteps(settings["steps"])
         generator = torch.Generator().manual_seed(number)
         if ours.given == "rows":
             scheduler.positions(index, states[number], generator)  # part of the job; `step` does it with all logits

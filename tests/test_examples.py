@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from datasets import Dataset
 from PIL import Image
 from test_image_pipeline import pipeline
 
@@ -26,7 +33,8 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"compare_schedulers", "demo", "image_grid", "sample"}
+    known = {"compare_schedulers", "demo", "generate", "image_grid", "sample"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == known
 
 
 def test_sample() -> None:
@@ -92,3 +100,103 @@ def test_compare_schedulers_counts_calls() -> None:
     example = load("compare_schedulers")
     ancestral = AncestralScheduler(vocab_size=5, mask_token_id=4)
     assert [example.steps_for(ancestral, calls) for calls in (1, 4, 32)] == [1, 4, 32]
+
+
+GENERATE = [
+    "--num_samples",
+    "22",
+    "--shard_size",
+    "4",
+    "--batch_size",
+    "3",
+    "--length",
+    "24",
+    "--num_inference_steps",
+    "4",
+]
+
+
+def samples_in(folder: Path) -> list[dict]:
+    """The rows of all shards, in order of their numbers."""
+    rows = [
+        row for path in folder.glob("samples-*.parquet") for row in Dataset.from_parquet(str(path), keep_in_memory=True)
+    ]
+    return sorted(rows, key=lambda row: row["number"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What one process makes without an interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    load("generate").main([*GENERATE, "--output_dir", str(folder)])
+    assert len(list(folder.glob("*.parquet"))) == 6
+    return samples_in(folder)
+
+
+def test_generate(whole: list[dict], tmp_path: Path) -> None:
+    """Every sample once, all different; missing shards are made again, others are not; other settings are refused."""
+    assert [row["number"] for row in whole] == list(range(22))
+    assert len({tuple(row["ids"]) for row in whole}) == 22
+    assert all(len(row["ids"]) == 24 and row["text"] for row in whole)
+    example, arguments = load("generate"), [*GENERATE, "--output_dir", str(tmp_path)]
+    example.main(arguments)
+    paths = sorted(tmp_path.glob("*.parquet"))
+    paths[2].unlink()
+    (tmp_path / f".{paths[2].name}.tmp").write_text("what a killed run leaves")
+    before = {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
+    example.main(arguments)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert samples_in(tmp_path) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in paths] + ["settings.json"]
+    with pytest.raises(ValueError, match="has samples of other settings: seed"):
+        example.main([*arguments, "--seed", "1"])
+
+
+def test_generate_seeds() -> None:
+    """Different numbers have different seeds, also where torch reads 32 bits of them; runs have different ones."""
+    example = load("generate")
+    first = [example.generator_of(0, number).initial_seed() for number in range(2000)]
+    assert len({seed % 2**32 for seed in first}) == 2000
+    assert not set(first) & {example.generator_of(1, number).initial_seed() for number in range(2000)}
+
+
+@pytest.mark.slow
+def test_generate_with_two_processes_that_are_killed(whole: list[dict], tmp_path: Path) -> None:
+    """SIGKILL to both after the first shard; two go on; the samples are those of one process."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+    ]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    given = [str(EXAMPLES / "generate.py"), *GENERATE, "--output_dir", str(tmp_path / "samples")]
+
+    def start() -> subprocess.Popen:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = ["--main_process_port", str(probe.getsockname()[1])]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [*command, *port, *given], env=environment, stdout=pipe, stderr=pipe, start_new_session=True
+        )
+
+    process = start()
+    while not list((tmp_path / "samples").glob("*.parquet")) and process.poll() is None:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    made = len(list((tmp_path / "samples").glob("*.parquet")))
+    assert made >= 1
+    process = start()
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()[-3000:]
+    assert samples_in(tmp_path / "samples") == whole
+    lines = printed.decode().splitlines()
+    assert len([line for line in lines if "samples-" in line]) == 6 - made
+    if made <= 4:
+        assert {line.split(":")[0] for line in lines if "samples-" in line} == {"process 0", "process 1"}

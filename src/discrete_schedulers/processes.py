@@ -22,7 +22,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from discrete_schedulers.sampling import Generators, uniforms
+from discrete_schedulers.sampling import Generators, on_host, uniforms
 
 NoiseSchedule: TypeAlias = Literal["loglinear", "linear", "cosine", "geometric"]
 
@@ -73,12 +73,18 @@ def as_time(t: Tensor | float, device: torch.device | str = "cpu") -> Tensor:
     """A time as a float64 tensor that broadcasts over (B, L, V): a scalar, or shape (B, 1, 1) from shape (B,).
 
     Raises:
-        ValueError: If a time lies outside [0, 1].
+        ValueError: If a time lies outside [0, 1]; not looked at where the host would have to wait for it.
     """
     t = torch.as_tensor(t, dtype=torch.float64, device=device)
-    if not ((t >= 0) & (t <= 1)).all():
+    if on_host(t) and not ((t >= 0) & (t <= 1)).all():
         raise ValueError(f"time is {t.tolist()}; allowed are numbers from 0 (clean) to 1 (noise)")
     return t[:, None, None] if t.dim() == 1 else t
+
+
+def indicator(tokens: Tensor, vocab_size: int) -> Tensor:
+    """1 at each token and 0 elsewhere, float64 (..., V). torch's `one_hot` makes int64 first, and looks at all values."""
+    zeros = torch.zeros(*tokens.shape, vocab_size, dtype=torch.float64, device=tokens.device)
+    return zeros.scatter_(-1, tokens[..., None], 1.0)
 
 
 class Process(ABC):
@@ -117,7 +123,7 @@ class Process(ABC):
     def marginal(self, x_0: Tensor, t: Tensor | float) -> Tensor:
         """q(x_t | x_0) of every position, shape (B, L, V), float64."""
         alpha = self.alpha(t).to(x_0.device)
-        clean = torch.nn.functional.one_hot(x_0, self.vocab_size).double()
+        clean = indicator(x_0, self.vocab_size)
         return alpha * clean + (1 - alpha) * self.prior_law(x_0.device)
 
     def add_noise(
@@ -215,7 +221,7 @@ class AbsorbingProcess(Process):
         opens = self.unmask_probability(t, s).to(x_t.device)
         law = opens * self.clean_law(p_0)
         law[..., self.mask_token_id] = (1 - opens).expand(law.shape[:2] + (1,)).squeeze(-1)
-        stays = torch.nn.functional.one_hot(x_t, self.vocab_size).double()
+        stays = indicator(x_t, self.vocab_size)
         return torch.where((x_t == self.mask_token_id)[..., None], law, stays)
 
     def reverse_rate(self, x_t: Tensor, p_0: Tensor, t: Tensor | float) -> Tensor:
@@ -244,8 +250,8 @@ class UniformProcess(Process):
         Bayes: p_0(v) is proportional to l(v) q(x_t | v), hence l to p_0(v) / (1 + 1[v = x_t] V alpha_t / (1 - alpha_t)).
         """
         gain = self.own_gain(t).to(x_t.device)
-        own = torch.nn.functional.one_hot(x_t, self.vocab_size).bool()
-        law = torch.where(own, p_0.double() / gain, p_0.double())
+        p_0, own = p_0.double(), x_t[..., None]  # (B, L, 1)
+        law = p_0.scatter(-1, own, p_0.gather(-1, own) / gain)
         return law / law.sum(-1, keepdim=True)
 
     def posterior(self, x_t: Tensor, p_0: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
@@ -253,9 +259,10 @@ class UniformProcess(Process):
         [`Process.posterior`]."""
         alpha_t, alpha_s = self.alpha(t).to(x_t.device), self.alpha(s).to(x_t.device)
         kept = alpha_t / alpha_s  # survival from s to t
-        own = torch.nn.functional.one_hot(x_t, self.vocab_size).double()
-        likelihood = kept * own + (1 - kept) / self.vocab_size
-        law = likelihood * (alpha_s * self.leave_one_out(x_t, p_0, t) + (1 - alpha_s) / self.vocab_size)
+        other = (1 - kept) / self.vocab_size  # the likelihood of x_t under v != x_t; under x_t it is kept + other
+        law = alpha_s * self.leave_one_out(x_t, p_0, t) + (1 - alpha_s) / self.vocab_size
+        own = law.gather(-1, x_t[..., None]) * (kept + other)
+        law = (law * other).scatter(-1, x_t[..., None], own)
         return law / law.sum(-1, keepdim=True)
 
     def score(self, x_t: Tensor, p_0: Tensor, t: Tensor | float) -> Tensor:

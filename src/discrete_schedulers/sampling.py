@@ -60,6 +60,8 @@ class RowLogits:
         rows = cls(logits, positions)
         if needs_fixed_shapes(logits):
             rows.source, rows.is_fixed = logits.flatten(0, 1), True
+        elif logits.is_contiguous():
+            rows.source, rows.places = logits.flatten(0, 1), (positions.flatten().nonzero().squeeze(1),)
         else:
             rows.places = positions.nonzero(as_tuple=True)
         return rows
@@ -96,23 +98,36 @@ class RowLogits:
         return sheet.masked_scatter(self.positions, values)
 
     def chunks(self, size: int | None = None, writable: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """A few rows (r, V) at a time, and their places among all.
+        """A few rows (r, V) at a time, without gradients, and their places among all.
 
         Args:
             size (`int`, *optional*): Numbers in each of them, about.
-            writable (`bool`, defaults to `False`): Whether they must be copies.
+            writable (`bool`, defaults to `False`): Whether they must be copies, in float32 or wider. The next rows take their
+                place: memory that is new is slower than the work that is done in it.
         """
-        width = self.source.shape[-1]
+        source, width = self.source.detach(), self.source.shape[-1]
         if size is None:
-            size = CPU_CHUNK if self.source.device.type == "cpu" else DEVICE_CHUNK
-        # a compiler finds its own chunks, and would write a loop out
-        each = max(len(self), 1) if torch.compiler.is_compiling() else max(size // width, 1)
+            size = CPU_CHUNK if source.device.type == "cpu" else DEVICE_CHUNK
+        is_compiling = torch.compiler.is_compiling()  # a compiler finds its own chunks, and would write a loop out
+        each = max(len(self) if is_compiling else size // width, 1)
+        wide = torch.promote_types(source.dtype, torch.float32)
+        has_own = writable and not is_compiling
+        own = source.new_empty(min(each, len(self)) if has_own else 0, width, dtype=wide)
+        raw = own if wide == source.dtype else own.new_empty(own.shape, dtype=source.dtype)
         for start in range(0, len(self), each):
             part = slice(start, start + each)
+            copy = own[: len(self) - start]
             if self.places is None:
-                yield part, self.source[part].clone() if writable else self.source[part]
+                some = source[part]
+            elif has_own and len(self.places) == 1:
+                some = torch.index_select(source, 0, self.places[0][part], out=raw[: len(copy)])
             else:
-                yield part, self.source[tuple(place[part] for place in self.places)]
+                some = source[tuple(place[part] for place in self.places)]
+            if has_own:
+                some = some if some.data_ptr() == copy.data_ptr() else copy.copy_(some)
+            elif writable:
+                some = some.to(wide, copy=True)
+            yield part, some
 
 
 def on_host(values: Tensor) -> bool:
@@ -179,11 +194,20 @@ def check_finite(total: Tensor) -> None:
         raise ValueError(f"`model_output` has NaN, +inf or no finite entry in {bad} of {rows} rows to draw from")
 
 
-def positive_weights(logits: Tensor) -> Tensor:
-    """Weights (r, V) in proportion to exp(logits), finite, in float32 or wider; NaN in rows that have no law."""
-    if logits.dtype == torch.float64:
-        return (logits - logits.amax(-1, keepdim=True)).exp_()  # several times as fast as float64's softmax
-    return torch.softmax(logits, -1, dtype=torch.float32)
+def positive_weights(logits: Tensor, out: Tensor | None = None) -> Tensor:
+    """Weights (r, V) in proportion to exp(logits), finite, in float32 or wider; NaN in rows that have no law.
+
+    Args:
+        logits (`torch.Tensor` of shape `(r, V)`): Unnormalised log-probabilities.
+        out (`torch.Tensor` of shape `(r, V)`, *optional*): Memory for them, of the same dtype; `logits` itself may be it.
+    """
+    if torch.compiler.is_compiling():
+        out = None
+    if logits.dtype == torch.float64:  # several times as fast as float64's softmax
+        return torch.sub(logits, logits.amax(-1, keepdim=True), out=out).exp_()
+    if out is None:
+        return torch.softmax(logits, -1, dtype=torch.float32)
+    return torch.softmax(logits, -1, out=out)
 
 
 def invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,7 +256,7 @@ def categorical(logits: Tensor, u: Tensor) -> Tensor:
         ValueError: If a row has NaN or `+inf`, or no state with positive probability.
     """
     rows = RowLogits(logits, torch.ones(1, len(logits), dtype=torch.bool, device=logits.device))
-    return drawn(((part, positive_weights(some)) for part, some in rows.chunks()), u)
+    return drawn(((part, positive_weights(some, some)) for part, some in rows.chunks(writable=True)), u)
 
 
 def drawn(weights: Iterator[tuple[slice, Tensor]], u: Tensor) -> Tensor:
@@ -251,16 +275,20 @@ def draw_tokens(rows: RowLogits, generator: Generators, shaped: RowFunction | No
     Args:
         rows (`RowLogits`): Laws of R positions, as logits.
         generator (`torch.Generator`, `list[torch.Generator]` or `None`): Source of randomness.
-        shaped (`Callable`, *optional*): Makes of some rows of logits (r, V), which it may overwrite, and their places (a slice
-            of R) the logits to draw from. `None`: these logits.
+        shaped (`Callable`, *optional*): Makes of some rows of logits (r, V) in float32 or wider, which it may overwrite, and
+            their places (a slice of R) the logits to draw from, which are overwritten. `None`: these logits.
 
     Returns:
         `torch.Tensor` of shape `(R,)`: Drawn states, int64.
     """
     u = rows.pick(uniforms(tuple(rows.positions.shape), generator, rows.positions.device))
-    if shaped is None:
-        return drawn(((part, positive_weights(logits)) for part, logits in rows.chunks()), u)
-    return drawn(((part, positive_weights(shaped(logits, part))) for part, logits in rows.chunks(writable=True)), u)
+
+    def weights() -> Iterator[tuple[slice, Tensor]]:
+        for part, logits in rows.chunks(writable=True):
+            some = logits if shaped is None else shaped(logits, part)
+            yield part, positive_weights(some, some)
+
+    return drawn(weights(), u)
 
 
 def draw_from_law(logits: Tensor, generator: Generators, law: RowFunction) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from discrete_schedulers.processes import AbsorbingProcess, Process, UniformProcess
+from discrete_schedulers.processes import AbsorbingProcess, Process, UniformProcess, indicator
 from discrete_schedulers.sampling import check_finite
 from discrete_schedulers.schedulers.scheduling_utils import own_logits, token_logits
 
@@ -123,7 +123,7 @@ def moved_law(
         opens = gated(opens, gate_log_odds(logits, process.mask_token_id, coefficients))[..., None]  # (B, L, 1)
     falls = remask_probability(process, t, s, coefficients).to(q.device)
     mask = process.prior_law(q.device)  # (V,)
-    stays = torch.nn.functional.one_hot(sample, process.vocab_size).double()
+    stays = indicator(sample, process.vocab_size)
     is_masked = (sample == process.mask_token_id)[..., None]
     return torch.where(is_masked, opens * q + (1 - opens) * mask, (1 - falls) * stays + falls * mask)
 

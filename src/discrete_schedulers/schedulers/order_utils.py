@@ -101,11 +101,11 @@ def top_two(law: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def entropy_of(logits: Tensor, law: Tensor) -> Tensor:
-    """Entropy (r,) in nats of laws (r, V) = softmax(logits), without a logarithm for each of their numbers:
+    """Entropy (r,) in nats of laws (r, V) = softmax(logits), without a logarithm for each of their numbers. Overwrites logits.
 
     H = log Z - sum_v p(v) d(v),  d = logits - max,  log Z = -log max p
     """
-    below = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-800.0)  # where p is 0; 0 * inf is NaN
+    below = logits.sub_(logits.amax(-1, keepdim=True)).clamp_(min=-800.0)  # where p is 0; 0 * inf is NaN
     return -below.mul_(law).sum(-1) - law.amax(-1).log()
 
 
@@ -118,14 +118,14 @@ def measured(name: Measure, logits: Tensor, law: Tensor, tokens: Tensor) -> Tens
     if name == "margin":
         best, second = top_two(law)
         return best - second
-    return entropy_of(logits, law) if name == "entropy" else law
+    return entropy_of(logits, law) if name == "entropy" else law.clone()
 
 
 def token_probabilities(rows: RowLogits, mask_token_id: int, tokens: Tensor) -> Tensor:
     """p(token | x_t) for a token (R,) of each row as the network has it: no mask, no temperature; float32 or wider."""
     found = [torch.empty(0, device=tokens.device)]
     for part, logits in rows.chunks(writable=True):
-        law = normalised(positive_weights(without_column_(logits, mask_token_id)))
+        law = normalised(positive_weights(without_column_(logits, mask_token_id), logits))
         found.append(measured("token_probability", logits, law, tokens[part]))
     return torch.cat(found)
 
@@ -256,17 +256,20 @@ class OrderScheduler(DiscreteScheduler):
         is_shaped = self.config.temperature != 1 or self.config.top_p != 1
         tokens, totals = [u.new_empty(0, dtype=torch.int64)], [u.new_empty(0)]
         found: dict[Measure, list[Tensor]] = {name: [] for name in reads}
+        kept: Tensor | None = None  # memory for weights where logits are read again afterwards
         for part, logits in rows.chunks(writable=True):
             without_column_(logits, self.absorbing_process.mask_token_id)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            weights = positive_weights(self.token_logits(logits) if is_shaped else logits)
+            if kept is None:
+                kept = torch.empty_like(logits) if is_shaped or "entropy" in reads else logits
+            out = kept[: len(logits)]
+            shaped = self.token_logits(logits) if is_shaped else logits
+            weights = positive_weights(shaped, shaped if is_shaped else out)
             token, total = invert(weights, u[part])
             tokens.append(token)
             totals.append(total)
             if reads:
-                scored = self.scored_logits(logits)
-                shared = scored is logits and not is_shaped
-                law = normalised(weights if shared else positive_weights(scored))
+                scored = self.scored_logits(logits) if is_shaped else logits
+                law = normalised(positive_weights(scored, out) if is_shaped else weights)
                 for name in reads:
                     found[name].append(measured(name, scored, law, token))
         check_finite(torch.cat(totals))

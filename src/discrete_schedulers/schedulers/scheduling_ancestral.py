@@ -55,6 +55,8 @@ class AncestralScheduler(FactorisedScheduler):
         information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
     """
 
+    opens_by_chance = True
+
     @register_to_config
     def __init__(
         self,
@@ -94,5 +96,5 @@ class AncestralScheduler(FactorisedScheduler):
         """Masks that open in this step, see [`DiscreteScheduler.positions`]."""
         if not isinstance(self.noise_process, AbsorbingProcess) or self.config.draw != "exact":
             return None
-        probability = self.open_probability(self.step_index(timestep))
+        probability = self.chance(self.step_index(timestep))
         return self.open_masks(sample, probability, generator, self.config.unmasking, self.config.order)

@@ -23,7 +23,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import NoiseSchedule
+from discrete_schedulers.processes import NoiseSchedule, indicator
 from discrete_schedulers.sampling import Generators, RowLogits, bernoulli_subset
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
@@ -90,7 +90,7 @@ class DiscreteDDIMScheduler(FactorisedScheduler):
         index = self.step_index(timestep)
         carried, clean, noised = self.routes(index)
         p_0 = self.shaped_law(model_output, index, sample)
-        own = torch.nn.functional.one_hot(sample, self.config.vocab_size).double()
+        own = indicator(sample, self.config.vocab_size)
         return carried * own + clean * p_0 + noised / self.config.vocab_size
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor:

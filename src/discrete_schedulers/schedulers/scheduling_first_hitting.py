@@ -21,7 +21,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import NoiseSchedule
+from discrete_schedulers.processes import NoiseSchedule, indicator
 from discrete_schedulers.sampling import Generators, uniform_subset
 from discrete_schedulers.schedulers.scheduling_utils import Coefficients, FactorisedScheduler, Grid, ProcessName
 
@@ -73,7 +73,7 @@ class FirstHittingScheduler(FactorisedScheduler):
         opens = (self.count(masks, self.step_index(timestep)) / masks.clamp(min=1).double())[:, None, None]
         mask = self.noise_process.prior_law(sample.device)  # (V,)
         from_mask = opens * self.clean_law(model_output) + (1 - opens) * mask
-        stays = torch.nn.functional.one_hot(sample, self.config.vocab_size).double()
+        stays = indicator(sample, self.config.vocab_size)
         return torch.where(is_masked[..., None], from_mask, stays)
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule
+from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule, indicator
 from discrete_schedulers.sampling import Generators, RowLogits, bernoulli_subset
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
@@ -62,6 +62,7 @@ class FlowMatchingScheduler(FactorisedScheduler):
 
     learned_knobs = ("divergence_free",)
     revises_tokens = True
+    opens_by_chance = True
 
     @register_to_config
     def __init__(
@@ -98,7 +99,7 @@ class FlowMatchingScheduler(FactorisedScheduler):
         p_0 = self.shaped_law(model_output, index, sample)
         if self.times[index + 1] == 0:
             return process.posterior(sample, p_0, self.times[index], self.times[index + 1])
-        own = torch.nn.functional.one_hot(sample, process.vocab_size).double()
+        own = indicator(sample, process.vocab_size)
         if isinstance(process, AbsorbingProcess):  # a token is its own x_1
             p_0 = torch.where((sample == process.mask_token_id)[..., None], p_0, own)
         to_clean, to_prior = self.intensities(index)
@@ -117,7 +118,7 @@ class FlowMatchingScheduler(FactorisedScheduler):
         """Masks that open in this step, see [`DiscreteScheduler.positions`]."""
         if not isinstance(self.noise_process, AbsorbingProcess):
             return None
-        probability = self.open_probability(self.step_index(timestep))
+        probability = self.chance(self.step_index(timestep))
         return self.open_masks(sample, probability, generator, "bernoulli", "random")
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:

@@ -55,6 +55,7 @@ class LSDScheduler(FactorisedScheduler):
     """
 
     learned_block = "scale"
+    opens_by_chance = True
 
     @register_to_config
     def __init__(
@@ -119,5 +120,5 @@ class LSDScheduler(FactorisedScheduler):
         exact = isinstance(self.noise_process, AbsorbingProcess) and self.config.draw == "exact"
         if not exact or self.config.scale == "log_score":
             return None
-        probability = self.open_probability(self.step_index(timestep))
+        probability = self.chance(self.step_index(timestep))
         return self.open_masks(sample, probability, generator, "bernoulli", "random")

@@ -63,6 +63,7 @@ class PredictorCorrectorScheduler(FactorisedScheduler):
     order = 2  # at most, with one correction; each scheduler has its own number
     learned_knobs = ("corrector_step",)
     revises_tokens = True
+    opens_by_chance = True
 
     @register_to_config
     def __init__(
@@ -147,7 +148,7 @@ class PredictorCorrectorScheduler(FactorisedScheduler):
         """Masks that open in this call, see [`DiscreteScheduler.positions`]."""
         if isinstance(self.noise_process, UniformProcess):
             return None
-        probability = self.open_probability(self.step_index(timestep))
+        probability = self.chance(self.step_index(timestep))
         return self.open_masks(sample, probability, generator, "bernoulli", "random")
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:

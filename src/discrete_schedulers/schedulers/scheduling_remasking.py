@@ -35,7 +35,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import NoiseSchedule, time_of_survival
+from discrete_schedulers.processes import NoiseSchedule, indicator, time_of_survival
 from discrete_schedulers.sampling import Generators, RowLogits, bernoulli_subset
 from discrete_schedulers.schedulers.scheduling_utils import Coefficients, FactorisedScheduler, Grid, ProcessName
 
@@ -67,6 +67,7 @@ class RemaskingScheduler(FactorisedScheduler):
 
     processes = ("absorbing",)
     revises_tokens = True
+    opens_by_chance = True
 
     @register_to_config
     def __init__(
@@ -147,14 +148,14 @@ class RemaskingScheduler(FactorisedScheduler):
         opens, falls = self.open_probability(index), self.remask_probability(index)
         mask = self.noise_process.prior_law(sample.device)  # (V,)
         from_mask = opens * self.clean_law(model_output) + (1 - opens) * mask
-        stays = torch.nn.functional.one_hot(sample, self.config.vocab_size).double()
+        stays = indicator(sample, self.config.vocab_size)
         return torch.where(
             (sample == self.config.mask_token_id)[..., None], from_mask, (1 - falls) * stays + falls * mask
         )
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor:
         """Masks that open in this step, see [`DiscreteScheduler.positions`]."""
-        probability = self.open_probability(self.step_index(timestep))
+        probability = self.chance(self.step_index(timestep))
         return self.open_masks(sample, probability, generator, "bernoulli", "random")
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:

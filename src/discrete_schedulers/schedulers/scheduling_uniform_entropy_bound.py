@@ -78,6 +78,10 @@ class UniformEntropyBoundScheduler(DiscreteScheduler):
         annealing = last + (first - last) * (steps - index) / steps
         return logits.to(torch.promote_types(logits.dtype, torch.float32)) / annealing
 
+    def is_shaped(self, index: int) -> bool:
+        """Always: the logits are annealed. See [`DiscreteScheduler.is_shaped`]."""
+        return True
+
     def shaped_logits(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
         """Annealed, and then as in every scheduler. See [`DiscreteScheduler.shaped_logits`]."""
         return self.token_logits(self.annealed(logits, index))

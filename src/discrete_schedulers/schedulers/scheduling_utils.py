@@ -28,7 +28,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from discrete_schedulers.information import InformationCurve, optimal_times
-from discrete_schedulers.processes import AbsorbingProcess, Process, UniformProcess
+from discrete_schedulers.processes import AbsorbingProcess, Process, UniformProcess, indicator
 from discrete_schedulers.sampling import (
     Generators,
     RowLogits,
@@ -105,6 +105,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         processes (`tuple[str, ...]`): The processes it is for.
         revises_tokens (`bool`): Whether a token that is not a mask may become another one, or a mask, in absorbing noise.
         chooses_by_logits (`bool`): Whether `positions` names those to choose from, and the logits decide which of them move.
+        opens_by_chance (`bool`): Whether it has `open_probability`: P(a mask opens in a call), which no logits are needed for.
         needs_revealed_logits (`bool`): Whether it reads the law of revealed tokens given the others: see [`NetworkDenoiser`].
         draws_latent (`bool`): Whether the tokens of a step depend on each other through a latent of the row.
     """
@@ -116,6 +117,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
     needs_revealed_logits = False
     chooses_by_logits = False
     draws_latent = False
+    opens_by_chance = False
     learned_block: str | None = None  # the block of `coefficients` without which a budget cannot be run
     learned_knobs: tuple[str, ...] = ()  # numbers of the constructor that can be learned for each step
 
@@ -210,6 +212,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.calls = self.call_times(times)  # on the CPU: `step_index` reads it without waiting for a device
         self.timesteps = self.calls.to(device)
         self.last_call: int | None = None  # tells the calls at one time apart
+        self.openings: Tensor | None = None  # `open_probability` of each call, worked out when it is needed
 
     def call_times(self, times: Tensor) -> Tensor:
         """The time of each model call, in order, on a grid (N + 1,): one for each step. Methods with more calls say so."""
@@ -235,6 +238,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
                 self.learned(name, int(steps))
         self.set_grid(self.time_grid(int(steps)), device)
         self.num_inference_steps = int(steps)
+        if self.opens_by_chance and isinstance(self.noise_process, AbsorbingProcess):
+            self.chance(0)
 
     def time_grid(self, num_inference_steps: int) -> Tensor:
         """The grid of N + 1 times that the config asks for."""
@@ -436,10 +441,9 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             prev_sample = self.move_rows(model_output, index, sample, generator)
         else:
             chosen = self.positions(timestep, sample, generator)
-            shaped = self.is_shaped(index) or chosen is None
-            logits = self.shaped_logits(model_output, index, sample) if shaped else model_output
+            logits = self.shaped_logits(model_output, index, sample) if self.is_shaped(index) else model_output
             if chosen is None:
-                guess = logits.argmax(-1)
+                guess = self.best_tokens(logits)
                 prev_sample = self.move_all(model_output, index, sample, generator)
             else:
                 prev_sample = self.move_rows(RowLogits.chosen(model_output, chosen), index, sample, generator)
@@ -505,12 +509,19 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         """The law of `shaped_logits`, float64; arguments as there."""
         return self.shaped_logits(logits, index, sample).double().softmax(-1)
 
+    def best_tokens(self, logits: Tensor) -> Tensor:
+        """The most probable clean tokens, int64 (B, L), from logits (B, L, V)."""
+        mask = self.config.mask_token_id
+        rows = RowLogits.everywhere(logits).chunks(writable=mask is not None)
+        best = [(some if mask is None else without_column_(some, mask)).argmax(-1) for _, some in rows]
+        return torch.cat([logits.new_empty(0, dtype=torch.int64), *best]).view(logits.shape[:2])
+
     def clean_law(self, model_output: Tensor) -> Tensor:
         """Probabilities of the clean token that is drawn for a mask, shape (B, L, V), float64."""
         return self.token_logits(model_output).double().softmax(-1)
 
     def open_masks(
-        self, sample: Tensor, probability: float, generator: Generators, unmasking: Unmasking, order: Order
+        self, sample: Tensor, probability: float | Tensor, generator: Generators, unmasking: Unmasking, order: Order
     ) -> Tensor:
         """Masked positions that open when each should with the given probability, bool (B, L).
 
@@ -526,6 +537,18 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             grid_shape = self.config.grid_shape
             return spread_subset(is_masked, count, generator, None if grid_shape is None else tuple(grid_shape))
         return uniform_subset(is_masked, count, generator)
+
+    def open_probability(self, index: int) -> float:
+        """P(a mask opens in the call `index`), where a class has it: `opens_by_chance`."""
+        raise NotImplementedError(f"{type(self).__name__} opens masks by what the network says of them")
+
+    def chance(self, index: int) -> Tensor:
+        """`open_probability` of a call, as a float64 scalar from a table: reading it needs no work on the host, and a compiled
+        `step` serves all calls."""
+        if self.openings is None:
+            chances = [self.open_probability(call) for call in range(len(self.calls))]
+            self.openings = torch.tensor(chances, dtype=torch.float64)
+        return self.openings[index]
 
     def whole_counts(self, due: Tensor, generator: Generators) -> Tensor:
         """What is due (B,) as whole numbers, int64: the nearest ones, or 1 with the chance `due` where that is below 1/2."""
@@ -589,8 +612,7 @@ def own_logits(process: UniformProcess, logits: Tensor, sample: Tensor, t: Tenso
     """What x_t itself adds to the logits (..., V) of a uniform process: log(1 + V alpha_t / (1 - alpha_t)) at x_t, float64.
     Without it they are logits of the leave-one-out law."""
     gain = process.own_gain(t).log().to(logits.device)
-    own = torch.nn.functional.one_hot(sample, logits.shape[-1])
-    return torch.where(own.bool(), gain, 0.0)
+    return torch.where(indicator(sample, logits.shape[-1]).bool(), gain, 0.0)
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from discrete_schedulers.processes import AbsorbingProcess, UniformProcess
+from discrete_schedulers.processes import AbsorbingProcess, UniformProcess, indicator
 from discrete_schedulers.sampling import Generators, RowLogits, bernoulli_subset, draw_states, draw_tokens, uniforms
 from discrete_schedulers.schedulers.scheduling_utils import DiscreteScheduler, leap_law
 
@@ -115,7 +115,7 @@ class ThetaScheduler(DiscreteScheduler):
         if not isinstance(process, UniformProcess):
             return p_0
         law = process.leave_one_out(x_t, p_0, t)
-        own = torch.nn.functional.one_hot(y, process.vocab_size).bool()
+        own = indicator(y, process.vocab_size).bool()
         law = torch.where(own, process.own_gain(r).to(law.device) * law, law)
         return law / law.sum(-1, keepdim=True)
 
