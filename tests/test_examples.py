@@ -24,7 +24,12 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"compare_schedulers", "demo", "sample"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "compare_schedulers",
+        "demo",
+        "sample",
+        "train_from_energy",
+    }
 
 
 def test_sample() -> None:
