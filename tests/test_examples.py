@@ -33,7 +33,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    known = {"compare_schedulers", "demo", "generate", "image_grid", "sample"}
+    known = {"compare_schedulers", "demo", "generate", "image_grid", "sample", "train_from_energy"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == known
 
 
