@@ -73,6 +73,7 @@ def network_facts(model: torch.nn.Module, scheduler: DiscreteScheduler) -> dict[
             "split_head": True,
             "max_length": model.config.max_length,
             "time_input": "sigma" if timed else None,
+            "grid_shape": model.config.get("grid_shape"),
         }
     if isinstance(model, HollowTransformerModel):
         facts |= {

@@ -98,17 +98,27 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def turned(x: Tensor) -> Tensor:
+def turned(x: Tensor, columns: int | None = None) -> Tensor:
     """Rotary embedding of (B, L, heads, d) with complex numbers: entry j and entry j + d / 2 are one of them, and at
-    position m it is multiplied by exp(i m 10000^(-2 j / d))."""
-    half = x.shape[-1] // 2
-    angle = torch.tensor([[m * 10_000 ** (-j / half) for j in range(half)] for m in range(x.shape[1])]).double()
+    position m it is multiplied by exp(i m 10000^(-2 j / d)). On a grid the first half of the numbers is multiplied by
+    exp(i row 100^(-4 j / d)), the second half by the same with the column."""
+    half, places = x.shape[-1] // 2, range(x.shape[1])
+    angles = [[m * 10_000 ** (-j / half) for j in range(half)] for m in places]
+    if columns is not None:
+        rates = [100 ** (-j / (half // 2)) for j in range(half // 2)]
+        angles = [[number * rate for number in divmod(m, columns) for rate in rates] for m in places]
+    angle = torch.tensor(angles).double()
     number = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angle)[:, None]
     return torch.cat([number.real, number.imag], -1)
 
 
 def reference(
-    state: dict[str, Tensor], ids: Tensor, heads: int, sigma: Tensor | None = None, labels: Tensor | None = None
+    state: dict[str, Tensor],
+    ids: Tensor,
+    heads: int,
+    sigma: Tensor | None = None,
+    labels: Tensor | None = None,
+    columns: int | None = None,
 ) -> Tensor:
     """Logits in float64 from the state dict alone. With `sigma=None` the model has no time."""
     state = {key: value.double() for key, value in state.items()}
@@ -125,6 +135,8 @@ def reference(
         return linear(state, f"{name}.adaLN_modulation", condition)[:, None].chunk(parts, -1)
 
     x = state["vocab_embed.embedding"][ids]
+    if columns is not None:
+        x = x + state["position_embed.embedding"][: ids.shape[1]]
     batch, length, hidden = x.shape
     for i in range(len({key.split(".")[1] for key in state if key.startswith("blocks.")})):
         block = f"blocks.{i}"
@@ -133,7 +145,7 @@ def reference(
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation(block, 6)
         inner = norm(state, f"{block}.norm1", x) * (1 + scale_a) + shift_a
         packed = linear(state, f"{block}.attn_qkv", inner).reshape(batch, length, 3, heads, hidden // heads)
-        query, key, value = turned(packed[:, :, 0]), turned(packed[:, :, 1]), packed[:, :, 2]
+        query, key, value = turned(packed[:, :, 0], columns), turned(packed[:, :, 1], columns), packed[:, :, 2]
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(hidden // heads)
         weights = torch.exp(scores) / torch.exp(scores).sum(-1, keepdim=True)
         mixed = torch.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, length, hidden)
@@ -155,6 +167,22 @@ def test_forward_is_the_formula() -> None:
         expected = reference(model.state_dict(), IDS, HEADS, *inputs)
         assert expected.abs().max() > 1  # the comparison is not one of zeros
         torch.testing.assert_close(model(IDS, *inputs).logits.double(), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_forward_on_a_grid_is_the_formula() -> None:
+    model, labels = tiny_model(num_classes=5, grid_shape=(3, 4)), torch.tensor([0, 3, 5])
+    plain = published_shapes(V, H, BLOCKS, HEADS, C, 5)
+    assert shapes_of(model) == plain | {"position_embed.embedding": (12, H), "rotary_emb.inv_freq": (H // HEADS // 4,)}
+    expected = reference(model.state_dict(), IDS, HEADS, SIGMA, labels, columns=4)
+    torch.testing.assert_close(model(IDS, SIGMA, labels).logits.double(), expected, rtol=0, atol=1e-5)
+    # chosen places, in any order, are those of the grid
+    order = torch.tensor([4, 0, 8, 1, 6, 2, 7, 5, 3])
+    moved = model(IDS[:, order], SIGMA, labels, position_ids=order[None]).logits
+    torch.testing.assert_close(moved.double(), expected[:, order], rtol=0, atol=1e-5)
+    # an image that is all masks is not the same everywhere
+    same = model(torch.full((1, 12), V - 1), SIGMA[:1], labels[:1]).logits[0]
+    assert torch.pdist(same).min() > 1e-2
 
 
 @torch.no_grad()
@@ -254,6 +282,12 @@ def test_meta_device() -> None:
     assert not any(parameter.device.type != "meta" for parameter in model.parameters())
 
 
+def test_grids_are_saved(tmp_path: Path) -> None:
+    model = tiny_model(grid_shape=(3, 4))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(DDiTModel.from_pretrained(tmp_path)(IDS, SIGMA).logits, model(IDS, SIGMA).logits)
+
+
 def test_save_and_load(tmp_path: Path) -> None:
     model = tiny_model(num_classes=5, time_conditioning=False)
     model.save_pretrained(tmp_path)
@@ -290,6 +324,10 @@ def test_gradient_reaches_every_parameter() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"`hidden_size` \(30\) must be a multiple of `num_heads` \(4\)"):
         tiny_model(hidden_size=30)
+    with pytest.raises(ValueError, match=r"`num_heads` \(16\).*multiple of 4"):
+        tiny_model(num_heads=16, grid_shape=(3, 4))
+    with pytest.raises(ValueError, match=r"`input_ids` has 13 tokens, but the grid 3 x 4"):
+        tiny_model(grid_shape=(3, 4))(torch.zeros(1, 13, dtype=torch.int64), SIGMA[:1])
     with pytest.raises(ValueError, match="`num_classes` needs `cond_dim`"):
         tiny_model(cond_dim=None, num_classes=3)
     with pytest.raises(ValueError, match=r"`sigma`.* is required"):

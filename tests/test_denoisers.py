@@ -435,7 +435,7 @@ def test_the_hook_goes_when_the_network_fails() -> None:
         ({"head": "lm_head"}, "`head` is 'lm_head'; Network has no submodule of this name"),
         ({"head": "", "split_head": True}, "`head` and `split_head` cannot both be given"),
         ({"shift": 1, "shift_first": "drop"}, "`shift_first` is 'drop'; allowed: 'keep', 'copy'"),
-        ({"time_input": "step"}, "`time_input` is 'step'; allowed: 'sigma', 't', None"),
+        ({"time_input": "step"}, "`time_input` is 'step'; allowed: 'sigma', 't', 'steps_left', None"),
         ({"noise_schedule": "quadratic"}, "`noise_schedule` is 'quadratic'"),
         ({"time_input": "sigma", "noise_schedule": "linear"}, "`time_input='sigma'` is infinite at t = 1"),
         (

@@ -52,8 +52,19 @@ from discrete_schedulers.scud import ScheduleConditionedProcess
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-    from discrete_schedulers.models import DDiTModel, HollowTransformerModel
-    from discrete_schedulers.pipelines import DiscreteDiffusionPipeline, DiscreteDiffusionPipelineOutput
+    from discrete_schedulers.models import (
+        DDiTModel,
+        HaltonMaskGITModel,
+        HollowTransformerModel,
+        MeissonicTransformerModel,
+        PatchCodebook,
+    )
+    from discrete_schedulers.pipelines import (
+        DiscreteDiffusionPipeline,
+        DiscreteDiffusionPipelineOutput,
+        DiscreteImagePipeline,
+        DiscreteImagePipelineOutput,
+    )
 
 __version__ = "0.1.0"
 
@@ -62,8 +73,13 @@ LAZY = {
     "DDiTModel": "discrete_schedulers.models",
     "DiscreteDiffusionPipeline": "discrete_schedulers.pipelines",
     "DiscreteDiffusionPipelineOutput": "discrete_schedulers.pipelines",
+    "DiscreteImagePipeline": "discrete_schedulers.pipelines",
+    "DiscreteImagePipelineOutput": "discrete_schedulers.pipelines",
+    "HaltonMaskGITModel": "discrete_schedulers.models",
     "HollowTransformerModel": "discrete_schedulers.models",
+    "MeissonicTransformerModel": "discrete_schedulers.models",
     "ModelMixin": "diffusers",
+    "PatchCodebook": "discrete_schedulers.models",
 }
 
 __all__ = [
@@ -77,6 +93,8 @@ __all__ = [
     "DiscreteDDIMScheduler",
     "DiscreteDiffusionPipeline",
     "DiscreteDiffusionPipelineOutput",
+    "DiscreteImagePipeline",
+    "DiscreteImagePipelineOutput",
     "DiscreteScheduler",
     "DiscreteSchedulerOutput",
     "EntropyBoundScheduler",
@@ -87,6 +105,7 @@ __all__ = [
     "GibbsCorrectorScheduler",
     "GillespieScheduler",
     "GuidedDenoiser",
+    "HaltonMaskGITModel",
     "HollowTransformerModel",
     "InformationCurve",
     "InformedCorrectorScheduler",
@@ -95,9 +114,11 @@ __all__ = [
     "LearnedScheduler",
     "LikelihoodEstimate",
     "MaskGITScheduler",
+    "MeissonicTransformerModel",
     "ModelMixin",
     "NetworkDenoiser",
     "PCSamplerScheduler",
+    "PatchCodebook",
     "PathPlanningScheduler",
     "PredictorCorrectorScheduler",
     "PsiScheduler",

@@ -30,7 +30,7 @@ CHOICES = {
     "parametrization": ("x0", "score", "leave_one_out"),
     "shift": (0, 1),
     "shift_first": ("keep", "copy"),
-    "time_input": ("sigma", "t", None),
+    "time_input": ("sigma", "t", "steps_left", None),
     "revealed_logits": ("none", "leave_one_out", "shadow"),
 }
 
@@ -78,7 +78,8 @@ class NetworkDenoiser:
         shift (`int`, defaults to 0): 1 where the logits at i - 1 predict position i.
         shift_first (`str`, defaults to `"keep"`): With `shift`, position 0 keeps its own logits (`"keep"`, Dream) or its
             token (`"copy"`, DiffuGPT).
-        time_input (`str`, *optional*): `"sigma"` (total noise), `"t"`, or `None` for a network without time.
+        time_input (`str`, *optional*): `"sigma"` (total noise), `"t"`, `"steps_left"` (N t - 1 in a run of N steps: Meissonic),
+            or `None` for a network without time.
         noise_schedule (`str`, defaults to `"loglinear"`): Turns t into sigma and alpha.
         suppress_token_ids (`tuple[int, ...]`): Ids that are never drawn, beside the mask.
         frozen_token_ids (`tuple[int, ...]`): Ids that are never noised (start, end, padding).
@@ -95,6 +96,9 @@ class NetworkDenoiser:
         max_length (`int`, *optional*): Longest sequence the network takes.
         grid_shape (`tuple[int, int]`, *optional*): (height, width) where tokens form an image.
         codebook_size (`int`, *optional*): Number of ids that decode, for image models.
+        grid_input (`bool`, defaults to `False`): The network takes ids (B, height, width) of `grid_shape`, and returns logits
+            (B, width of the logits, height, width), channels first.
+        num_steps (`int`, *optional*): Steps N of the run, for `time_input="steps_left"`.
         call_arguments (`dict`): Passed to the network in every call, the same for all rows of a batch. Conditions of a call
             with the same names take their place.
 
@@ -109,7 +113,7 @@ class NetworkDenoiser:
     parametrization: Literal["x0", "score", "leave_one_out"] = "x0"
     shift: int = 0
     shift_first: Literal["keep", "copy"] = "keep"
-    time_input: Literal["sigma", "t"] | None = None
+    time_input: Literal["sigma", "t", "steps_left"] | None = None
     noise_schedule: NoiseSchedule = "loglinear"
     suppress_token_ids: tuple[int, ...] = ()
     frozen_token_ids: tuple[int, ...] = ()
@@ -119,6 +123,8 @@ class NetworkDenoiser:
     max_length: int | None = None
     grid_shape: tuple[int, int] | None = None
     codebook_size: int | None = None
+    grid_input: bool = False
+    num_steps: int | None = None
     call_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,6 +149,9 @@ class NetworkDenoiser:
             )
         if self.shift and self.revealed_logits == "shadow":
             raise ValueError("`revealed_logits='shadow'` needs `shift` 0: a shadow stands at its own position")
+        splits = self.split_head or self.head is not None
+        if self.grid_input and (self.grid_shape is None or splits or self.revealed_logits != "none"):
+            raise ValueError("`grid_input` needs `grid_shape`, and neither `split_head`, `head` nor `revealed_logits`")
         survives = survival(torch.tensor(1.0, dtype=torch.float64), self.noise_schedule) > 0
         if not survives and self.time_input == "sigma":
             raise ValueError(f"`time_input='sigma'` is infinite at t = 1 for `noise_schedule={self.noise_schedule!r}`")
@@ -243,11 +252,14 @@ class NetworkDenoiser:
             revealed = ~self.is_masked(x_t) if asked is None else asked & ~self.is_masked(x_t)
             if revealed.any():
                 return self.raw_with_shadows(x_t, t, revealed, **conditions)
-        arguments = self.call_arguments | conditions
-        if self.head is None or "positions" not in arguments:
-            return logits_of(self.model(x_t, *self.time_arguments(x_t, t), **arguments))
-        with head_at(self.model.get_submodule(self.head), arguments.pop("positions")):
-            return logits_of(self.model(x_t, *self.time_arguments(x_t, t), **arguments))
+        time, told = self.time_arguments(x_t, t), self.call_arguments | conditions
+        if self.grid_input:
+            assert self.grid_shape is not None
+            return logits_of(self.model(x_t.view(-1, *self.grid_shape), *time, **told)).flatten(2).mT
+        if self.head is None or "positions" not in told:
+            return logits_of(self.model(x_t, *time, **told))
+        with head_at(self.model.get_submodule(self.head), told.pop("positions")):
+            return logits_of(self.model(x_t, *time, **told))
 
     def can_split(self, x_t: Tensor, wanted: Tensor) -> bool:
         """Whether the head can run at the wanted positions only, bool (B, L)."""
@@ -319,6 +331,10 @@ class NetworkDenoiser:
         if self.time_input is None:
             return ()
         t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
+        if self.time_input == "steps_left":
+            if self.num_steps is None:
+                raise ValueError("`num_steps` is missing: this network is told how many steps are left")
+            return ((self.num_steps * t - 1).clamp(min=0).float(),)
         value = t if self.time_input == "t" else -torch.log(survival(t, self.noise_schedule))
         return (value.float(),)
 
@@ -326,6 +342,8 @@ class NetworkDenoiser:
         """Raises `ValueError` if the ids or their number are not what the network takes."""
         if x_t.dim() != 2 or x_t.dtype != torch.int64:
             raise ValueError(f"`x_t` is {x_t.dtype} of shape {tuple(x_t.shape)}; it must be int64 (B, L)")
+        if self.grid_input and self.grid_shape is not None and x_t.shape[1] != self.grid_shape[0] * self.grid_shape[1]:
+            raise ValueError(f"`x_t` has length {x_t.shape[1]}; `grid_shape` is {tuple(self.grid_shape)}")
         if self.max_length is not None and x_t.shape[1] > self.max_length:
             raise ValueError(f"`x_t` has length {x_t.shape[1]}; this model takes at most {self.max_length}")
         if x_t.numel() and not 0 <= int(x_t.min()) <= int(x_t.max()) < self.vocab_size:

@@ -1,6 +1,6 @@
 r"""The diffusion transformer that SEDD, MDLM, SDTT, DUO, UDLM and RADD share.
 
-    x   = E[ids]
+    x   = E[ids] (+ P[places])                                only where the tokens are those of an image
     c   = silu(MLP(sinusoid(sigma))) (+ silu(C[y]))          only where the model is conditioned
     x  += gate_a * W_o attention(rope(W_qkv mod_a(LN(x))))    full, bidirectional, 1/sqrt(d)
     x  += gate_m * MLP(mod_m(LN(x)))                          mod(x) = x * (1 + scale) + shift
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 SINUSOID_WIDTH = 256  # fixed in every published checkpoint, whatever the hidden size
 SINUSOID_BASE = ROTARY_BASE = 10_000.0
+GRID_ROTARY_BASE = 100.0  # rows and columns are few: with 10,000 most pairs of a head would hardly turn
 
 
 @dataclass
@@ -95,24 +96,28 @@ class TokenEmbedding(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary angles for positions 0 .. L-1. The buffer is kept for its published key only: it is recomputed in float32,
-    because a half-precision copy of it would turn late positions by the wrong angle."""
+    """Rotary angles for positions 0 .. L-1, in row-major order where there is a grid: half of the pairs then turn by the
+    row and half by the column. The buffer is kept for its published key only: it is recomputed in float32, because a
+    half-precision copy of it would turn late positions by the wrong angle."""
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, columns: int | None = None) -> None:
         super().__init__()
         self.head_dim = head_dim
+        self.columns = columns
         self.register_buffer("inv_freq", self.frequencies(torch.device("cpu")))
 
     def frequencies(self, device: torch.device) -> Tensor:
-        exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
-        return ROTARY_BASE**-exponent  # (d / 2,)
+        width, base = (self.head_dim, ROTARY_BASE) if self.columns is None else (self.head_dim // 2, GRID_ROTARY_BASE)
+        exponent = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
+        return base**-exponent  # (d / 2,), or (d / 4,) for each of rows and columns
 
     def forward(self, length: int, device: torch.device, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if position_ids is None:
             place = torch.arange(length, device=device, dtype=torch.float32)
         else:
             place = position_ids.to(device, torch.float32)[:, None]  # (B or 1, 1, L): the same for all heads
-        angle = place[..., None] * self.frequencies(device)
+        axes = [place] if self.columns is None else [place // self.columns, place % self.columns]
+        angle = torch.cat([axis[..., None] * self.frequencies(device) for axis in axes], dim=-1)  # (..., L, d / 2)
         angle = torch.cat([angle, angle], dim=-1)  # (..., L, d): halves, not pairs, are rotated
         return angle.cos(), angle.sin()
 
@@ -189,9 +194,13 @@ class DDiTModel(ModelMixin, ConfigMixin):
         num_classes (`int`, *optional*): Number of classes for class conditioning; `None` for none.
         time_conditioning (`bool`, defaults to `True`): `False` feeds sigma = 0 always, as MDLM's checkpoints want it.
         mlp_ratio (`int`, defaults to 4): Width of the MLP in units of `hidden_size`.
+        grid_shape (`tuple[int, int]`, *optional*): Rows and columns of an image's tokens, in row-major order. Attention then
+            sees rows and columns apart, and each place has a learned vector of its own: without it, an image that is all
+            masks would get the same logits everywhere. `None` for a sequence.
 
     Raises:
-        ValueError: If `num_heads` does not divide `hidden_size`, or `num_classes` is given without `cond_dim`.
+        ValueError: If `num_heads` does not divide `hidden_size`, `num_classes` is given without `cond_dim`, or the heads of a
+            grid are not a multiple of 4 wide.
     """
 
     _supports_gradient_checkpointing = False
@@ -208,6 +217,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
         num_classes: int | None = None,
         time_conditioning: bool = True,
         mlp_ratio: int = 4,
+        grid_shape: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:
@@ -217,7 +227,12 @@ class DDiTModel(ModelMixin, ConfigMixin):
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
         self.sigma_map = None if cond_dim is None else TimestepEmbedder(cond_dim)
         self.cond_map = None if num_classes is None or cond_dim is None else LabelEmbedder(num_classes, cond_dim)
-        self.rotary_emb = Rotary(hidden_size // num_heads)
+        if grid_shape is not None and hidden_size // num_heads % 4:
+            raise ValueError(
+                f"`hidden_size` ({hidden_size}) over `num_heads` ({num_heads}) must be a multiple of 4 with `grid_shape`"
+            )
+        self.position_embed = None if grid_shape is None else TokenEmbedding(grid_shape[0] * grid_shape[1], hidden_size)
+        self.rotary_emb = Rotary(hidden_size // num_heads, None if grid_shape is None else grid_shape[1])
         self.blocks = nn.ModuleList(DDiTBlock(hidden_size, num_heads, cond_dim, mlp_ratio) for _ in range(num_blocks))
         self.output_layer = DDiTFinalLayer(hidden_size, vocab_size, cond_dim)
 
@@ -255,6 +270,12 @@ class DDiTModel(ModelMixin, ConfigMixin):
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, L): nobody looks at padding
         x = self.vocab_embed(input_ids)
+        if self.position_embed is not None:
+            if position_ids is None and length > len(self.position_embed.embedding):
+                rows, columns = self.config.grid_shape
+                raise ValueError(f"`input_ids` has {length} tokens, but the grid {rows} x {columns} has fewer places")
+            places = torch.arange(length, device=x.device) if position_ids is None else position_ids.to(x.device)
+            x = x + self.position_embed(places)
         for block in self.blocks:
             x = block(x, cos, sin, condition, attention_mask)
         return self.output_layer(x, condition)
@@ -292,7 +313,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
             [`DDiTOutput`] or `tuple`: `logits` first.
 
         Raises:
-            ValueError: If `sigma` or `class_labels` is missing, or there are no classes to name.
+            ValueError: If `sigma` or `class_labels` is missing, there are no classes to name, or more tokens than places.
         """
         hidden = self.hidden(input_ids, sigma, class_labels, attention_mask, position_ids)
         logits = self.head(hidden if positions is None else hidden[positions])
