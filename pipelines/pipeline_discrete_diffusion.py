@@ -247,7 +247,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
                 there is padding then, which needs a network that takes `attention_mask`.
             num_inference_steps (`int`, defaults to 16): Steps; most schedulers call the network once in each.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One, or one per sample: then a sample does
-                not depend on its batch.
+                not depend on its batch (its law never does; the draws are for the whole width, padding included).
             latents (`torch.Tensor` of shape `(B, L)`, *optional*): Tokens to start from instead of the prior.
             logits_processor (`Callable`, *optional*): A transformers `LogitsProcessorList`, or one processor. What it sees:
                 [`~pipelines.text.ProcessedDenoiser`].

@@ -181,6 +181,7 @@ SHAPES: list[dict] = [
     {"split_head": True, "suppress_token_ids": (1, 3)},
     {"split_head": False},
     {"split_head": True, "shift": 1},
+    {"head": "output_layer.linear", "shift": 1, "shift_first": "copy"},
     {"split_head": False, "shift": 1, "shift_first": "copy"},
     {"split_head": True, "parametrization": "score"},
     {"split_head": True, "revealed_logits": "shadow"},

@@ -30,7 +30,7 @@ from discrete_schedulers import (
     RowLogits,
 )
 from discrete_schedulers.models.checkpoints import FAMILIES, end_token_ids
-from discrete_schedulers.pipelines.text import ProcessedDenoiser
+from discrete_schedulers.pipelines.text import ProcessedDenoiser, negative_ids, prefix_frame, template_frame
 
 FACTS = {"vocab_size": len(WORDS), "mask_token_id": MASK}
 UNIFORM = {"vocab_size": len(WORDS), "process": "uniform"}
@@ -392,6 +392,18 @@ def test_guidance_with_padding_and_ends() -> None:
         assert torch.equal(masked[row, end:], sheet[row, end:])
         alone = pipe(prompt, negative_prompt="dog", **arguments).sequences[0]
         assert torch.equal(together[row, : len(alone)], alone)
+
+
+def test_what_the_unconditional_branch_sees() -> None:
+    """By hand: kept ids and padding stay, a place to be written is not covered, the rest of a prompt's place is masks."""
+    frame = prefix_frame([[5, -1, 7], [8]], None, 2, ends=([2], [3]), padding=0)
+    assert frame.known.tolist() == [[2, 5, -1, 7, -1, -1, 3], [2, 8, -1, -1, 3, 0, 0]]
+    masked = negative_ids(frame, None, MASK, kept=[2, 3])
+    assert masked.tolist() == [[-1, MASK, -1, MASK, -1, -1, -1], [-1, MASK, -1, -1, -1, -1, -1]]
+    others = negative_ids(frame, [[10, 11], [12]], MASK, kept=[2, 3])
+    assert others.tolist() == [[-1, 10, -1, MASK, -1, -1, -1], [-1, 12, -1, -1, -1, -1, -1]]
+    template = template_frame(torch.tensor([[2, 5, -1, 6, 3]]))
+    assert negative_ids(template, None, MASK, kept=[2, 3]).tolist() == [[-1, MASK, -1, MASK, -1]]
 
 
 @pytest.mark.parametrize(

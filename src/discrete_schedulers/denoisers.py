@@ -12,7 +12,8 @@ the time input. Conversions, with K states and survival alpha (Lou et al. 2024; 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, overload
 
@@ -84,6 +85,9 @@ class NetworkDenoiser:
         frozen_token_ids (`tuple[int, ...]`): Ids that are never noised (start, end, padding).
         split_head (`bool`, defaults to `False`): The network takes `positions`, bool (B, L), and then returns logits (R, V)
             of these positions only, in row-major order.
+        head (`str`, *optional*): For a network that does not: the name of the submodule that makes logits of hidden states
+            (B, L, H), each position by itself (`"lm_head"`, `"cls"`). It is then run at the wanted positions only, as (R, H),
+            by a hook that is there during the call. Not for calls of one network from several threads at once.
         revealed_logits (`str`, defaults to `"none"`): What the logits at revealed positions are, absorbing process: nothing of
             use (`"none"`: a network that sees the token copies it, or was not trained there), the law of the token given all
             others (`"leave_one_out"`: a hollow network), or an estimate of that law by shadow masks (`"shadow"`, see
@@ -95,7 +99,8 @@ class NetworkDenoiser:
         grid_input (`bool`, defaults to `False`): The network takes ids (B, height, width) of `grid_shape`, and returns logits
             (B, width of the logits, height, width), channels first.
         num_steps (`int`, *optional*): Steps N of the run, for `time_input="steps_left"`.
-        call_arguments (`dict`): Passed to the network in every call, the same for all rows of a batch.
+        call_arguments (`dict`): Passed to the network in every call, the same for all rows of a batch. Conditions of a call
+            with the same names take their place.
 
     Raises:
         ValueError: If a fact is not allowed, or the facts contradict each other.
@@ -113,6 +118,7 @@ class NetworkDenoiser:
     suppress_token_ids: tuple[int, ...] = ()
     frozen_token_ids: tuple[int, ...] = ()
     split_head: bool = False
+    head: str | None = None
     revealed_logits: Literal["none", "leave_one_out", "shadow"] = "none"
     max_length: int | None = None
     grid_shape: tuple[int, int] | None = None
@@ -135,10 +141,17 @@ class NetworkDenoiser:
             )
         if self.process == "uniform" and self.revealed_logits != "none":
             raise ValueError(f"`revealed_logits={self.revealed_logits!r}` is for the absorbing process")
+        if self.head is not None and self.head not in dict(self.model.named_modules()):
+            raise ValueError(f"`head` is {self.head!r}; {type(self.model).__name__} has no submodule of this name")
+        if self.head is not None and self.split_head:
+            raise ValueError(
+                "`head` and `split_head` cannot both be given: the network splits its head itself, or is made to"
+            )
         if self.shift and self.revealed_logits == "shadow":
             raise ValueError("`revealed_logits='shadow'` needs `shift` 0: a shadow stands at its own position")
-        if self.grid_input and (self.grid_shape is None or self.split_head or self.revealed_logits != "none"):
-            raise ValueError("`grid_input` needs `grid_shape`, and neither `split_head` nor `revealed_logits`")
+        splits = self.split_head or self.head is not None
+        if self.grid_input and (self.grid_shape is None or splits or self.revealed_logits != "none"):
+            raise ValueError("`grid_input` needs `grid_shape`, and neither `split_head`, `head` nor `revealed_logits`")
         survives = survival(torch.tensor(1.0, dtype=torch.float64), self.noise_schedule) > 0
         if not survives and self.time_input == "sigma":
             raise ValueError(f"`time_input='sigma'` is infinite at t = 1 for `noise_schedule={self.noise_schedule!r}`")
@@ -193,8 +206,8 @@ class NetworkDenoiser:
         some = {name: rows_of(value, active) for name, value in conditions.items()}
         t_some = t[active] if isinstance(t, Tensor) and t.dim() == 1 else t
         x_some, wanted = x_t[active], positions[active]
-        if self.split_head and self.shift == 0 and self.process == "absorbing":
-            return RowLogits(self.restrict(raw(x_some, t_some, wanted, positions=wanted, **some)), positions)
+        if self.can_split(x_some, wanted):
+            return RowLogits(self.restrict(self.raw_rows(raw, x_some, t_some, wanted, **some)), positions)
         dense = self.clean_logits(raw(x_some, t_some, wanted, **some), x_some, t_some)
         return RowLogits(dense[wanted], positions)
 
@@ -243,7 +256,37 @@ class NetworkDenoiser:
         if self.grid_input:
             assert self.grid_shape is not None
             return logits_of(self.model(x_t.view(-1, *self.grid_shape), *time, **told)).flatten(2).mT
-        return logits_of(self.model(x_t, *time, **told))
+        if self.head is None or "positions" not in told:
+            return logits_of(self.model(x_t, *time, **told))
+        with head_at(self.model.get_submodule(self.head), told.pop("positions")):
+            return logits_of(self.model(x_t, *time, **told))
+
+    def can_split(self, x_t: Tensor, wanted: Tensor) -> bool:
+        """Whether the head can run at the wanted positions only, bool (B, L)."""
+        if self.process == "uniform" and self.parametrization != "x0":
+            return False  # what a row means depends on the time of its sample
+        if self.split_head or self.head is None:
+            return self.split_head
+        return self.revealed_logits != "shadow" or not bool((wanted & ~self.is_masked(x_t)).any())
+
+    def raw_rows(
+        self, raw: Callable[..., Tensor], x_t: Tensor, t: Tensor | float, wanted: Tensor, **conditions: Any
+    ) -> Tensor:
+        """As `raw`, at the wanted positions, bool (B, L), with a head that runs there only: (R, width)."""
+        asked = wanted
+        if self.shift:  # the position before speaks, and the first one for itself
+            asked = torch.cat([wanted[:, 1:], torch.zeros_like(wanted[:, :1])], dim=1)
+            asked[:, 0] |= wanted[:, 0]
+        output = raw(x_t, t, asked, positions=asked, **conditions)
+        if not self.shift:
+            return output
+        sample, place = wanted.nonzero(as_tuple=True)
+        number = (asked.flatten().cumsum(0) - 1).view(asked.shape)  # the row of each position that was asked
+        rows = self.widen(output[number[sample, (place - 1).clamp(min=0)]])
+        if self.shift_first == "copy":
+            itself = torch.full_like(rows, -math.inf).scatter(-1, x_t[wanted][:, None], 0.0)
+            rows = torch.where(((place == 0) & ~self.is_masked(x_t[wanted]))[:, None], itself, rows)
+        return rows
 
     def raw_with_shadows(self, x_t: Tensor, t: Tensor | float, revealed: Tensor, **conditions: Any) -> Tensor:
         """As `raw`, with the output of shadows at the `revealed` positions, bool (B, L), in one call.
@@ -341,6 +384,26 @@ class NetworkDenoiser:
         if not never:
             return logits
         return logits.index_fill(-1, torch.tensor(never, device=logits.device), -math.inf)
+
+
+@contextmanager
+def head_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
+    """As long as it is open the module gets hidden states (B, L, H) at these positions only, bool (B, L), as (R, H)."""
+
+    def gather(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *others = arguments
+        if hidden.shape[:-1] != positions.shape:
+            shapes = tuple(hidden.shape), tuple(positions.shape)
+            raise ValueError(
+                f"`head` gets a tensor of shape {shapes[0]}; hidden states of {shapes[1]} positions are needed"
+            )
+        return hidden[positions.to(hidden.device)], *others
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def logits_of(output: Any) -> Tensor:

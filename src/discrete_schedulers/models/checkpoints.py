@@ -71,6 +71,18 @@ MASKED_KEYS = ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))  # BERT's files 
 MASKED_IGNORED = (r"^cls\.seq_relationship\.", r"^\w+\.pooler\.", r"^esm\.contact_head\.", r"\.position_embeddings\.")
 
 
+HEADS = {  # transformers' submodule that makes logits of hidden states, each position by itself, by model_type
+    "llama": "lm_head",
+    "qwen2": "lm_head",
+    "qwen3": "lm_head",
+    "gpt2": "lm_head",
+    "esm": "lm_head",
+    "roberta": "lm_head",
+    "bert": "cls",
+    "modernbert": "head",
+}
+
+
 class Family(NamedTuple):
     """One row.
 
@@ -364,6 +376,11 @@ def network_arguments(family: Family, config: Mapping[str, Any]) -> dict[str, An
     return {name: value for name, value in found.items() if value is not None} | dict(family.config_values)
 
 
+def network_type(family: Family, config: Mapping[str, Any]) -> str:
+    """transformers' name of the architecture."""
+    return family.model_type or str(config.get("model_type")).removeprefix("a2d-")
+
+
 def denoiser_facts(
     family: Family,
     config: Mapping[str, Any],
@@ -419,6 +436,7 @@ def denoiser_facts(
         "noise_schedule": family.noise_schedule,
         "suppress_token_ids": list(suppress),
         "frozen_token_ids": list(frozen),
+        "head": None if family.architecture == "DDiT" else HEADS.get(network_type(family, config)),
     }
 
 

@@ -13,15 +13,26 @@ Sources: Nie et al. 2025 (LLaDA), Ye et al. 2025 (Dream); blocks: Arriola et al.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from discrete_schedulers.sampling import Generators, RowLogits, draw_tokens, top_subset
-from discrete_schedulers.schedulers.scheduling_utils import DiscreteScheduler
+from discrete_schedulers.sampling import (
+    BLOCK,
+    Generators,
+    RowLogits,
+    check_finite,
+    invert,
+    positive_weights,
+    top_subset,
+    uniforms,
+)
+from discrete_schedulers.schedulers.scheduling_utils import DiscreteScheduler, without_column_
 
 Rounding: TypeAlias = Literal["up", "down"]
+Measure: TypeAlias = Literal["token_probability", "max_probability", "margin", "entropy", "law"]
 
 
 def due_counts(is_masked: Tensor, share: float, rounding: Rounding) -> Tensor:
@@ -37,34 +48,93 @@ def check_block_length(block_length: int | None) -> None:
         raise ValueError(f"`block_length` is {block_length}; it must be at least 1, or None for one block")
 
 
+def top_two(law: Tensor) -> tuple[Tensor, Tensor]:
+    """The two largest of each row (r, V): the second is among the other blocks' largest, or in the block of the first."""
+    width = law.shape[1]
+    if width < 4 * BLOCK:
+        few = law.topk(2, -1).values
+        return few[:, 0], few[:, 1]
+    whole = width // BLOCK * BLOCK
+    best = [law[:, :whole].unflatten(1, (-1, BLOCK)).amax(-1)]
+    best += [law[:, whole:].amax(-1, keepdim=True)] if whole < width else []
+    largest, block = torch.cat(best, dim=1).topk(2, -1)
+    place = block[:, :1] * BLOCK + torch.arange(BLOCK, device=law.device)  # (r, BLOCK)
+    inside = law.gather(1, place.clamp(max=width - 1)).masked_fill_(place >= width, 0.0).topk(2, -1).values
+    return inside[:, 0], torch.maximum(inside[:, 1], largest[:, 1])
+
+
+def entropy_of(logits: Tensor, law: Tensor) -> Tensor:
+    """Entropy (r,) in nats of laws (r, V) = softmax(logits), without a logarithm for each of their numbers:
+
+    H = log Z - sum_v p(v) d(v),  d = logits - max,  log Z = -log max p
+    """
+    below = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-800.0)  # where p is 0; 0 * inf is NaN
+    return -below.mul_(law).sum(-1) - law.amax(-1).log()
+
+
+def measured(name: Measure, logits: Tensor, law: Tensor, tokens: Tensor) -> Tensor:
+    """One of the measures for a few rows: logits and laws (r, V), tokens (r,)."""
+    if name == "token_probability":
+        return law.gather(-1, tokens[:, None]).squeeze(-1)
+    if name == "max_probability":
+        return law.amax(-1)
+    if name == "margin":
+        best, second = top_two(law)
+        return best - second
+    return entropy_of(logits, law) if name == "entropy" else law
+
+
+def token_probabilities(rows: RowLogits, mask_token_id: int, tokens: Tensor) -> Tensor:
+    """p(token | x_t) for a token (R,) of each row as the network has it: no mask, no temperature; float32 or wider."""
+    found = [torch.empty(0, device=tokens.device)]
+    for part, logits in rows.chunks(writable=True):
+        law = normalised(positive_weights(without_column_(logits, mask_token_id)))
+        found.append(measured("token_probability", logits, law, tokens[part]))
+    return torch.cat(found)
+
+
+def normalised(weights: Tensor) -> Tensor:
+    """Weights (r, V) as probabilities: those of float32 already are."""
+    return weights / weights.sum(-1, keepdim=True) if weights.dtype == torch.float64 else weights
+
+
 class Prediction(NamedTuple):
-    """What the network says at the eligible positions.
+    """What the network says at the eligible positions. What is measured is what the class `reads`.
 
     Args:
         is_eligible (`torch.Tensor` of shape `(B, L)`): Bool, with R entries true.
         tokens (`torch.Tensor` of shape `(R,)`): A token drawn for each, int64.
-        law (`torch.Tensor` of shape `(R, V)`): p(x_0 | x_t) of each before temperature and top-p, float32 or wider.
+        measures (`dict[str, torch.Tensor]`): By their names, (R,), or (R, V) for the law itself; float32 or wider.
     """
 
     is_eligible: Tensor
     tokens: Tensor
-    law: Tensor
+    measures: Mapping[Measure, Tensor]
 
     @property
     def token_probability(self) -> Tensor:
         """The probability of the drawn tokens, (R,)."""
-        return self.law.gather(-1, self.tokens[:, None]).squeeze(-1)
+        return self.measures["token_probability"]
+
+    @property
+    def max_probability(self) -> Tensor:
+        """The largest probability, (R,)."""
+        return self.measures["max_probability"]
 
     @property
     def margin(self) -> Tensor:
         """Difference of the two largest probabilities, (R,)."""
-        best = self.law.topk(2, -1).values
-        return best[:, 0] - best[:, 1]
+        return self.measures["margin"]
 
     @property
     def entropy(self) -> Tensor:
         """Entropy in nats, (R,)."""
-        return -torch.xlogy(self.law, self.law).sum(-1)
+        return self.measures["entropy"]
+
+    @property
+    def law(self) -> Tensor:
+        """The law itself, (R, V)."""
+        return self.measures["law"]
 
     def sheet(self, values: Tensor, elsewhere: Any = 0) -> Tensor:
         """Values (R,) at their positions, (B, L), and `elsewhere` at the others."""
@@ -133,21 +203,45 @@ class OrderScheduler(DiscreteScheduler):
         is_eligible = self.eligible(sample, index)
         if not torch.equal(rows.positions, is_eligible):
             raise ValueError("`model_output.positions` are not those that `positions` named for this step and sample")
-        logits = self.token_logits(rows.logits)
-        tokens = draw_tokens(RowLogits(logits, is_eligible), generator)
-        filled = sample.masked_scatter(is_eligible, tokens)
+        prediction = self.predict(rows, () if index == len(self.calls) - 1 else self.reads(), generator)
+        filled = rows.put(prediction.tokens, sample)
         if index == len(self.calls) - 1:
             return filled
-        prediction = Prediction(is_eligible, tokens, self.model_law(rows.logits))
         return torch.where(self.choose(prediction, index, sample, generator), filled, sample)
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """As `move_rows`, see [`DiscreteScheduler.move_all`]."""
-        is_eligible = self.eligible(sample, index)
-        return self.move_rows(RowLogits(logits[is_eligible], is_eligible), index, sample, generator)
+        return self.move_rows(RowLogits.chosen(logits, self.eligible(sample, index)), index, sample, generator)
 
-    def model_law(self, logits: Tensor) -> Tensor:
-        """p(x_0 | x_t) as the network has it, (R, V): no mask, no temperature, no top-p; float32 or wider."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).clone()
-        logits[:, self.config.mask_token_id] = -torch.inf
-        return logits.softmax(-1)
+    def reads(self) -> tuple[Measure, ...]:
+        """What `choose` reads of a prediction, beside its tokens."""
+        return ("token_probability",)
+
+    def scored_logits(self, logits: Tensor) -> Tensor:
+        """Logits of the law that is measured, from logits (r, V) without a mask: p(x_0 | x_t) as the network has it, no
+        temperature, no top-p, where a class does not say otherwise."""
+        return logits
+
+    def predict(self, rows: RowLogits, reads: tuple[Measure, ...], generator: Generators) -> Prediction:
+        """Tokens and measures in one pass: a few rows at a time, and their weights once where both laws are the network's."""
+        u = rows.pick(uniforms(tuple(rows.positions.shape), generator, rows.positions.device))  # (R,)
+        is_shaped = self.config.temperature != 1 or self.config.top_p != 1
+        tokens, totals = [u.new_empty(0, dtype=torch.int64)], [u.new_empty(0)]
+        found: dict[Measure, list[Tensor]] = {name: [] for name in reads}
+        for part, logits in rows.chunks(writable=True):
+            without_column_(logits, self.absorbing_process.mask_token_id)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            weights = positive_weights(self.token_logits(logits) if is_shaped else logits)
+            token, total = invert(weights, u[part])
+            tokens.append(token)
+            totals.append(total)
+            if reads:
+                scored = self.scored_logits(logits)
+                shared = scored is logits and not is_shaped
+                law = normalised(weights if shared else positive_weights(scored))
+                for name in reads:
+                    found[name].append(measured(name, scored, law, token))
+        check_finite(torch.cat(totals))
+        nothing = {"law": rows.source.new_empty(0, rows.source.shape[-1])}
+        measures = {name: torch.cat(parts or [nothing.get(name, u.new_empty(0))]) for name, parts in found.items()}
+        return Prediction(rows.positions, torch.cat(tokens), measures)
