@@ -63,7 +63,9 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(1, C, 5, 4), (1, C, 4, 5), (1, C + 1, 4, 4), (C, 4, 4)])
 def test_images_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"`images` has shape .*; allowed is \(B, 3, H, W\) with H and W multiples of 2"):
+    with pytest.raises(
+        ValueError, match=r"`images` has shape .*; allowed is \(B, 3, H, W\) with H and W multiples of 2"
+    ):
         codebook().encode(torch.zeros(shape))
 
 
