@@ -4,5 +4,11 @@ from discrete_schedulers.pipelines.pipeline_discrete_diffusion import (
     DiscreteDiffusionPipeline,
     DiscreteDiffusionPipelineOutput,
 )
+from discrete_schedulers.pipelines.pipeline_discrete_image import DiscreteImagePipeline, DiscreteImagePipelineOutput
 
-__all__ = ["DiscreteDiffusionPipeline", "DiscreteDiffusionPipelineOutput"]
+__all__ = [
+    "DiscreteDiffusionPipeline",
+    "DiscreteDiffusionPipelineOutput",
+    "DiscreteImagePipeline",
+    "DiscreteImagePipelineOutput",
+]

@@ -1,34 +1,16 @@
-r"""The loop between a network and a scheduler, for text and any other tokens.
-
-    x ~ prior, known tokens put in
-    for t in timesteps:
-        more   = model_inputs(t, x)           what the method tells its network beside x and t: for most, nothing
-        where  = positions(t, x)              which positions move, if that can be said before the network runs
-        logits = denoiser(x, t, where, more)  at these positions only
-        x      = step(logits, t, x)           known tokens put back
-
-The loop never asks which scheduler or network it has.
-"""
+"""The pipeline for text and any other tokens: prompts and templates in, the loop of `pipeline_base.py`, ids and texts out."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from discrete_schedulers.denoisers import NetworkDenoiser
-from discrete_schedulers.interop import FOREIGN, ForeignScheduler
-from discrete_schedulers.models import DDiTModel, HollowTransformerModel
 from discrete_schedulers.models.checkpoints import denoiser_facts, find_family
 from discrete_schedulers.models.loading import (
     build_network,
@@ -39,22 +21,19 @@ from discrete_schedulers.models.loading import (
     read_config,
     weight_paths,
 )
+from discrete_schedulers.pipelines.pipeline_base import (
+    HUB_ARGUMENTS,
+    SCHEDULER_FACTS,
+    DiscretePipeline,
+    StepCallback,
+    bundled_folder,
+    is_bundled,
+    network_facts,
+    require_ours,
+)
 from discrete_schedulers.pipelines.text import infill_template, prefix_template
 from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import AncestralScheduler, DiscreteScheduler
-
-BUNDLED = "discrete-schedulers/"
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-SCHEDULER_FACTS = ("vocab_size", "mask_token_id", "process", "noise_schedule")  # of the model, in a scheduler's config
-
-
-def require_ours(scheduler: Any) -> None:
-    """Raises `ValueError` for a scheduler that this library's contract does not hold for."""
-    if not isinstance(scheduler, DiscreteScheduler):
-        raise ValueError(
-            f"`scheduler` is a {type(scheduler).__name__}; this pipeline runs discrete_schedulers' own, and those of diffusers "
-            "for tokens as ForeignScheduler(...)"
-        )
 
 
 @dataclass
@@ -72,7 +51,7 @@ class DiscreteDiffusionPipelineOutput(BaseOutput):
     num_model_calls: int = 0
 
 
-class DiscreteDiffusionPipeline(DiffusionPipeline):
+class DiscreteDiffusionPipeline(DiscretePipeline):
     """Sample token sequences from a discrete diffusion model.
 
     Args:
@@ -98,7 +77,6 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "model"
     _optional_components = ["tokenizer"]
-    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
@@ -110,28 +88,8 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         super().__init__()
         require_ours(scheduler)
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
-        facts = {name: scheduler.config[name] for name in SCHEDULER_FACTS}
-        if isinstance(model, DDiTModel):
-            timed = model.config.cond_dim is not None and model.config.time_conditioning
-            facts |= {
-                "split_head": True,
-                "max_length": model.config.max_length,
-                "time_input": "sigma" if timed else None,
-            }
-        if isinstance(model, HollowTransformerModel):
-            facts |= {
-                "split_head": True,
-                "max_length": model.config.max_length,
-                "revealed_logits": "leave_one_out",
-            }
+        facts = network_facts(model, scheduler)
         self.register_to_config(denoiser=facts | dict(denoiser or {}))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As in diffusers, and one of its schedulers for tokens becomes a [`ForeignScheduler`] for this model."""
-        if name == "scheduler" and isinstance(value, tuple(FOREIGN)):
-            facts = {key: self.config.denoiser[key] for key in SCHEDULER_FACTS}
-            value = ForeignScheduler(value, **facts)
-        super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(
@@ -166,7 +124,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         name = str(pretrained_model_name_or_path)
         declared = {"family": family, "mask_token_id": mask_token_id, "shift": shift}
         declared = {key: value for key, value in declared.items() if value is not None}
-        if not name.startswith(BUNDLED) or Path(name).is_dir():
+        if not is_bundled(name):
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             first = first_file(name, ("model_index.json", "config.json"), hub)
             if first is None:
@@ -178,12 +136,8 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             if declared:
                 raise ValueError(f"`{next(iter(declared))}` is not for {name!r}, whose model_index.json says it")
             return super().from_pretrained(name, **kwargs)
-        assets = files("discrete_schedulers") / "assets"
-        known = sorted(folder.name for folder in assets.iterdir() if (folder / "model_index.json").is_file())
-        if name.removeprefix(BUNDLED) not in known:
-            raise ValueError(f"{name!r} is not bundled; bundled: {', '.join(BUNDLED + folder for folder in known)}")
-        with as_file(assets / name.removeprefix(BUNDLED)) as folder:
-            pipe = super().from_pretrained(str(folder), **kwargs)
+        with bundled_folder(name) as folder:
+            pipe = super().from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=name)
         return pipe
 
@@ -219,16 +173,6 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         pipe.register_to_config(_name_or_path=name)
         return pipe
 
-    @property
-    def denoiser(self) -> NetworkDenoiser:
-        """The network as a function from (x_t, t) to logits of p(x_0 | x_t)."""
-        return NetworkDenoiser(self.model, **self.config.denoiser)
-
-    @property
-    def num_timesteps(self) -> int:
-        """Number of steps of the last call."""
-        return self._num_timesteps
-
     @torch.no_grad()
     def __call__(
         self,
@@ -242,7 +186,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: Literal["text", "pt", "np", "latent"] = "text",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end: StepCallback = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> DiscreteDiffusionPipelineOutput | tuple:
         """Sample.
@@ -270,35 +214,14 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         Raises:
             ValueError: If an argument is not allowed.
         """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        tensor_inputs = self.tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_scheduler()
-        self.check_inputs(prompt, template, num_samples, length, output_type, tensor_inputs)
-        device = self._execution_device
-        denoiser, scheduler = self.denoiser, self.scheduler
-
+        self.check_inputs(prompt, template, num_samples, length, output_type)
         known = self.prepare_template(prompt, template, num_samples, length, latents)
-        latents, frozen = self.prepare_latents(known, latents, generator, device)
-        template_ids = latents.clone()
-        scheduler.set_timesteps(num_inference_steps)
-        self._num_timesteps, num_model_calls = len(scheduler.timesteps), 0
-
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for i, t in enumerate(scheduler.timesteps):
-                conditions = scheduler.model_inputs(t, latents, frozen, generator)
-                chosen = scheduler.positions(t, latents, generator)  # None: all of them
-                model_output = denoiser(latents, t, chosen, **conditions)
-                num_model_calls += 1 if chosen is None else int(chosen.any())
-                latents = scheduler.step(model_output, t, latents, generator=generator).prev_sample
-                latents = torch.where(frozen, template_ids, latents)
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in tensor_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    latents = callback_on_step_end(self, i, t, callback_kwargs).pop("latents", latents)
-                progress_bar.update()
-
+        latents, frozen = self.prepare_latents(known, latents, generator, self._execution_device)
+        latents, num_model_calls = self.denoise(
+            self.denoiser, latents, frozen, num_inference_steps, generator, callback_on_step_end, tensor_inputs
+        )
         self.maybe_free_model_hooks()
         sequences = latents.cpu().numpy() if output_type == "np" else latents
         output = DiscreteDiffusionPipelineOutput(sequences, self.decode(latents, output_type), num_model_calls)
@@ -311,7 +234,6 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         num_samples: int,
         length: int | None,
         output_type: str,
-        tensor_inputs: list[str],
     ) -> None:
         """Raises `ValueError` if arguments of the call do not fit each other or the model."""
         if prompt is not None and template is not None:
@@ -327,11 +249,6 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"`length` is {length}; allowed are 1 to {longest or 'any'}")
         if output_type not in ("text", "pt", "np", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}; allowed: 'text', 'pt', 'np', 'latent'")
-        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {unknown}; allowed: {self._callback_tensor_inputs}"
-            )
         if self.tokenizer is None and (prompt is not None or isinstance(template, str | list)):
             raise ValueError(
                 "`prompt` or `template` is text, but this pipeline has no tokenizer: pass ids as `template`"
@@ -347,31 +264,6 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         if template.numel() and not -1 <= int(template.min()) <= int(template.max()) < width:
             raise ValueError(
                 f"`template` has ids from {template.min()} to {template.max()}; allowed are -1 to {width - 1}"
-            )
-
-    def check_scheduler(self) -> None:
-        """Raises `ValueError` if the scheduler does not fit the model; warns where its coefficients are another model's."""
-        require_ours(self.scheduler)
-        names = ["vocab_size", "mask_token_id", "process"]
-        denoiser = self.denoiser
-        if denoiser.time_conditioned or (denoiser.process == "uniform" and denoiser.parametrization != "x0"):
-            names.append("noise_schedule")  # these read the noise level; the others see tokens only
-        for name in names:
-            if self.scheduler.config[name] != self.config.denoiser[name]:
-                raise ValueError(
-                    f"`scheduler` has {name} {self.scheduler.config[name]!r}, but the model has {self.config.denoiser[name]!r}"
-                )
-        if self.scheduler.needs_revealed_logits and denoiser.revealed_logits == "none":
-            raise ValueError(
-                f"`scheduler` is a {type(self.scheduler).__name__}, which reads the law of each revealed token given the "
-                "others; this model has none. Use a HollowTransformerModel, or estimate it with "
-                "denoiser={'revealed_logits': 'shadow'} where the network takes `attention_mask` and `position_ids`"
-            )
-        learned_for, name = self.scheduler.config.get("learned_for"), self.config.get("_name_or_path")
-        if learned_for and name and learned_for.get("base_model") not in (None, name):
-            warnings.warn(
-                f"the scheduler's coefficients were learned for {learned_for['base_model']!r}, this model is {name!r}",
-                stacklevel=4,
             )
 
     def prepare_template(
@@ -401,24 +293,6 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         if facts["process"] == "absorbing":
             known = known.masked_fill(known == facts["mask_token_id"], -1)
         return known.repeat_interleave(num_samples, 0)
-
-    def prepare_latents(
-        self, known: Tensor, latents: Tensor | None, generator: Generators, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens to start from, int64 (B, L), and which of them stay as they are, bool (B, L)."""
-        known = known.to(device)
-        if isinstance(generator, list) and len(generator) != len(known):
-            raise ValueError(
-                f"`generator` is a list of {len(generator)}, but {len(known)} samples are wanted: one each"
-            )
-        if latents is None:
-            latents = self.scheduler.sample_prior(tuple(known.shape), generator, device)
-        elif tuple(latents.shape) != tuple(known.shape) or latents.dtype != torch.int64:
-            raise ValueError(
-                f"`latents` is {latents.dtype} of shape {tuple(latents.shape)}; it must be int64 of shape {tuple(known.shape)}"
-            )
-        frozen = known >= 0
-        return torch.where(frozen, known, latents.to(device)), frozen
 
     def decode(self, sequences: Tensor, output_type: str) -> list[str] | None:
         """Texts of token ids (B, L), special tokens left out."""

@@ -73,6 +73,7 @@ EXTRA = {
     "evaluation": {"sacrebleu"},  # self-BLEU
     "models/loading": {"accelerate", "huggingface_hub", "safetensors"},  # weights of the Hub
     "pipelines/pipeline_discrete_diffusion": {"numpy"},  # output_type="np", as diffusers has it
+    "pipelines/images": {"numpy"},
     "training/distill": {"safetensors"},  # checkpoints
     "training/hub": {"matplotlib"},  # the plot
     "training/search": {"cma"},  # CMA-ES

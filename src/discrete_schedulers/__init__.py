@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers import SchedulerMixin  # diffusers looks it up here to load our schedulers
 
-from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
+from discrete_schedulers.denoisers import Denoiser, GuidedDenoiser, NetworkDenoiser, guidance_schedule
 from discrete_schedulers.information import InformationCurve, information_curve, optimal_counts, optimal_times
 from discrete_schedulers.interop import BlockRefinementAdapter, ForeignScheduler
 from discrete_schedulers.likelihood import LikelihoodEstimate, conditional_nll, log_likelihood_ratio, nll
@@ -53,7 +53,12 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
     from discrete_schedulers.models import DDiTModel, HollowTransformerModel, PatchCodebook
-    from discrete_schedulers.pipelines import DiscreteDiffusionPipeline, DiscreteDiffusionPipelineOutput
+    from discrete_schedulers.pipelines import (
+        DiscreteDiffusionPipeline,
+        DiscreteDiffusionPipelineOutput,
+        DiscreteImagePipeline,
+        DiscreteImagePipelineOutput,
+    )
 
 __version__ = "0.1.0"
 
@@ -62,6 +67,8 @@ LAZY = {
     "DDiTModel": "discrete_schedulers.models",
     "DiscreteDiffusionPipeline": "discrete_schedulers.pipelines",
     "DiscreteDiffusionPipelineOutput": "discrete_schedulers.pipelines",
+    "DiscreteImagePipeline": "discrete_schedulers.pipelines",
+    "DiscreteImagePipelineOutput": "discrete_schedulers.pipelines",
     "HollowTransformerModel": "discrete_schedulers.models",
     "ModelMixin": "diffusers",
     "PatchCodebook": "discrete_schedulers.models",
@@ -78,6 +85,8 @@ __all__ = [
     "DiscreteDDIMScheduler",
     "DiscreteDiffusionPipeline",
     "DiscreteDiffusionPipelineOutput",
+    "DiscreteImagePipeline",
+    "DiscreteImagePipelineOutput",
     "DiscreteScheduler",
     "DiscreteSchedulerOutput",
     "EntropyBoundScheduler",
@@ -87,6 +96,7 @@ __all__ = [
     "ForeignScheduler",
     "GibbsCorrectorScheduler",
     "GillespieScheduler",
+    "GuidedDenoiser",
     "HollowTransformerModel",
     "InformationCurve",
     "InformedCorrectorScheduler",
@@ -117,6 +127,7 @@ __all__ = [
     "UniformProcess",
     "WINOScheduler",
     "conditional_nll",
+    "guidance_schedule",
     "information_curve",
     "log_likelihood_ratio",
     "nll",

@@ -1,0 +1,211 @@
+"""What pipelines share: the loop between a network and a scheduler, and the checks that they fit each other.
+
+    for t in timesteps:
+        more   = model_inputs(t, x)           what the method tells its network beside x and t: for most, nothing
+        where  = positions(t, x)              which positions move, if that can be said before the network runs
+        logits = denoiser(x, t, where, more)  at these positions only
+        x      = step(logits, t, x)           known tokens put back
+
+The loop never asks which scheduler or network it has.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import Tensor
+
+from discrete_schedulers.denoisers import GuidedDenoiser, NetworkDenoiser
+from discrete_schedulers.interop import FOREIGN, ForeignScheduler
+from discrete_schedulers.models import DDiTModel, HollowTransformerModel
+from discrete_schedulers.sampling import Generators
+from discrete_schedulers.schedulers import DiscreteScheduler
+
+BUNDLED = "discrete-schedulers/"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+SCHEDULER_FACTS = ("vocab_size", "mask_token_id", "process", "noise_schedule")  # of the model, in a scheduler's config
+StepCallback: TypeAlias = Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None
+
+
+def require_ours(scheduler: Any) -> None:
+    """Raises `ValueError` for a scheduler that this library's contract does not hold for."""
+    if not isinstance(scheduler, DiscreteScheduler):
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__}; this pipeline runs discrete_schedulers' own, and those of diffusers "
+            "for tokens as ForeignScheduler(...)"
+        )
+
+
+def is_bundled(name: str) -> bool:
+    """Whether a name means a model of this package, not a folder or a repository."""
+    return name.startswith(BUNDLED) and not Path(name).is_dir()
+
+
+@contextmanager
+def bundled_folder(name: str) -> Iterator[str]:
+    """The folder of a bundled model.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    assets = files("discrete_schedulers") / "assets"
+    known = sorted(folder.name for folder in assets.iterdir() if (folder / "model_index.json").is_file())
+    if name.removeprefix(BUNDLED) not in known:
+        raise ValueError(f"{name!r} is not bundled; bundled: {', '.join(BUNDLED + folder for folder in known)}")
+    with as_file(assets / name.removeprefix(BUNDLED)) as folder:
+        yield str(folder)
+
+
+def network_facts(model: torch.nn.Module, scheduler: DiscreteScheduler) -> dict[str, Any]:
+    """Arguments of [`NetworkDenoiser`] that the scheduler's config and the network's class say."""
+    facts = {name: scheduler.config[name] for name in SCHEDULER_FACTS}
+    if isinstance(model, DDiTModel):
+        timed = model.config.cond_dim is not None and model.config.time_conditioning
+        facts |= {
+            "split_head": True,
+            "max_length": model.config.max_length,
+            "time_input": "sigma" if timed else None,
+            "grid_shape": model.config.get("grid_shape"),
+        }
+    if isinstance(model, HollowTransformerModel):
+        facts |= {
+            "split_head": True,
+            "max_length": model.config.max_length,
+            "revealed_logits": "leave_one_out",
+        }
+    return facts
+
+
+class DiscretePipeline(DiffusionPipeline):
+    """Abstract: the components `model` and `scheduler`, the config `denoiser` (facts about the network), and the loop."""
+
+    _callback_tensor_inputs = ["latents"]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in diffusers, and one of its schedulers for tokens becomes a [`ForeignScheduler`] for this model."""
+        if name == "scheduler" and isinstance(value, tuple(FOREIGN)):
+            facts = {key: self.config.denoiser[key] for key in SCHEDULER_FACTS}
+            value = ForeignScheduler(value, **facts)
+        super().__setattr__(name, value)
+
+    @property
+    def denoiser(self) -> NetworkDenoiser:
+        """The network as a function from (x_t, t) to logits of p(x_0 | x_t)."""
+        return NetworkDenoiser(self.model, **self.config.denoiser)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the last call."""
+        return self._num_timesteps
+
+    def denoise(
+        self,
+        denoiser: NetworkDenoiser | GuidedDenoiser,
+        latents: Tensor,
+        frozen: Tensor,
+        num_inference_steps: int,
+        generator: Generators = None,
+        callback_on_step_end: StepCallback = None,
+        tensor_inputs: list[str] | None = None,
+    ) -> tuple[Tensor, int]:
+        """The loop.
+
+        Args:
+            denoiser (`NetworkDenoiser` or `GuidedDenoiser`): The network and its conditions.
+            latents (`torch.Tensor` of shape `(B, L)`): Tokens to start from, int64.
+            frozen (`torch.Tensor` of shape `(B, L)`): Bool; tokens that stay as they are.
+            num_inference_steps (`int`): Steps.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of randomness.
+            callback_on_step_end (`Callable`, *optional*): Called as `f(pipe, step, timestep, kwargs)` after each step.
+            tensor_inputs (`list[str]`, *optional*): Names passed to it, of `["latents"]`.
+
+        Returns:
+            `tuple[torch.Tensor, int]`: Tokens (B, L), and the calls of the network that were made.
+        """
+        scheduler, template_ids = self.scheduler, latents.clone()
+        scheduler.set_timesteps(num_inference_steps)
+        self._num_timesteps, num_model_calls = len(scheduler.timesteps), 0
+
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(scheduler.timesteps):
+                conditions = scheduler.model_inputs(t, latents, frozen, generator)
+                chosen = scheduler.positions(t, latents, generator)  # None: all of them
+                model_output = denoiser(latents, t, chosen, **conditions)
+                num_model_calls += denoiser.calls_at(t) if chosen is None or chosen.any() else 0
+                latents = scheduler.step(model_output, t, latents, generator=generator).prev_sample
+                latents = torch.where(frozen, template_ids, latents)
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in tensor_inputs or self._callback_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    latents = callback_on_step_end(self, i, t, callback_kwargs).pop("latents", latents)
+                progress_bar.update()
+        return latents, num_model_calls
+
+    def tensor_inputs(self, callback_on_step_end: StepCallback, names: list[str] | None) -> list[str]:
+        """What a callback gets: the names it asks for itself, or these, or `["latents"]`.
+
+        Raises:
+            ValueError: If a name is none of these.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            names = callback_on_step_end.tensor_inputs
+        names = names or ["latents"]
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}; allowed: {self._callback_tensor_inputs}"
+            )
+        return names
+
+    def check_scheduler(self) -> None:
+        """Raises `ValueError` if the scheduler does not fit the model; warns where its coefficients are another model's."""
+        require_ours(self.scheduler)
+        names = ["vocab_size", "mask_token_id", "process"]
+        denoiser = self.denoiser
+        if denoiser.time_conditioned or (denoiser.process == "uniform" and denoiser.parametrization != "x0"):
+            names.append("noise_schedule")  # these read the noise level; the others see tokens only
+        for name in names:
+            if self.scheduler.config[name] != self.config.denoiser[name]:
+                raise ValueError(
+                    f"`scheduler` has {name} {self.scheduler.config[name]!r}, but the model has {self.config.denoiser[name]!r}"
+                )
+        if self.scheduler.needs_revealed_logits and denoiser.revealed_logits == "none":
+            raise ValueError(
+                f"`scheduler` is a {type(self.scheduler).__name__}, which reads the law of each revealed token given the "
+                "others; this model has none. Use a HollowTransformerModel, or estimate it with "
+                "denoiser={'revealed_logits': 'shadow'} where the network takes `attention_mask` and `position_ids`"
+            )
+        learned_for, name = self.scheduler.config.get("learned_for"), self.config.get("_name_or_path")
+        if learned_for and name and learned_for.get("base_model") not in (None, name):
+            warnings.warn(
+                f"the scheduler's coefficients were learned for {learned_for['base_model']!r}, this model is {name!r}",
+                stacklevel=4,
+            )
+
+    def prepare_latents(
+        self, known: Tensor, latents: Tensor | None, generator: Generators, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens to start from, int64 (B, L), and which of them stay as they are, bool (B, L); `known` has -1 where nothing
+        is."""
+        known = known.to(device)
+        if isinstance(generator, list) and len(generator) != len(known):
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}, but {len(known)} samples are wanted: one each"
+            )
+        if latents is None:
+            latents = self.scheduler.sample_prior(tuple(known.shape), generator, device)
+        elif tuple(latents.shape) != tuple(known.shape) or latents.dtype != torch.int64:
+            raise ValueError(
+                f"`latents` is {latents.dtype} of shape {tuple(latents.shape)}; it must be int64 of shape {tuple(known.shape)}"
+            )
+        frozen = known >= 0
+        return torch.where(frozen, known, latents.to(device)), frozen
