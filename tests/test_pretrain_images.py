@@ -103,12 +103,12 @@ def test_all_classes_and_none_are_trained(finished: Path) -> None:
 def test_initialise_leaves_the_branches_open() -> None:
     """Blocks do nothing at first, yet their last matrices have gradients: closed gates would keep both at zero."""
     torch.manual_seed(0)
-    model = pretrain_images.DDiTModel(6, 16, 2, 2, 8, 16, num_classes=3, time_conditioning=False, grid_shape=(4, 4))
+    model = pretrain_images.DDiTModel(6, 16, 2, 2, 8, 16, num_classes=3, absolute_positions=True, grid_shape=(4, 4))
     pretrain.initialise(model)
     ids, labels = torch.randint(6, (4, 16), generator=seeded()), torch.tensor([0, 1, 2, 3])
-    hidden = model.hidden(ids, class_labels=labels)
+    hidden = model.hidden(ids, torch.zeros(4), labels)
     embedded = model.vocab_embed(ids) + model.position_embed(torch.arange(16))
-    condition = model.condition(None, labels, 4, ids.device)
+    condition = model.condition(torch.zeros(4), labels, 4, ids.device)
     torch.testing.assert_close(hidden, model.output_layer(embedded, condition))
     hidden.square().mul(torch.rand(hidden.shape, generator=seeded())).sum().backward()
     for block in model.blocks:

@@ -1,6 +1,11 @@
-r"""Train the bundled masked diffusion model `tiny-text` from its corpus: tokenizer, network, scheduler, card.
+r"""Train a bundled masked diffusion model from its corpus: tokenizer, network, scheduler, card.
 
     accelerate launch training/pretrain.py --output_dir tiny-text --mixed_precision bf16
+    accelerate launch training/pretrain.py --data molecules --output_dir tiny-molecule --mixed_precision bf16 \
+        --sequence_length 30 --hidden_size 176 --num_blocks 4 --max_train_steps 10000
+
+`--data text` reads a running text in windows of byte-level BPE. `--data molecules` reads one SMILES string a line, atom by
+atom. A line is a sequence, filled up with an end token that the model predicts like any other: so it writes the length too.
 
 The loss is the mean cross-entropy over masked tokens with the masked share drawn uniformly (MDLM's objective without its
 1/t weight: the same optimum, and faster at this size). Each step's data and noise are a function of (seed, step), so a run
@@ -19,7 +24,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +35,15 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from discrete_schedulers import AncestralScheduler, DDiTModel, DiscreteDiffusionPipeline, information_curve
+from discrete_schedulers.molecules import NO_RDKIT, molecule_metrics
+from discrete_schedulers.training.prepare_molecules import SMILES_TOKEN, smiles_tokens
 
-MASK_TOKEN = "[MASK]"
+END_TOKEN, MASK_TOKEN = "[END]", "[MASK]"
 
 CARD = """---
 library_name: discrete_schedulers
@@ -62,20 +71,63 @@ It writes in the style of its only book and knows nothing. Samples, {sequence_le
 {samples}
 """
 
+MOLECULE_CARD = """---
+library_name: discrete_schedulers
+license: mit
+tags: [discrete-diffusion, masked-diffusion, molecules, smiles]
+---
+
+# tiny-molecule
+
+A masked diffusion model of drug-like molecules, small enough for tests, examples and measurements on a CPU.
+
+- **Network**: DDiT without time input, {num_blocks} blocks of width {hidden_size}, {parameters:,} parameters, half precision.
+- **Tokens**: atoms, bonds, brackets and ring numbers of SMILES; {vocab_size} ids, the last two the end and the mask token.
+  A molecule has at most {sequence_length} tokens; shorter ones are filled up with the end token, which the model writes itself.
+- **Data**: `corpus/`, the molecules of MOSES (Polykovskiy et al. 2020, MIT licence; a filtered part of ZINC) with at most
+  {sequence_length} tokens, by `training/prepare_molecules.py`. Validation and test come from MOSES' own test split; no
+  training saw them.
+- **Training**: {steps:,} steps of {train_batch_size} molecules, AdamW, learning rate {learning_rate}, {seconds:,} seconds on a
+  CPU that did other work meanwhile. One command: `accelerate launch training/pretrain.py --data molecules
+  --output_dir tiny-molecule --mixed_precision {mixed_precision} --sequence_length {sequence_length}
+  --hidden_size {hidden_size} --num_blocks {num_blocks} --max_train_steps {max_train_steps}`.
+- **Held-out bound** (validation, any order): {validation_nats_per_token:.3f} nats per token (end tokens count),
+  {validation_bits_per_character:.3f} bits per character.
+- **Licence**: MIT, as the data.
+
+{num_eval_samples:,} samples of seed 0 at each temperature, fixed counts at random places, {judged_steps} steps, judged by RDKit
+{rdkit}; novelty is against the training split:
+
+{quality}
+
+It knows which strings look like the molecules of its corpus, nothing of chemistry beyond that. The first samples of seed 0,
+not chosen:
+
+{samples}
+"""
+JUDGED_STEPS = 64  # more than a molecule has tokens: one token a step
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="Where checkpoints and the finished model go.")
+    parser.add_argument("--data", choices=["text", "molecules"], default="text", help="How the corpus is to be read.")
     parser.add_argument("--corpus_dir", type=Path, default=None, help="Folder with {train,validation,test}.txt.xz.")
     # The model
-    parser.add_argument("--vocab_size", type=int, default=2048, help="Tokens, the mask token included.")
+    parser.add_argument("--vocab_size", type=int, default=2048, help="Tokens of text, the mask token included.")
     parser.add_argument("--sequence_length", type=int, default=64)
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--num_blocks", type=int, default=5)
     parser.add_argument("--num_heads", type=int, default=4)
     parser.add_argument("--max_train_steps", type=int, default=24_000)
+    parser.add_argument("--num_eval_samples", type=int, default=1000, help="Molecules that the card judges.")
     add_fit_arguments(parser)
-    return check_fit_arguments(parser, parser.parse_args(argv))
+    args = check_fit_arguments(parser, parser.parse_args(argv))
+    if args.num_eval_samples < 1:
+        parser.error(f"--num_eval_samples is {args.num_eval_samples}; it must be at least 1")
+    if args.data == "molecules" and find_spec("rdkit") is None:
+        parser.error(f"--data molecules: {NO_RDKIT}")
+    return args
 
 
 def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +147,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_fit_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, or an error of the parser about one of them."""
     counts = [
         "max_train_steps",
         "train_batch_size",
@@ -110,9 +163,9 @@ def check_fit_arguments(parser: argparse.ArgumentParser, args: argparse.Namespac
     return args
 
 
-def read_split(corpus_dir: Path | None, split: str) -> str:
-    """The text of one split of the corpus; the bundled one where no folder is named."""
-    folder = corpus_dir or files("discrete_schedulers") / "assets" / "tiny-text" / "corpus"
+def read_split(corpus_dir: Path | None, split: str, model: str = "tiny-text") -> str:
+    """The text of one split of the corpus; the one of a bundled model where no folder is named."""
+    folder = corpus_dir or files("discrete_schedulers") / "assets" / model / "corpus"
     return lzma.decompress((folder / f"{split}.txt.xz").read_bytes()).decode()
 
 
@@ -138,6 +191,50 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
+def smiles_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """The tokens that occur in these SMILES strings, one a line; then the end token, and the mask token as the last id.
+
+    The end token is what sequences are filled up with. It is a state that the model writes; decoding leaves it out.
+    """
+    tokens = sorted(set(smiles_tokens(text)))
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*tokens, END_TOKEN, MASK_TOKEN])}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(SMILES_TOKEN), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([END_TOKEN, MASK_TOKEN])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_TOKEN,
+        pad_token=END_TOKEN,
+        mask_token=MASK_TOKEN,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def text_rows(tokenizer: PreTrainedTokenizerFast, text: str, length: int, stride: int) -> Tensor:
+    """Windows (R, L) of a running text, one every `stride` tokens.
+
+    Raises:
+        ValueError: If there are not more than L tokens.
+    """
+    stream = torch.tensor(tokenizer(text)["input_ids"])
+    if len(stream) <= length:
+        raise ValueError(f"`--sequence_length` is {length}, but a split has {len(stream)} tokens")
+    return stream.unfold(0, length, stride)
+
+
+def molecule_rows(tokenizer: PreTrainedTokenizerFast, text: str, length: int) -> Tensor:
+    """One row (R, L) a line, filled up with the end token.
+
+    Raises:
+        ValueError: If a line has more than L tokens.
+    """
+    rows = tokenizer(text.splitlines())["input_ids"]
+    longest = max(map(len, rows))
+    if longest > length:
+        raise ValueError(f"`--sequence_length` is {length}, but a molecule has {longest} tokens")
+    return torch.tensor([row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows])
+
+
 def initialise(model: DDiTModel) -> None:
     """Residual branches and head start at zero: the first steps are then a unigram model, and none of them is lost. Where
     blocks are modulated, they start as if they were not, with open gates: closed ones would keep the branches at zero."""
@@ -155,12 +252,11 @@ def initialise(model: DDiTModel) -> None:
     nn.init.zeros_(model.output_layer.linear.bias)
 
 
-def draw_batch(stream: Tensor, batch: int, length: int, seed: int, step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Clean tokens (B, L) and where they are masked, as a function of (seed, step, rank) alone."""
+def draw_batch(rows: Tensor, batch: int, seed: int, step: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Clean tokens (B, L), drawn from all `rows` (R, L), and where they are masked: a function of (seed, step, rank) alone."""
     generator = torch.Generator().manual_seed(hash((seed, step, rank)) % 2**63)
-    start = torch.randint(len(stream) - length, (batch,), generator=generator)
-    clean = stream[start[:, None] + torch.arange(length)]
-    return clean, draw_masks(batch, length, generator)
+    clean = rows[torch.randint(len(rows), (batch,), generator=generator)]
+    return clean, draw_masks(batch, clean.shape[1], generator)
 
 
 def draw_masks(batch: int, length: int, generator: torch.Generator) -> Tensor:
@@ -241,16 +337,19 @@ def main(argv: list[str] | None = None) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # Data
-    train_text = read_split(args.corpus_dir, "train")
-    tokenizer = train_tokenizer(train_text, args.vocab_size)
-    stream = torch.tensor(tokenizer(train_text)["input_ids"])
-    heldout_text = read_split(args.corpus_dir, "validation")
-    heldout = torch.tensor(tokenizer(heldout_text)["input_ids"])
-    if min(len(stream), len(heldout)) <= args.sequence_length:
-        raise ValueError(
-            f"`--sequence_length` is {args.sequence_length}, but the splits have {len(stream)} and {len(heldout)} tokens"
-        )
-    accelerator.print(f"{len(stream):,} training tokens, {len(heldout):,} held out")
+    length, bundled = args.sequence_length, {"text": "tiny-text", "molecules": "tiny-molecule"}[args.data]
+    train_text, heldout_text = (read_split(args.corpus_dir, split, bundled) for split in ("train", "validation"))
+    if args.data == "text":
+        tokenizer = train_tokenizer(train_text, args.vocab_size)
+        rows = text_rows(tokenizer, train_text, length, 1)[:-1]
+        heldout = text_rows(tokenizer, heldout_text, length, length)
+        heldout_tokens = len(tokenizer(heldout_text)["input_ids"])
+    else:
+        tokenizer = smiles_tokenizer(train_text)
+        args.vocab_size = len(tokenizer)
+        rows, heldout = (molecule_rows(tokenizer, text, length) for text in (train_text, heldout_text))
+        heldout_tokens = heldout.numel()
+    accelerator.print(f"{len(rows):,} rows of {length} tokens to train on, {len(heldout):,} held out")
 
     # Model
     torch.manual_seed(args.seed)
@@ -262,21 +361,20 @@ def main(argv: list[str] | None = None) -> None:
         cond_dim=None,
         max_length=args.sequence_length,
         time_conditioning=False,
+        absolute_positions=args.data == "molecules",
     )
 
     def draw(step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        batch = (args.train_batch_size, args.sequence_length, args.seed, step, accelerator.process_index)
-        return *draw_batch(stream, *batch), {}
+        return *draw_batch(rows, args.train_batch_size, args.seed, step, accelerator.process_index), {}
 
     model, seconds = fit(model, draw, args.vocab_size - 1, accelerator, args)
     if accelerator.is_main_process:
-        windows = heldout[: len(heldout) // args.sequence_length * args.sequence_length].view(-1, args.sequence_length)
-        nats = heldout_nats_per_token(model, windows, args.vocab_size - 1)
-        bits_per_character = nats * len(heldout) / len(heldout_text) / math.log(2)
+        nats = heldout_nats_per_token(model, heldout, args.vocab_size - 1)
+        bits_per_character = nats * heldout_tokens / len(heldout_text) / math.log(2)
         results = {"steps": args.max_train_steps, "seconds": round(seconds), "validation_nats_per_token": nats}
         results |= {"validation_bits_per_character": bits_per_character}
         results |= {"parameters": sum(p.numel() for p in model.parameters())}
-        save_pipeline(model, tokenizer, windows, args, results)
+        save_pipeline(model, tokenizer, heldout, args, results)
         accelerator.print(json.dumps(results))
 
 
@@ -354,27 +452,56 @@ def fit(
 
 
 def save_pipeline(
-    network: DDiTModel, tokenizer: PreTrainedTokenizerFast, windows: Tensor, args: argparse.Namespace, results: dict
+    network: DDiTModel, tokenizer: PreTrainedTokenizerFast, heldout: Tensor, args: argparse.Namespace, results: dict
 ) -> None:
     """The folder that `DiscreteDiffusionPipeline.from_pretrained` reads: half-precision weights, tokenizer, scheduler with the
     model's information curve, and a card with samples."""
     scheduler = AncestralScheduler(vocab_size=args.vocab_size, mask_token_id=args.vocab_size - 1)
     pipe = DiscreteDiffusionPipeline(network, scheduler, tokenizer)
     curve = information_curve(
-        pipe.denoiser, windows[:256], args.vocab_size - 1, generator=torch.Generator().manual_seed(0)
+        pipe.denoiser, heldout[:256], args.vocab_size - 1, generator=torch.Generator().manual_seed(0)
     )
     scheduler.register_to_config(information_curve=curve.to_config())
     pipe.set_progress_bar_config(disable=True)
-    quoted = []
-    for temperature in (1.0, 0.8):
-        pipe.scheduler = AncestralScheduler.from_config(scheduler.config, temperature=temperature)
-        call = {"num_samples": 3, "num_inference_steps": args.sequence_length, "return_dict": False}
-        _, samples, _ = pipe(**call, generator=torch.Generator().manual_seed(0))
-        quoted += [f"Temperature {temperature}:", *("> " + sample.replace("\n", " / ") for sample in samples)]
-    pipe.scheduler = scheduler
+    card = text_card(pipe, args, results) if args.data == "text" else molecule_card(pipe, args, results)
     pipe.to(torch.float16).save_pretrained(args.output_dir)
     (args.output_dir / "pretrain_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
-    (args.output_dir / "README.md").write_text(CARD.format(**vars(args), **results, samples="\n\n".join(quoted)))
+    (args.output_dir / "README.md").write_text(card)
+
+
+def samples_at(pipe: DiscreteDiffusionPipeline, temperature: float, num_samples: int, steps: int) -> list[str]:
+    """Samples of seed 0 with fixed counts at random places."""
+    sampler = AncestralScheduler.from_config(pipe.scheduler.config, temperature=temperature)
+    other = DiscreteDiffusionPipeline(pipe.model, sampler, pipe.tokenizer)
+    other.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    _, texts, _ = other(num_samples=num_samples, num_inference_steps=steps, generator=generator, return_dict=False)
+    return texts
+
+
+def text_card(pipe: DiscreteDiffusionPipeline, args: argparse.Namespace, results: dict) -> str:
+    """The card with three samples at each of two temperatures."""
+    quoted = []
+    for temperature in (1.0, 0.8):
+        samples = samples_at(pipe, temperature, 3, args.sequence_length)
+        quoted += [f"Temperature {temperature}:", *("> " + sample.replace("\n", " / ") for sample in samples)]
+    return CARD.format(**vars(args), **results, samples="\n\n".join(quoted))
+
+
+def molecule_card(pipe: DiscreteDiffusionPipeline, args: argparse.Namespace, results: dict) -> str:
+    """The card with RDKit's judgement of samples at two temperatures, which goes into `results` too, and with a few of them."""
+    known = read_split(args.corpus_dir, "train", "tiny-molecule").splitlines()
+    judged = results["judged"] = {}
+    lines = ["| temperature | valid | unique | novel | internal diversity |", "| ---: | ---: | ---: | ---: | ---: |"]
+    quoted = []
+    for temperature in (1.0, 0.8):
+        samples = samples_at(pipe, temperature, args.num_eval_samples, JUDGED_STEPS)
+        judged[str(temperature)] = numbers = molecule_metrics(samples, known)
+        lines.append(f"| {temperature} | " + " | ".join(f"{value:.3f}" for value in numbers.values()) + " |")
+        quoted += [f"Temperature {temperature}:", *(f"    {sample}" for sample in samples[:6])]
+    found = {"quality": "\n".join(lines), "samples": "\n".join(quoted)}
+    found |= {"judged_steps": JUDGED_STEPS, "rdkit": version("rdkit")}
+    return MOLECULE_CARD.format(**vars(args), **results, **found)
 
 
 if __name__ == "__main__":

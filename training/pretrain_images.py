@@ -181,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         max_length=clean.shape[1],
         num_classes=num_classes,
         time_conditioning=False,
+        absolute_positions=True,
         grid_shape=grid_shape,
     )
 
