@@ -86,7 +86,7 @@ def test_heldout_bound_knows_the_classes(finished: Path) -> None:
     ids, labels = pipe.decoder.encode(images[heldout]).flatten(1), labels[heldout]
     nats = [pretrain.heldout_nats_per_token(pipe.model, ids, 5, classes) for classes in (labels, (labels + 1) % 3)]
     metrics = json.loads((finished / "pretrain_metrics.json").read_text())
-    assert nats[0] == pytest.approx(metrics["validation_nats_per_token"], rel=1e-2)  # half precision
+    assert nats[0] == pytest.approx(metrics["validation_nats_per_token"], rel=1e-3)  # half precision
     assert nats[1] > nats[0] + 0.01
 
 

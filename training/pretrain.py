@@ -499,9 +499,8 @@ def molecule_card(pipe: DiscreteDiffusionPipeline, args: argparse.Namespace, res
         judged[str(temperature)] = numbers = molecule_metrics(samples, known)
         lines.append(f"| {temperature} | " + " | ".join(f"{value:.3f}" for value in numbers.values()) + " |")
         quoted += [f"Temperature {temperature}:", *(f"    {sample}" for sample in samples[:6])]
-    found = {"quality": "\n".join(lines), "samples": "\n".join(quoted)}
-    found |= {"judged_steps": JUDGED_STEPS, "rdkit": version("rdkit")}
-    return MOLECULE_CARD.format(**vars(args), **results, **found)
+    found = {"quality": "\n".join(lines), "samples": "\n".join(quoted), "rdkit": version("rdkit")}
+    return MOLECULE_CARD.format(**vars(args), **results, **found, judged_steps=JUDGED_STEPS)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import json
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from discrete_schedulers.training.pretrain import (
 )
 
 HELDOUT_EVERY = 10  # of every ten images of a class one is held out
-SAMPLE_STEPS = 64  # of the card's picture
+SAMPLE_STEPS, SAMPLE_ROWS = 64, 6  # of the card's picture
 
 CARD = """---
 library_name: discrete_schedulers
@@ -50,7 +51,7 @@ A masked diffusion model of handwritten digits, small enough for tests, examples
 
 ![Samples of each class](samples.png)
 
-{SAMPLE_STEPS} steps, no guidance, temperature 1, the first of seed 0, not chosen; a column is a class.
+{sample_steps} steps, temperature 1, the first of seed 0, not chosen; a column is a class. Left: no guidance, right: guidance 2.
 
 - **Network**: DDiT without time input on a grid of {grid}, {num_blocks} blocks of width {hidden_size}, {parameters:,}
   parameters, half precision. Class {num_classes} is the unconditional one.
@@ -223,17 +224,18 @@ def save_pipeline(
     levels, generator = min(clean.shape[1], 49), torch.Generator().manual_seed(0)
     curve = information_curve(denoiser, clean[some].to(network.device), mask, levels, generator, len(some))
     scheduler.register_to_config(information_curve=curve.to_config())
-    drawn, *_ = pipe(
-        class_labels=list(range(num_classes)) * 6,
-        num_inference_steps=SAMPLE_STEPS,
-        generator=torch.Generator().manual_seed(0),
-        return_dict=False,
+    classes_drawn = list(range(num_classes)) * SAMPLE_ROWS
+    call: dict[str, Any] = {"class_labels": classes_drawn, "num_inference_steps": SAMPLE_STEPS, "return_dict": False}
+    plain, guided = (
+        pipe(**call, guidance_scale=scale, generator=torch.Generator().manual_seed(0))[0] for scale in (1.0, 2.0)
     )
-    make_image_grid(drawn, 6, num_classes).save(args.output_dir / "samples.png")
+    lines = [slice(row * num_classes, (row + 1) * num_classes) for row in range(SAMPLE_ROWS)]
+    sheet = [image for line in lines for image in plain[line] + guided[line]]
+    make_image_grid(sheet, SAMPLE_ROWS, 2 * num_classes).save(args.output_dir / "samples.png")
     pipe.to(torch.float16).save_pretrained(args.output_dir)
     (args.output_dir / "pretrain_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     grid = " x ".join(map(str, network.config.grid_shape))
-    card = CARD.format(**vars(args), **results, grid=grid, num_classes=num_classes, SAMPLE_STEPS=SAMPLE_STEPS)
+    card = CARD.format(**vars(args), **results, grid=grid, num_classes=num_classes, sample_steps=SAMPLE_STEPS)
     (args.output_dir / "README.md").write_text(card)
 
 
