@@ -171,7 +171,10 @@ def test_forward_is_the_formula() -> None:
 
 @torch.no_grad()
 def test_forward_on_a_grid_is_the_formula() -> None:
-    model, labels = tiny_model(num_classes=5, grid_shape=(3, 4)), torch.tensor([0, 3, 5])
+    model, labels = (
+        tiny_model(num_classes=5, grid_shape=(3, 4), absolute_positions=True, max_length=12),
+        torch.tensor([0, 3, 5]),
+    )
     plain = published_shapes(V, H, BLOCKS, HEADS, C, 5)
     assert shapes_of(model) == plain | {"position_embed.embedding": (12, H), "rotary_emb.inv_freq": (H // HEADS // 4,)}
     expected = reference(model.state_dict(), IDS, HEADS, SIGMA, labels, columns=4)
@@ -238,7 +241,7 @@ def test_absolute_positions() -> None:
         found = model(ids, SIGMA[1:2], position_ids=places[None]).logits
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(model(IDS, SIGMA).logits, model(IDS, SIGMA, position_ids=torch.arange(9)[None]).logits)
-    with pytest.raises(ValueError, match="`input_ids` has 10 tokens; this model has learned 9 places"):
+    with pytest.raises(ValueError, match="`input_ids` has 10 positions; this model has 9"):
         model(torch.zeros(1, 10, dtype=torch.int64), SIGMA[:1])
 
 
@@ -348,8 +351,6 @@ def test_errors() -> None:
         tiny_model(hidden_size=30)
     with pytest.raises(ValueError, match=r"`num_heads` \(16\).*multiple of 4"):
         tiny_model(num_heads=16, grid_shape=(3, 4))
-    with pytest.raises(ValueError, match=r"`input_ids` has 13 tokens; this model has learned 12 places"):
-        tiny_model(grid_shape=(3, 4))(torch.zeros(1, 13, dtype=torch.int64), SIGMA[:1])
     with pytest.raises(ValueError, match="`num_classes` needs `cond_dim`"):
         tiny_model(cond_dim=None, num_classes=3)
     with pytest.raises(ValueError, match=r"`sigma`.* is required"):

@@ -80,6 +80,7 @@ EXTRA = {
     "pipelines/images": {"numpy"},
     "training/distill": {"safetensors"},  # checkpoints
     "training/hub": {"matplotlib"},  # the plot
+    "training/pretrain_images": {"diffusers", "numpy"},  # a grid of pictures, a table of pixels
     "training/search": {"cma"},  # CMA-ES
     "training/pretrain": {"safetensors", "tokenizers", "transformers"},  # makes a tokenizer, writes weights
 }

@@ -23,6 +23,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import find_spec
@@ -112,15 +113,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="Where checkpoints and the finished model go.")
     parser.add_argument("--data", choices=["text", "molecules"], default="text", help="How the corpus is to be read.")
     parser.add_argument("--corpus_dir", type=Path, default=None, help="Folder with {train,validation,test}.txt.xz.")
-    parser.add_argument("--seed", type=int, default=0)
     # The model
     parser.add_argument("--vocab_size", type=int, default=2048, help="Tokens of text, the mask token included.")
     parser.add_argument("--sequence_length", type=int, default=64)
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--num_blocks", type=int, default=5)
     parser.add_argument("--num_heads", type=int, default=4)
-    # The optimisation
     parser.add_argument("--max_train_steps", type=int, default=24_000)
+    parser.add_argument("--num_eval_samples", type=int, default=1000, help="Molecules that the card judges.")
+    add_fit_arguments(parser)
+    args = check_fit_arguments(parser, parser.parse_args(argv))
+    if args.num_eval_samples < 1:
+        parser.error(f"--num_eval_samples is {args.num_eval_samples}; it must be at least 1")
+    if args.data == "molecules" and find_spec("rdkit") is None:
+        parser.error(f"--data molecules: {NO_RDKIT}")
+    return args
+
+
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `fit` reads, apart from `--output_dir` and `--max_train_steps`."""
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train_batch_size", type=int, default=32, help="Sequences per process and step.")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--lr_warmup_steps", type=int, default=200)
@@ -129,27 +141,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
     parser.add_argument("--ema_decay", type=float, default=0.999)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
-    # The run
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--checkpoints_total_limit", type=int, default=2)
     parser.add_argument("--resume_from_checkpoint", default=None, help="A checkpoint folder, or `latest`.")
-    parser.add_argument("--num_eval_samples", type=int, default=1000, help="Molecules that the card judges.")
-    args = parser.parse_args(argv)
+
+
+def check_fit_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, or an error of the parser about one of them."""
     counts = [
         "max_train_steps",
         "train_batch_size",
         "lr_warmup_steps",
         "checkpointing_steps",
         "checkpoints_total_limit",
-        "num_eval_samples",
     ]
     for name in counts:
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if not 0 < args.lr_decay_share <= 1:
         parser.error(f"--lr_decay_share is {args.lr_decay_share}; allowed are numbers in (0, 1]")
-    if args.data == "molecules" and find_spec("rdkit") is None:
-        parser.error(f"--data molecules: {NO_RDKIT}")
     return args
 
 
@@ -226,9 +236,15 @@ def molecule_rows(tokenizer: PreTrainedTokenizerFast, text: str, length: int) ->
 
 
 def initialise(model: DDiTModel) -> None:
-    """Residual branches and head start at zero: the first steps are then a unigram model, and none of them is lost."""
+    """Residual branches and head start at zero: the first steps are then a unigram model, and none of them is lost. Where
+    blocks are modulated, they start as if they were not, with open gates: closed ones would keep the branches at zero."""
     block: Any
     for block in model.blocks:
+        if block.adaLN_modulation is not None:
+            nn.init.zeros_(block.adaLN_modulation.weight)
+            nn.init.zeros_(block.adaLN_modulation.bias)
+            for gate in block.adaLN_modulation.bias.data.chunk(6)[2::3]:  # shift, scale, gate of each branch
+                gate.fill_(1.0)
         nn.init.zeros_(block.attn_out.weight)
         nn.init.zeros_(block.mlp[2].weight)
         nn.init.zeros_(block.mlp[2].bias)
@@ -237,17 +253,19 @@ def initialise(model: DDiTModel) -> None:
 
 
 def draw_batch(rows: Tensor, batch: int, seed: int, step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Clean tokens (B, L), drawn from all `rows` (R, L), and where they are masked: a function of (seed, step, rank) alone.
-
-    The masked share is stratified over the batch, so that every step sees all noise levels.
-    """
+    """Clean tokens (B, L), drawn from all `rows` (R, L), and where they are masked: a function of (seed, step, rank) alone."""
     generator = torch.Generator().manual_seed(hash((seed, step, rank)) % 2**63)
     clean = rows[torch.randint(len(rows), (batch,), generator=generator)]
-    length = clean.shape[1]
+    return clean, draw_masks(batch, clean.shape[1], generator)
+
+
+def draw_masks(batch: int, length: int, generator: torch.Generator) -> Tensor:
+    """Which tokens are masked, bool (B, L), at least one a row. The masked share is stratified over the batch, so that every
+    step sees all noise levels."""
     share = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch  # (B,) in [0, 1)
     noise = torch.rand(batch, length, generator=generator)
     is_masked = noise < share.clamp(min=1.0 / length)[:, None]
-    return clean, is_masked | (noise == noise.amin(1, keepdim=True))  # at least one masked token a row
+    return is_masked | (noise == noise.amin(1, keepdim=True))
 
 
 def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
@@ -257,21 +275,21 @@ def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
 
 
 @torch.no_grad()
-def heldout_nats_per_token(model: DDiTModel, rows: Tensor, mask_token_id: int) -> float:
-    """Mean cross-entropy of the masked tokens of `rows` (R, L) over uniform masked shares: the model's any-order bound."""
-    length, device, total, count = rows.shape[1], next(model.parameters()).device, 0.0, 0
-    generator = torch.Generator().manual_seed(0)
-    for start in range(0, len(rows), 64):
-        clean = rows[start : start + 64]
-        opened = torch.randint(length, (len(clean), 1), generator=generator)  # revealed tokens, 0 .. L - 1
-        rank = torch.rand(clean.shape, generator=generator).argsort(1).argsort(1)
+def heldout_nats_per_token(
+    model: DDiTModel, clean: Tensor, mask_token_id: int, class_labels: Tensor | None = None
+) -> float:
+    """Mean cross-entropy of masked tokens of (N, L) clean ones over uniform masked shares: the model's any-order bound."""
+    device, total, generator = next(model.parameters()).device, 0.0, torch.Generator().manual_seed(0)
+    for rows in torch.arange(len(clean)).split(64):
+        opened = torch.randint(clean.shape[1], (len(rows), 1), generator=generator)  # revealed tokens, 0 .. L - 1
+        rank = torch.rand(len(rows), clean.shape[1], generator=generator).argsort(1).argsort(1)
         is_masked = rank >= opened
-        ids = clean.masked_fill(is_masked, mask_token_id).to(device)
-        logits = model.head(model.hidden(ids)).float()
-        loss = F.cross_entropy(logits.transpose(1, 2), clean.to(device), reduction="none").cpu()
+        ids = clean[rows].masked_fill(is_masked, mask_token_id).to(device)
+        labels = {} if class_labels is None else {"class_labels": class_labels[rows].to(device)}
+        logits = model.head(model.hidden(ids, **labels)).float()
+        loss = F.cross_entropy(logits.transpose(1, 2), clean[rows].to(device), reduction="none").cpu()
         total += float(((loss * is_masked).sum(1) / is_masked.sum(1)).sum())
-        count += len(clean)
-    return total / count
+    return total / len(clean)
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], step: int, seconds: float) -> None:
@@ -345,6 +363,40 @@ def main(argv: list[str] | None = None) -> None:
         time_conditioning=False,
         absolute_positions=args.data == "molecules",
     )
+
+    def draw(step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        return *draw_batch(rows, args.train_batch_size, args.seed, step, accelerator.process_index), {}
+
+    model, seconds = fit(model, draw, args.vocab_size - 1, accelerator, args)
+    if accelerator.is_main_process:
+        nats = heldout_nats_per_token(model, heldout, args.vocab_size - 1)
+        bits_per_character = nats * heldout_tokens / len(heldout_text) / math.log(2)
+        results = {"steps": args.max_train_steps, "seconds": round(seconds), "validation_nats_per_token": nats}
+        results |= {"validation_bits_per_character": bits_per_character}
+        results |= {"parameters": sum(p.numel() for p in model.parameters())}
+        save_pipeline(model, tokenizer, heldout, args, results)
+        accelerator.print(json.dumps(results))
+
+
+def fit(
+    model: DDiTModel,
+    draw: Callable[[int], tuple[Tensor, Tensor, dict[str, Tensor]]],
+    mask_token_id: int,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+) -> tuple[DDiTModel, float]:
+    """Train a denoiser for absorbing noise, from the newest checkpoint where it is to resume.
+
+    Args:
+        model (`DDiTModel`): The network, new; its residual branches and head are set to zero.
+        draw (`Callable`): Step number to clean tokens (B, L), where they are masked, and further arguments of the network.
+        mask_token_id (`int`): What the network sees at masked positions.
+        accelerator (`Accelerator`): Device, precision and processes.
+        args (`argparse.Namespace`): Those of `add_fit_arguments`, `output_dir` and `max_train_steps`.
+
+    Returns:
+        `tuple`: The network with the moving average of its weights, in evaluation mode, and the seconds of all runs.
+    """
     initialise(model)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
@@ -367,11 +419,12 @@ def main(argv: list[str] | None = None) -> None:
     while step < args.max_train_steps:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * learning_rate_factor(step, args)
-        clean, is_masked = draw_batch(rows, args.train_batch_size, args.seed, step, accelerator.process_index)
+        clean, is_masked, conditions = draw(step)
         clean, is_masked = clean.to(accelerator.device), is_masked.to(accelerator.device)
-        noisy = clean.masked_fill(is_masked, args.vocab_size - 1)
+        conditions = {name: value.to(accelerator.device) for name, value in conditions.items()}
+        noisy = clean.masked_fill(is_masked, mask_token_id)
         with accelerator.autocast():
-            logits = model(noisy, positions=is_masked).logits
+            logits = model(noisy, positions=is_masked, **conditions).logits
         loss = F.cross_entropy(logits.float(), clean[is_masked])
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -393,16 +446,9 @@ def main(argv: list[str] | None = None) -> None:
             accelerator.wait_for_everyone()
 
     # Finish: the moving average is the model
-    if accelerator.is_main_process:
-        for name, parameter in network.named_parameters():
-            parameter.data.copy_(average[name])
-        nats = heldout_nats_per_token(network.eval(), heldout, args.vocab_size - 1)
-        bits_per_character = nats * heldout_tokens / len(heldout_text) / math.log(2)
-        results = {"steps": step, "seconds": round(time.time() - began), "validation_nats_per_token": nats}
-        results |= {"validation_bits_per_character": bits_per_character}
-        results |= {"parameters": sum(p.numel() for p in network.parameters())}
-        save_pipeline(network, tokenizer, heldout, args, results)
-        accelerator.print(json.dumps(results))
+    for name, parameter in network.named_parameters():
+        parameter.data.copy_(average[name])
+    return network.eval(), time.time() - began
 
 
 def save_pipeline(
@@ -453,9 +499,8 @@ def molecule_card(pipe: DiscreteDiffusionPipeline, args: argparse.Namespace, res
         judged[str(temperature)] = numbers = molecule_metrics(samples, known)
         lines.append(f"| {temperature} | " + " | ".join(f"{value:.3f}" for value in numbers.values()) + " |")
         quoted += [f"Temperature {temperature}:", *(f"    {sample}" for sample in samples[:6])]
-    found = {"quality": "\n".join(lines), "samples": "\n".join(quoted)}
-    found |= {"judged_steps": JUDGED_STEPS, "rdkit": version("rdkit")}
-    return MOLECULE_CARD.format(**vars(args), **results, **found)
+    found = {"quality": "\n".join(lines), "samples": "\n".join(quoted), "rdkit": version("rdkit")}
+    return MOLECULE_CARD.format(**vars(args), **results, **found, judged_steps=JUDGED_STEPS)
 
 
 if __name__ == "__main__":

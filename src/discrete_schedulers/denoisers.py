@@ -149,8 +149,9 @@ class NetworkDenoiser:
             )
         if self.shift and self.revealed_logits == "shadow":
             raise ValueError("`revealed_logits='shadow'` needs `shift` 0: a shadow stands at its own position")
-        if self.grid_input and (self.grid_shape is None or self.split_head or self.revealed_logits != "none"):
-            raise ValueError("`grid_input` needs `grid_shape`, and neither `split_head` nor `revealed_logits`")
+        splits = self.split_head or self.head is not None
+        if self.grid_input and (self.grid_shape is None or splits or self.revealed_logits != "none"):
+            raise ValueError("`grid_input` needs `grid_shape`, and neither `split_head`, `head` nor `revealed_logits`")
         survives = survival(torch.tensor(1.0, dtype=torch.float64), self.noise_schedule) > 0
         if not survives and self.time_input == "sigma":
             raise ValueError(f"`time_input='sigma'` is infinite at t = 1 for `noise_schedule={self.noise_schedule!r}`")

@@ -1,6 +1,6 @@
 r"""The diffusion transformer that SEDD, MDLM, SDTT, DUO, UDLM and RADD share.
 
-    x   = E[ids] (+ P[places])                                only where the tokens are those of an image
+    x   = E[ids] (+ P[places])                                only where positions are absolute
     c   = silu(MLP(sinusoid(sigma))) (+ silu(C[y]))          only where the model is conditioned
     x  += gate_a * W_o attention(rope(W_qkv mod_a(LN(x))))    full, bidirectional, 1/sqrt(d)
     x  += gate_m * MLP(mod_m(LN(x)))                          mod(x) = x * (1 + scale) + shift
@@ -194,12 +194,11 @@ class DDiTModel(ModelMixin, ConfigMixin):
         num_classes (`int`, *optional*): Number of classes for class conditioning; `None` for none.
         time_conditioning (`bool`, defaults to `True`): `False` feeds sigma = 0 always, as MDLM's checkpoints want it.
         mlp_ratio (`int`, defaults to 4): Width of the MLP in units of `hidden_size`.
-        grid_shape (`tuple[int, int]`, *optional*): Rows and columns of an image's tokens, in row-major order. Attention then
-            sees rows and columns apart, and each place has a learned vector of its own: without it, an image that is all
-            masks would get the same logits everywhere. `None` for a sequence.
         absolute_positions (`bool`, defaults to `False`): Add a learned vector for each of `max_length` positions. Rotary angles
             know distances only: where all tokens are masks every position gets the same law, so a model whose sequences have
-            a beginning and an end needs this. No published checkpoint has it.
+            a beginning and an end, or images, need this. No published checkpoint has it.
+        grid_shape (`tuple[int, int]`, *optional*): Rows and columns of an image's tokens, in row-major order; rotary angles
+            then tell rows and columns apart. `None` for a sequence.
 
     Raises:
         ValueError: If `num_heads` does not divide `hidden_size`, `num_classes` is given without `cond_dim`, or the heads of a
@@ -220,8 +219,8 @@ class DDiTModel(ModelMixin, ConfigMixin):
         num_classes: int | None = None,
         time_conditioning: bool = True,
         mlp_ratio: int = 4,
-        grid_shape: tuple[int, int] | None = None,
         absolute_positions: bool = False,
+        grid_shape: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:
@@ -235,9 +234,6 @@ class DDiTModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"`hidden_size` ({hidden_size}) over `num_heads` ({num_heads}) must be a multiple of 4 with `grid_shape`"
             )
-        places = max_length if grid_shape is None else grid_shape[0] * grid_shape[1]
-        learned = absolute_positions or grid_shape is not None
-        self.position_embed = TokenEmbedding(places, hidden_size) if learned else None
         self.rotary_emb = Rotary(hidden_size // num_heads, None if grid_shape is None else grid_shape[1])
         self.blocks = nn.ModuleList(DDiTBlock(hidden_size, num_heads, cond_dim, mlp_ratio) for _ in range(num_blocks))
         self.output_layer = DDiTFinalLayer(hidden_size, vocab_size, cond_dim)
@@ -277,11 +273,10 @@ class DDiTModel(ModelMixin, ConfigMixin):
             attention_mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, L): nobody looks at padding
         x = self.vocab_embed(input_ids)
         if self.position_embed is not None:
-            if position_ids is None and length > len(self.position_embed.embedding):
-                known = len(self.position_embed.embedding)
-                raise ValueError(f"`input_ids` has {length} tokens; this model has learned {known} places")
-            places = torch.arange(length, device=x.device) if position_ids is None else position_ids.to(x.device)
-            x = x + self.position_embed(places)
+            if length > self.config.max_length:
+                raise ValueError(f"`input_ids` has {length} positions; this model has {self.config.max_length}")
+            place = torch.arange(length, device=x.device)[None] if position_ids is None else position_ids.to(x.device)
+            x = x + self.position_embed(place)
         for block in self.blocks:
             x = block(x, cos, sin, condition, attention_mask)
         return self.output_layer(x, condition)
@@ -319,8 +314,8 @@ class DDiTModel(ModelMixin, ConfigMixin):
             [`DDiTOutput`] or `tuple`: `logits` first.
 
         Raises:
-            ValueError: If `sigma` or `class_labels` is missing, there are no classes to name, or there are more tokens than
-                learned places.
+            ValueError: If `sigma` or `class_labels` is missing, there are no classes to name, or a model with
+                `absolute_positions` gets more of them than it has.
         """
         hidden = self.hidden(input_ids, sigma, class_labels, attention_mask, position_ids)
         logits = self.head(hidden if positions is None else hidden[positions])
