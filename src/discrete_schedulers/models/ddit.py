@@ -228,6 +228,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
         if num_classes is not None and cond_dim is None:
             raise ValueError("`num_classes` needs `cond_dim`: a class is fed through the condition vector")
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
+        self.position_embed = TokenEmbedding(max_length, hidden_size) if absolute_positions else None
         self.sigma_map = None if cond_dim is None else TimestepEmbedder(cond_dim)
         self.cond_map = None if num_classes is None or cond_dim is None else LabelEmbedder(num_classes, cond_dim)
         if grid_shape is not None and hidden_size // num_heads % 4:
