@@ -25,7 +25,9 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from torch import Tensor
+from transformers import DynamicCache
 
+from discrete_schedulers.blocks import BlockCache
 from discrete_schedulers.denoisers import NetworkDenoiser
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
 from discrete_schedulers.models import DDiTModel, HollowTransformerModel
@@ -41,7 +43,7 @@ from discrete_schedulers.models.loading import (
 )
 from discrete_schedulers.pipelines.text import infill_template, prefix_template
 from discrete_schedulers.sampling import Generators
-from discrete_schedulers.schedulers import AncestralScheduler, DiscreteScheduler
+from discrete_schedulers.schedulers import AncestralScheduler, ConfidenceScheduler, DiscreteScheduler
 
 BUNDLED = "discrete-schedulers/"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -55,6 +57,15 @@ def require_ours(scheduler: Any) -> None:
             f"`scheduler` is a {type(scheduler).__name__}; this pipeline runs discrete_schedulers' own, and those of diffusers "
             "for tokens as ForeignScheduler(...)"
         )
+
+
+def default_scheduler(facts: dict[str, Any]) -> DiscreteScheduler:
+    """A scheduler for these facts of a network that draws from its own law: blocks are filled one after the other where its
+    attention goes by blocks, and within them positions open in random order."""
+    known = {name: facts[name] for name in SCHEDULER_FACTS}
+    if facts.get("attention", "full") == "full":
+        return AncestralScheduler(**known)
+    return ConfidenceScheduler(**known, score="random", block_length=facts["block_size"])
 
 
 @dataclass
@@ -209,12 +220,14 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             tokenizer = load_tokenizer(
                 row._replace(tokenizer=str(tokenizer), tokenizer_class="AutoTokenizer"), name, hub
             )
-        facts = denoiser_facts(row, config, network.config.vocab_size, tokenizer, **declared)
-        facts |= {"max_length": longest_sequence(network)} | dict(kwargs.get("denoiser") or {})
+        said = dict(kwargs.get("denoiser") or {})
+        block_size = said.get("block_size")
+        facts = denoiser_facts(row, config, network.config.vocab_size, tokenizer, **declared, block_size=block_size)
+        facts |= {"max_length": longest_sequence(network)} | said
         if row.mask == "config" and tokenizer is not None and tokenizer.mask_token is None:
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(facts["mask_token_id"])  # LLaDA's does not name it
         load_weights(network, weight_paths(name, hub), row, dtype, "cpu" if device is None else device)
-        scheduler = kwargs.get("scheduler") or AncestralScheduler(**{fact: facts[fact] for fact in SCHEDULER_FACTS})
+        scheduler = kwargs.get("scheduler") or default_scheduler(facts)
         pipe = cls(network, scheduler, tokenizer, facts)
         pipe.register_to_config(_name_or_path=name)
         return pipe
@@ -223,6 +236,13 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
     def denoiser(self) -> NetworkDenoiser:
         """The network as a function from (x_t, t) to logits of p(x_0 | x_t)."""
         return NetworkDenoiser(self.model, **self.config.denoiser)
+
+    def denoiser_of_a_run(self, use_cache: bool) -> NetworkDenoiser:
+        """`denoiser` with the state of one run: a cache, where one is exact."""
+        denoiser = self.denoiser
+        if use_cache and denoiser.attention == "block_causal" and not denoiser.time_conditioned:
+            denoiser.cache = BlockCache(DynamicCache)
+        return denoiser
 
     @property
     def num_timesteps(self) -> int:
@@ -238,6 +258,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         num_samples: int = 1,
         length: int | None = None,
         num_inference_steps: int = 16,
+        use_cache: bool = True,
         generator: Generators = None,
         latents: Tensor | None = None,
         output_type: Literal["text", "pt", "np", "latent"] = "text",
@@ -255,6 +276,8 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             length (`int`, *optional*): Tokens L of a sample, prompt included. Defaults to the model's longest. Not with a
                 template, which has its own.
             num_inference_steps (`int`, defaults to 16): Calls of the network.
+            use_cache (`bool`, defaults to `True`): Where the attention goes by blocks: keep keys and values of finished blocks,
+                which changes nothing but time and memory. Elsewhere there is nothing to keep.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One, or one per sample: then a sample does
                 not depend on its batch.
             latents (`torch.Tensor` of shape `(B, L)`, *optional*): Tokens to start from instead of the prior.
@@ -276,12 +299,13 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         self.check_scheduler()
         self.check_inputs(prompt, template, num_samples, length, output_type, tensor_inputs)
         device = self._execution_device
-        denoiser, scheduler = self.denoiser, self.scheduler
+        denoiser, scheduler = self.denoiser_of_a_run(use_cache), self.scheduler
 
         known = self.prepare_template(prompt, template, num_samples, length, latents)
         latents, frozen = self.prepare_latents(known, latents, generator, device)
         template_ids = latents.clone()
         scheduler.set_timesteps(num_inference_steps)
+        self.check_blocks(frozen)
         self._num_timesteps, num_model_calls = len(scheduler.timesteps), 0
 
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
@@ -372,6 +396,38 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             warnings.warn(
                 f"the scheduler's coefficients were learned for {learned_for['base_model']!r}, this model is {name!r}",
                 stacklevel=4,
+            )
+
+    def check_blocks(self, frozen: Tensor) -> None:
+        """Raises `ValueError` if the attention goes by blocks, and the scheduler or what is known (`frozen`, (B, L)) does not.
+        Asked when the scheduler has its grid."""
+        size = self.config.denoiser.get("block_size")
+        if size is None:
+            return
+        has_free = torch.stack([(~block).any(1) for block in frozen.split(size, dim=1)], dim=1)  # (B, blocks)
+        known = torch.stack([block.any(1) for block in frozen.split(size, dim=1)], dim=1)
+        after_free = has_free.cumsum(1) - has_free.long() > 0
+        if (known & after_free).any():
+            raise ValueError(
+                "tokens are known in a block after one that is to be filled: this model's attention goes by blocks of "
+                f"{size}, and no block sees a later one"
+            )
+        if int(has_free.sum(1).max()) <= 1:
+            return
+        scheduler, name = self.scheduler, type(self.scheduler).__name__
+        if not scheduler.goes_by_blocks(size):
+            raise ValueError(
+                f"`scheduler` is a {name} with block_length {scheduler.config.get('block_length')}, but this model's attention "
+                f"goes by blocks of {size}: each has to be finished and final before the next one begins. Take one that does "
+                f"not revise tokens with a `block_length` that divides {size}, such as ConfidenceScheduler.from_config("
+                f"pipe.scheduler.config, block_length={size}), or fill no more than one block"
+            )
+        parts = frozen.split(scheduler.config["block_length"], dim=1)
+        blocks = int(torch.stack([(~part).any(1) for part in parts]).sum(0).max())
+        if blocks > len(scheduler.timesteps):
+            raise ValueError(
+                f"`num_inference_steps` is {scheduler.num_inference_steps}, but {blocks} blocks of "
+                f"{scheduler.config['block_length']} are to be filled one after the other: at least a call each"
             )
 
     def prepare_template(

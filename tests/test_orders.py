@@ -141,7 +141,8 @@ def llada(logits_of: ExactDenoiser, x: Tensor, num_steps: int, block_length: int
 
 
 @pytest.mark.parametrize(
-    ("length", "num_steps", "block_length"), [(12, 6, 4), (12, 3, 4), (12, 5, 12), (16, 12, 8), (64, 10, 32), (24, 15, 8)]
+    ("length", "num_steps", "block_length"),
+    [(12, 6, 4), (12, 3, 4), (12, 5, 12), (16, 12, 8), (64, 10, 32), (24, 15, 8)],
 )
 def test_llada(length: int, num_steps: int, block_length: int) -> None:
     """12 tokens, blocks of 4, 6 steps: two steps of two tokens in each block, from left to right. 16 tokens in 12 steps and two
@@ -196,7 +197,9 @@ def test_fewer_calls_than_blocks() -> None:
     denoiser, x = random_denoiser(7, seed=5), torch.full((1, 18), MASK)
     left = []
     for index in range(3):
-        x = scheduler.step(denoiser(x, 1.0, scheduler.positions(index, x)), index, x, generator=seeded(index)).prev_sample
+        x = scheduler.step(
+            denoiser(x, 1.0, scheduler.positions(index, x)), index, x, generator=seeded(index)
+        ).prev_sample
         left.append((x[0] == MASK).nonzero().flatten().tolist())
     assert left == [list(range(8, 18)), list(range(16, 18)), []]
 

@@ -88,6 +88,8 @@ class Family(NamedTuple):
         ignored (`tuple[str, ...]`): Keys of the file that the network does not have, as regular expressions.
         extra_states (`int`, defaults to 0): States beyond the number of tokens in config.json.
         parametrization, shift, shift_first, noise_schedule: As in [`NetworkDenoiser`].
+        block_size (`int` or `str`, *optional*): Positions of a block where the attention goes by blocks: a number, or its
+            name in config.json. `None`: every position sees every other.
         suppress (`str` or `tuple[int, ...]`): Ids that are never drawn: these, or `"specials"`: the tokenizer's special tokens,
             or `"padding"`: ids that the tokenizer does not have.
         frozen (`tuple[int, ...]`): Ids that are never noised; with `suppress="specials"` these too.
@@ -110,11 +112,24 @@ class Family(NamedTuple):
     shift: int = 0
     shift_first: Literal["keep", "copy"] = "keep"
     noise_schedule: NoiseSchedule = "linear"
+    block_size: int | str | None = None
     suppress: Literal["specials", "padding"] | tuple[int, ...] = ()
     frozen: tuple[int, ...] = ()
     tokenizer: str = ""
     tokenizer_class: str = "AutoTokenizer"
 
+
+SDAR = Family(
+    name="SDAR",
+    architecture="causal",
+    mask="config",
+    repositories=("JetLM/SDAR-*", "Gen-Verse/TraDo-*"),
+    marks={"model_type": ("sdar",)},
+    model_type="qwen3",
+    block_size="block_size",
+    suppress="padding",
+    tokenizer_class="Qwen2Tokenizer",
+)
 
 # SEDD's and RADD's files say less at masks than a score (SEDD's lacks -log(expm1(sigma)) and -log(V - 1), constants there)
 # or a log-probability (RADD's is not normalised): the softmax over the tokens is the same.
@@ -190,6 +205,17 @@ FAMILIES = (
         tokenizer="google-bert/bert-base-uncased",
     ),
     Family(
+        name="BD3-LM",
+        architecture="DDiT",
+        mask="last",
+        repositories=("kuleshov-group/bd3lm-*",),
+        marks={"model_type": ("bd3lm",)},
+        config_names=DDIT_NAMES,
+        noise_schedule="loglinear",
+        block_size="block_size",
+        tokenizer=GPT2_TOKENIZER,
+    ),
+    Family(
         name="LLaDA",
         architecture="causal",
         mask="config",
@@ -249,6 +275,31 @@ FAMILIES = (
         suppress="padding",
     ),
     Family(
+        name="A2D-BD3LM",
+        architecture="causal",
+        mask="tokenizer",
+        repositories=("dllm-hub/*-diffusion-bd3lm-*", "dllm-collection/*-diffusion-bd3lm-*"),
+        block_size=32,  # of the training; config.json is that of A2D
+        suppress="padding",
+    ),
+    Family(
+        name="Fast-dLLM-v2",
+        architecture="causal",
+        mask=151665,
+        repositories=("Efficient-Large-Model/Fast_dLLM_v2_*",),
+        marks={"model_type": ("Fast_dLLM_Qwen",)},
+        model_type="qwen2",
+        shift=1,
+        block_size="bd_size",
+        suppress="padding",
+        tokenizer_class="Qwen2Tokenizer",
+    ),
+    *(
+        SDAR._replace(name=f"SDAR-b{size}", repositories=(f"JetLM/SDAR-*-b{size}",), marks={}, block_size=size)
+        for size in (8, 16, 32, 64)
+    ),
+    SDAR,
+    Family(
         name="DPLM",
         architecture="masked",
         mask=32,
@@ -273,9 +324,8 @@ FAMILIES = (
 
 # Repositories that look like a family and are not of it: loaded as it they would sample, and badly.
 OTHERS = {
-    "dllm-hub/*bd3lm*": "its attention goes block by block",
-    "dllm-collection/*bd3lm*": "its attention goes block by block",
-    "Dream-org/DreamReasoner*": "its attention goes block by block",
+    "Dream-org/DreamReasoner*": "its attention goes by blocks and its logits are not shifted, unlike Dream's",
+    "JetLM/SDAR-30B-A3B*": "it is a mixture of experts",
     "airkingbd/dplm2*": "it has structure tokens beside residues",
 }
 
@@ -338,6 +388,7 @@ def network_arguments(family: Family, config: Mapping[str, Any]) -> dict[str, An
             "dtype",
             "torch_dtype",
             "quantization_config",
+            "attn_implementation",  # a file's wish for a kernel
         }
         return {name: value for name, value in config.items() if name not in ours} | dict(family.config_values)
     found = {name: value_of(config, dotted) for name, dotted in family.config_names.items()}
@@ -366,6 +417,7 @@ def denoiser_facts(
     tokenizer: Any = None,
     mask_token_id: int | None = None,
     shift: int | None = None,
+    block_size: int | None = None,
 ) -> dict[str, Any]:
     """Arguments of [`NetworkDenoiser`] for a checkpoint, but for the network and what its class knows itself.
 
@@ -376,9 +428,10 @@ def denoiser_facts(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer.
         mask_token_id (`int`, *optional*): Instead of the family's.
         shift (`int`, *optional*): Instead of the family's.
+        block_size (`int`, *optional*): Instead of the family's.
 
     Raises:
-        ValueError: If the mask is nowhere, or the family has none.
+        ValueError: If the mask is nowhere, or the family has none; if the size of blocks is nowhere.
     """
     if family.mask is None and mask_token_id is not None:
         raise ValueError(
@@ -397,6 +450,13 @@ def denoiser_facts(
         )
     if mask is not None and not 0 <= int(mask) < vocab_size:
         raise ValueError(f"`mask_token_id` is {mask}; allowed are 0 to {vocab_size - 1}, the states of this network")
+    if block_size is None:
+        block_size = value_of(config, family.block_size) if isinstance(family.block_size, str) else family.block_size
+    if block_size is None and family.block_size is not None:
+        raise ValueError(
+            f"config.json lacks {family.block_size}, the size of the blocks of family {family.name!r}: pass "
+            "denoiser={'block_size': ...}"
+        )
     suppress, frozen = family.suppress, family.frozen
     if isinstance(suppress, str):
         specials = [] if tokenizer is None else tokenizer.all_special_ids
@@ -412,6 +472,8 @@ def denoiser_facts(
         "shift": family.shift if shift is None else shift,
         "shift_first": family.shift_first,
         "noise_schedule": family.noise_schedule,
+        "attention": "full" if block_size is None else "block_causal",
+        "block_size": block_size,
         "suppress_token_ids": list(suppress),
         "frozen_token_ids": list(frozen),
     }

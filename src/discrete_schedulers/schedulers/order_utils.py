@@ -7,10 +7,10 @@ How many are due in a step is share * masks, with share = (alpha_s - alpha_t) / 
 its base count and one more in the first steps) or down (Dream). The last step opens all that is left. These samplers do
 not draw from the model's joint law, whatever the number of steps: which position opens depends on its token.
 
-A call opens masks of one block only, so that every token is drawn with all blocks before it finished (a network whose attention
-goes by blocks knows nothing else). What is due in a call is spread evenly over the calls that the block takes at this pace: with
-masks everywhere, and a multiple of the blocks for steps, these are LLaDA's counts. A block is opened whole where as many blocks as
-calls are left; only where there are fewer calls than blocks a call opens several.
+A call opens masks of one block only, so that every token is drawn with all blocks before it finished (a network whose
+attention goes by blocks knows nothing else). What is due is spread evenly over the calls that the block takes at this
+pace: with masks everywhere, and a multiple of the blocks for steps, these are LLaDA's counts. A block is opened whole
+where as many blocks as calls are left; only where there are fewer calls than blocks a call opens several.
 
 Sources: Nie et al. 2025 (LLaDA), Ye et al. 2025 (Dream); blocks: Arriola et al. 2025 (BD3-LM) and LLaDA.
 """
@@ -61,7 +61,9 @@ def open_blocks(is_masked: Tensor, block_length: int | None, calls_left: int) ->
     masks = is_masked.new_zeros(len(is_masked), -(-length // width), dtype=torch.int64)
     masks = masks.index_add(1, block, is_masked.long())  # (B, blocks)
     blocks_left = (masks > 0).sum(1)  # (B,)
-    number = (masks > 0).cumsum(1)[:, block]  # (B, L), of each position's block among those with masks: 1 is the leftmost
+    number = (masks > 0).cumsum(1)[
+        :, block
+    ]  # (B, L), of each position's block among those with masks: 1 is the leftmost
     now = (blocks_left + calls_left - 1) // calls_left
     return is_masked & (number <= now[:, None]), blocks_left >= calls_left
 
