@@ -80,6 +80,12 @@ DREAM |= {"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_siz
 DREAM |= {"mask_token_id": 151666, "pad_token_id": 151643, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6}
 DREAM |= {"tie_word_embeddings": False, "max_position_embeddings": 131072, "use_cache": True, "bos_token_id": 151643}
 DREAM |= {"auto_map": {"AutoModel": "modeling_dream.DreamModel"}, "hidden_act": "silu", "rope_scaling": None}
+MMADA = LLADA | {"model_type": "mmada", "new_vocab_size": 134656, "codebook_size": 8192, "num_vq_tokens": 1024}
+SEDD_UNIFORM = SEDD | {
+    "graph": {"type": "simplex"},
+    "noise": {"type": "geometric", "sigma_min": 1e-4, "sigma_max": 20},
+    "model": SEDD_MODEL | {"scale_by_sigma": False},
+}
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
 DIFFULLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 DIFFULLAMA |= {"intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
@@ -137,6 +143,8 @@ PUBLISHED = [
     Published("kuleshov-group/mdlm-owt", MDLM, "MDLM", 50258, 50257, 0, 1024, 169_627_218),
     Published("s-sahoo/duo", DUO, "DUO", 50258, None, 0, 1024, 169_627_218),
     Published("kuleshov-group/udlm-lm1b", UDLM, "UDLM", 30522, None, 0, 128, 139_292_986),
+    Published("HuanranChen/SEDD-uniform-repaired", SEDD_UNIFORM, "SEDD-uniform", 50257, None, 0, 1024, 169_625_681),
+    Published("Gen-Verse/MMaDA-8B-Base", MMADA, "MMaDA", 134656, 126336, 0, 4096, 8_082_690_048),
     Published("JingyangOu/radd-t-dce", RADD, "RADD", 50258, 50257, 0, 1024, 162_265_682),
     Published("jdeschena/sdtt", SDTT, "SDTT", 50258, 50257, 0, 1024, 169_627_218),
     Published(
@@ -207,6 +215,18 @@ def test_look_alikes(name: str, config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"'{name}' is not supported: .* pass `family`"):
         find_family(name, config)
     assert find_family(name, config, "A2D").name == "A2D"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("llada2_moe", "LLaDA2Pipeline takes our schedulers as BlockRefinementAdapter"),
+        ("diffusion_gemma", "DiffusionGemmaPipeline runs it, with our schedulers"),
+    ],
+)
+def test_what_diffusers_has_a_pipeline_for(model_type: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"'me/mine' is not supported: .*{message}"):
+        find_family("me/mine", {"model_type": model_type})
 
 
 # ---- tiny repositories, their references -----------------------------------------------------------------------------
@@ -295,6 +315,23 @@ def ddit_cases(folder: Path) -> dict[str, Tiny]:
             {"revision": "baselines_kld_step_70000"},
             masked,
         ),
+        "org/sedd-uniform": Tiny(
+            {
+                "config.json": as_json(
+                    SEDD_UNIFORM | {"tokens": V, "model": SEDD_UNIFORM["model"] | hydra | {"cond_dim": 16}}
+                ),
+                "model.safetensors": save(
+                    {
+                        re.sub(r"(?<=blocks.\d).mlp.([02])", lambda m: f".mlp.fc{1 + int(m[1]) // 2}", key).replace(
+                            "sigma_map", "cond_map"
+                        ): value
+                        for key, value in state.items()
+                    }
+                ),
+            },
+            reference(state, IDS, 4, torch.tensor(1e-4 ** (1 - TIME) * 20**TIME).expand(len(IDS))),
+            "SEDD-uniform",
+        ),
         "org/duo": Tiny({"config.json": as_json(DUO | small), "model.safetensors": save(twice)}, timed, "DUO"),
         "org/udlm": Tiny(
             {"config.json": as_json(UDLM | small), "model.safetensors": save(prefixed)},
@@ -378,15 +415,13 @@ def causal_cases(folder: Path) -> dict[str, Tiny]:
     backend = tiny_tokenizer().backend_tokenizer
     unnamed = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
     unnamed.save_pretrained(folder / "unnamed")
-    llama = native(
-        "llama",
-        AutoModelForCausalLM,
-        **WIDTH,
-        vocab_size=padded,
-        rope_theta=500.0,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=64,
-    )
+    llama_config = WIDTH | {
+        "vocab_size": padded,
+        "rope_theta": 500.0,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64,
+    }
+    llama = native("llama", AutoModelForCausalLM, **llama_config)
     llada = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 48, "vocab_size": padded}
     llada |= {"embedding_size": padded, "mask_token_id": MASK, "rope_theta": 500.0, "max_sequence_length": 64}
     llada |= {"eos_token_id": 0, "pad_token_id": 0}
@@ -433,12 +468,30 @@ def causal_cases(folder: Path) -> dict[str, Tiny]:
             full(llama, IDS),
             "LLaDA",
         ),
+        "org/mmada": Tiny(
+            {
+                "config.json": as_json(
+                    MMADA | llada | {"vocab_size": V, "embedding_size": V, "new_vocab_size": padded}
+                ),
+                **sharded({llada_key(key): value for key, value in llama.state_dict().items()}),
+                **words,
+            },
+            full(llama, IDS),
+            "MMaDA",
+            {"mask_token_id": MASK},
+        ),
         "org/dream": Tiny(dream_files, full(dream, IDS), "Dream"),
         "org/diffugpt": Tiny(
             {"config.json": as_json(GPT2 | gpt), **one_file(gpt2_state), **words},
             full(gpt2.float(), IDS),
             "DiffuGPT-s",
             {"family": "DiffuGPT-s", "mask_token_id": MASK, "dtype": torch.float32},
+        ),
+        "org/diffugpt-m": Tiny(
+            {"config.json": as_json(GPT2 | gpt), **one_file(gpt2_state), **words},
+            full(gpt2.float(), IDS),
+            "DiffuGPT-m",
+            {"family": "DiffuGPT-m", "mask_token_id": MASK, "dtype": torch.float32},
         ),
         "org/diffullama": Tiny(
             {**plain_files, "pytorch_model.bin": as_pickle(plain.state_dict(), folder)},
@@ -448,6 +501,24 @@ def causal_cases(folder: Path) -> dict[str, Tiny]:
         ),
         "org/a2d": Tiny(
             {"config.json": as_json(A2D | qwen3), **one_file(a2d.state_dict()), **words}, full(a2d, IDS), "A2D"
+        ),
+        "org/a2d-qwen2": Tiny(
+            {
+                "config.json": as_json(A2D | small_qwen | {"model_type": "a2d-qwen2", "head_dim": 8}),
+                **one_file(untied),
+                **words,
+            },
+            full(fast, IDS),
+            "A2D",
+        ),
+        "org/a2d-llama": Tiny(
+            {
+                "config.json": as_json({"model_type": "a2d-llama", "mask_token_id": 5} | llama_config),
+                **one_file(llama.state_dict()),
+                **words,
+            },
+            full(llama, IDS),
+            "A2D",
         ),
         "org/a2d-bd3lm": Tiny(
             {"config.json": as_json(A2D | qwen3), **one_file(a2d.state_dict()), **words},
@@ -665,9 +736,9 @@ def results(cases: dict[str, Tiny], tmp_path_factory: pytest.TempPathFactory) ->
         return run_client(hub, jobs, folder)
 
 
-NAMES = """org/sdtt org/mdlm org/sedd org/radd org/duo org/udlm org/udlm-classes org/llada org/dream org/diffugpt
-org/diffullama org/a2d org/a2d-bf16 org/a2d-bd3lm org/fast-dllm org/sdar org/bd3lm org/bert org/roberta
-org/modernbert org/esm2 org/dplm""".split()
+NAMES = """org/sdtt org/mdlm org/sedd org/sedd-uniform org/radd org/duo org/udlm org/udlm-classes org/llada org/mmada
+org/dream org/diffugpt org/diffugpt-m org/diffullama org/a2d org/a2d-qwen2 org/a2d-llama org/a2d-bf16
+org/a2d-bd3lm org/fast-dllm org/sdar org/bd3lm org/bert org/roberta org/modernbert org/esm2 org/dplm""".split()
 
 
 def test_all_are_tested(cases: dict[str, Tiny]) -> None:
@@ -696,7 +767,11 @@ def test_facts(cases: dict[str, Tiny], results: dict[str, dict]) -> None:
     never = {name: tuple(results[name]["facts"]["suppress_token_ids"]) for name in NAMES}
     padding, specials = (V, V + 1), (0, 1)
     assert never == dict.fromkeys(NAMES, ()) | dict.fromkeys(
-        ("org/llada", "org/dream", "org/a2d", "org/a2d-bf16", "org/a2d-bd3lm", "org/fast-dllm", "org/sdar"), padding
+        (
+            *("org/llada", "org/mmada", "org/dream", "org/a2d", "org/a2d-qwen2", "org/a2d-llama", "org/a2d-bf16"),
+            *("org/a2d-bd3lm", "org/fast-dllm", "org/sdar"),
+        ),
+        padding,
     ) | (dict.fromkeys(("org/bert", "org/roberta", "org/modernbert"), specials) | {"org/dplm": (0, 1, 2, 24)})
     assert {name: results[name]["mask_token"] for name in ("org/llada", "org/dream", "org/mdlm", "org/dplm")} == {
         "org/llada": "[MASK]",
@@ -706,7 +781,7 @@ def test_facts(cases: dict[str, Tiny], results: dict[str, dict]) -> None:
     }
     for name in NAMES:
         facts = results[name]["facts"]
-        uniform = name in ("org/duo", "org/udlm", "org/udlm-classes")
+        uniform = name in ("org/duo", "org/udlm", "org/udlm-classes", "org/sedd-uniform")
         mask = 50257 if name == "org/sdtt" else None if uniform else 32 if name in ("org/esm2", "org/dplm") else MASK
         assert (facts["mask_token_id"], facts["process"]) == (mask, "uniform" if uniform else "absorbing")
         assert results[name]["dtype"] == (torch.bfloat16 if name == "org/a2d-bf16" else torch.float32)
@@ -717,7 +792,13 @@ def test_facts(cases: dict[str, Tiny], results: dict[str, dict]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "first"),
-    [("org/dream", "keep"), ("org/fast-dllm", "keep"), ("org/diffugpt", "copy"), ("org/diffullama", "copy")],
+    [
+        ("org/dream", "keep"),
+        ("org/fast-dllm", "keep"),
+        ("org/diffugpt", "copy"),
+        ("org/diffugpt-m", "copy"),
+        ("org/diffullama", "copy"),
+    ],
 )
 def test_shift(name: str, first: str, results: dict[str, dict]) -> None:
     """Logits at i - 1 predict position i; position 0 keeps its own (Dream) or its token (DiffuGPT, DiffuLLaMA)."""

@@ -63,6 +63,11 @@ LLADA_KEYS = (  # published key -> key of LlamaForCausalLM, as regular expressio
     (r"^(model\.layers\.\d+)\.up_proj\.", r"\1.mlp.up_proj."),
     (r"^(model\.layers\.\d+)\.ff_out\.", r"\1.mlp.down_proj."),
 )
+SEDD_UNIFORM_KEYS = (  # of its training; the repaired file has the later names
+    (r"(^|\.)cond_map\.mlp\.", r"\1sigma_map.mlp."),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+    (r"\.mlp\.fc2\.", ".mlp.2."),
+)
 DIFFUGPT_KEYS = (
     (r"^embed_tokens\.", "transformer.wte."),
     (r"^denoise_model\.", "transformer."),
@@ -149,6 +154,18 @@ FAMILIES = (
         tokenizer=GPT2_TOKENIZER,
     ),
     Family(
+        name="SEDD-uniform",
+        architecture="DDiT",
+        mask=None,
+        repositories=("HuanranChen/SEDD-uniform-*",),
+        marks={"graph.type": ("uniform", "simplex"), "noise.type": ("geometric",), "noise.sigma_max": (20,)},
+        config_names=HYDRA_NAMES,
+        keys=SEDD_UNIFORM_KEYS,
+        parametrization="score",
+        noise_schedule="geometric",
+        tokenizer=GPT2_TOKENIZER,
+    ),
+    Family(
         name="RADD",
         architecture="DDiT",
         mask="last",
@@ -223,6 +240,17 @@ FAMILIES = (
         marks={"model_type": ("llada",), "d_model": ()},  # LLaDA-MoE has the model_type, but `hidden_size`
         model_type="llama",
         config_names=LLADA_NAMES,
+        keys=LLADA_KEYS,
+        suppress="padding",
+    ),
+    Family(
+        name="MMaDA",  # its text: codes of images are ids that the tokenizer does not have
+        architecture="causal",
+        mask=126336,
+        repositories=("Gen-Verse/MMaDA-8B-*",),
+        marks={"model_type": ("mmada",), "d_model": ()},
+        model_type="llama",
+        config_names=LLADA_NAMES | {"vocab_size": "new_vocab_size"},
         keys=LLADA_KEYS,
         suppress="padding",
     ),
@@ -327,6 +355,14 @@ OTHERS = {
     "Dream-org/DreamReasoner*": "its attention goes by blocks and its logits are not shifted, unlike Dream's",
     "JetLM/SDAR-30B-A3B*": "it is a mixture of experts",
     "airkingbd/dplm2*": "it has structure tokens beside residues",
+    "tyfeld/MMaDA-Parallel-*": "it writes text and image side by side",
+}
+OTHER_TYPES = {  # model_type in config.json -> what there is for it
+    "llada2_moe": "transformers has no class for it. Where its remote code runs, diffusers' LLaDA2Pipeline takes our "
+    "schedulers as BlockRefinementAdapter(scheduler), see discrete_schedulers.interop",
+    "diffusion_gemma": "it keeps an encoder's state and its last prediction between calls. diffusers' DiffusionGemmaPipeline "
+    "runs it, with our schedulers for the uniform process in the place of its own: pipe.scheduler = AncestralScheduler("
+    "vocab_size=..., process='uniform'); methods with several calls in a step as BlockRefinementAdapter(scheduler)",
 }
 
 
@@ -358,6 +394,8 @@ def find_family(name: str, config: Mapping[str, Any], family: str | None = None)
     for pattern, reason in OTHERS.items():
         if fnmatch.fnmatch(name.lower(), pattern.lower()):
             raise ValueError(f"{name!r} is not supported: {reason}. To load it all the same, pass `family`")
+    if config.get("model_type") in OTHER_TYPES:
+        raise ValueError(f"{name!r} is not supported: {OTHER_TYPES[config['model_type']]}")
     for row in FAMILIES:
         if any(fnmatch.fnmatch(name.lower(), pattern.lower()) for pattern in row.repositories):
             return row
