@@ -40,8 +40,8 @@ from discrete_schedulers.pipelines.text import (
     Frame,
     Message,
     ProcessedDenoiser,
-    as_list,
     chat_rows,
+    end_ids,
     end_of_text,
     infill_template,
     negative_ids,
@@ -284,6 +284,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         tensor_inputs = self.tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_scheduler()
         self.check_inputs(prompt, messages, template, num_samples, length, max_new_tokens, output_type)
+        end_ids(eos_token_id, None)
         labels = self.prepare_labels(class_labels)
         frame = self.prepare_frame(prompt, messages, template, labels, length, max_new_tokens, latents)
         self.check_blocks(frame, num_inference_steps)
@@ -509,8 +510,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         """
         if self.tokenizer is None:
             return None
-        own = self.config.get("eos_token_id")
-        ends = as_list(eos_token_id) if eos_token_id is not None else [] if own is None else as_list(own)
+        ends = end_ids(eos_token_id, self.config.get("eos_token_id"))
         texts = []
         for ids, begin, length in zip(sequences.tolist(), frame.prompt_ends, frame.lengths, strict=True):
             end = end_of_text(ids[: int(length)], int(begin), ends)

@@ -442,6 +442,10 @@ def test_what_the_unconditional_branch_sees() -> None:
             "`logits_processor` is a list; it must be a processor or",
         ),
         ({"guidance_scale": float("inf"), "prompt": "it"}, "`guidance_scale` is inf"),
+        ({"guidance_scale": "2", "prompt": "it"}, "`guidance_scale` is '2'; it must be a finite number"),
+        ({"prompt": []}, r"a prompt must be a text or a list of texts, at least one, got \[\]"),
+        ({"prompt": ["it", 3]}, "a prompt must be a text or a list of texts"),
+        ({"eos_token_id": "[PAD]"}, r"`eos_token_id` is '\[PAD\]'; it must be an id or a list of ids"),
     ],
 )
 def test_arguments_that_are_not_allowed(arguments: dict, message: str) -> None:

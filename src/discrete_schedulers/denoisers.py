@@ -12,6 +12,7 @@ the time input. Conversions, with K states and survival alpha (Lou et al. 2024; 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -524,10 +525,9 @@ class GuidedDenoiser:
     negative_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.guidance_scale) and not math.isfinite(self.guidance_scale):
-            raise ValueError(
-                f"`guidance_scale` is {self.guidance_scale}; it must be a finite number, or a function of t"
-            )
+        scale = self.guidance_scale
+        if not callable(scale) and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+            raise ValueError(f"`guidance_scale` is {scale!r}; it must be a finite number, or a function of t")
         is_guided = callable(self.guidance_scale) or self.guidance_scale != 1
         if is_guided and not self.negative_conditions and self.negative_ids is None:
             raise ValueError(
