@@ -8,9 +8,9 @@ its base count and one more in the first steps) or down (Dream). The last step o
 not draw from the model's joint law, whatever the number of steps: which position opens depends on its token.
 
 A call opens masks of one block only, so that every token is drawn with all blocks before it finished (a network whose
-attention goes by blocks knows nothing else). What is due in a call is spread evenly over the calls that the block takes at this
-pace: with masks everywhere, and a multiple of the blocks for steps, these are LLaDA's counts. A block is opened whole where as
-many blocks as calls are left; only where there are fewer calls than blocks a call opens several.
+attention goes by blocks knows nothing else). What is due is spread evenly over the calls that the block takes at this
+pace: with masks everywhere, and a multiple of the blocks for steps, these are LLaDA's counts. A block is opened whole
+where as many blocks as calls are left; only where there are fewer calls than blocks a call opens several.
 
 Sources: Nie et al. 2025 (LLaDA), Ye et al. 2025 (Dream); blocks: Arriola et al. 2025 (BD3-LM) and LLaDA.
 """
