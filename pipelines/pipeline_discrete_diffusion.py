@@ -32,6 +32,7 @@ from discrete_schedulers.pipelines.pipeline_base import (
     bundled_folder,
     is_bundled,
     network_facts,
+    one_device,
     require_ours,
 )
 from discrete_schedulers.pipelines.text import (
@@ -174,15 +175,11 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
     ) -> DiscreteDiffusionPipeline:
         """Load a repository that has a config.json and no `model_index.json`. Arguments as in `from_pretrained`."""
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        dtype, device = kwargs.pop("torch_dtype", None), kwargs.pop("device_map", None)
+        dtype, device = kwargs.pop("torch_dtype", None), one_device(name, kwargs.pop("device_map", None))
         dtype = kwargs.pop("dtype", dtype)
         unknown = kwargs.keys() - {"scheduler", "tokenizer", "denoiser"}
         if unknown:
             raise ValueError(f"`{min(unknown)}` is not an argument for {name!r}, which has no model_index.json")
-        if device in ("auto", "balanced", "sequential") or isinstance(device, dict):
-            raise ValueError(
-                f"`device_map` is {device!r}; for {name!r}, which has no model_index.json, name one device"
-            )
         row = find_family(name, config, declared.pop("family", None))
         network = build_network(row, config)
         tokenizer = kwargs["tokenizer"] if "tokenizer" in kwargs else load_tokenizer(row, name, hub)
@@ -194,7 +191,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         facts |= {"max_length": longest_sequence(network)} | dict(kwargs.get("denoiser") or {})
         if row.mask == "config" and tokenizer is not None and tokenizer.mask_token is None:
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(facts["mask_token_id"])  # LLaDA's does not name it
-        load_weights(network, weight_paths(name, hub), row, dtype, "cpu" if device is None else device)
+        load_weights(network, weight_paths(name, hub), row, dtype, device)
         scheduler = kwargs.get("scheduler") or AncestralScheduler(**{fact: facts[fact] for fact in SCHEDULER_FACTS})
         pipe = cls(network, scheduler, tokenizer, facts, end_token_ids(row, tokenizer))
         pipe.register_to_config(_name_or_path=name)
