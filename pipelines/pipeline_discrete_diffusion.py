@@ -64,6 +64,7 @@ def default_scheduler(facts: dict[str, Any]) -> DiscreteScheduler:
         return AncestralScheduler(**known)
     return ConfidenceScheduler(**known, score="random", block_length=facts["block_size"])
 
+
 IMAGE_PIPELINES = ("AmusedPipeline", "DiscreteImagePipeline")
 
 

@@ -36,6 +36,7 @@ from discrete_schedulers.pipelines.pipeline_base import (
     bundled_folder,
     is_bundled,
     network_facts,
+    one_device,
     require_ours,
 )
 from discrete_schedulers.sampling import Generators
@@ -136,9 +137,9 @@ class DiscreteImagePipeline(DiscretePipeline):
                 published.
             weight_name (`str`, *optional*): Which file of a Halton-MaskGIT repository, such as `"ImageNet_256_tiny.pth"`.
             **kwargs: As in `diffusers.DiffusionPipeline.from_pretrained`; for repositories that are not of this pipeline these:
-                `scheduler`, `denoiser` (facts that differ), `torch_dtype` or `dtype`, `revision`, `token`, `cache_dir`,
-                `force_download`, `local_files_only`; aMUSEd and Meissonic: `variant`; Halton-MaskGIT: `decoder` (a module, or
-                the folder, file or repository of LlamaGen's `vq_ds16_c2i.pt`).
+                `scheduler`, `denoiser` (facts that differ), `torch_dtype` or `dtype`, `device_map` (one device), `revision`,
+                `token`, `cache_dir`, `force_download`, `local_files_only`; aMUSEd and Meissonic: `variant`; Halton-MaskGIT:
+                `decoder` (a module, or the folder, file or repository of LlamaGen's `vq_ds16_c2i.pt`).
 
         Raises:
             ValueError: If a bundled id is not one of this package's, or a repository is of no known family or does not fit it.
@@ -166,6 +167,7 @@ class DiscreteImagePipeline(DiscretePipeline):
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         dtype = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", dtype)
+        device = one_device(name, kwargs.pop("device_map", None))
         scheduler, facts = kwargs.pop("scheduler", None), kwargs.pop("denoiser", None)
         network_class = text_to_image_class(name, index, hub)
         if network_class is not None:
@@ -191,7 +193,7 @@ class DiscreteImagePipeline(DiscretePipeline):
             parts.model, scheduler, parts.decoder, parts.tokenizer, parts.text_encoder, facts, parts.signed_pixels
         )
         pipe.register_to_config(_name_or_path=name)
-        return pipe
+        return pipe.to(device)
 
     @torch.no_grad()
     def __call__(

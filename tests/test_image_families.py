@@ -761,8 +761,10 @@ def test_repositories_that_are_refused(halton_folder: Path, amused_folder: Path,
         load(halton_folder)
     with pytest.raises(ValueError, match=r"has no file 'x\.pth'; published: ImageNet_256_tiny\.pth"):
         load(halton_folder, weight_name="x.pth")
-    with pytest.raises(ValueError, match="`device_map` is not an argument"):
-        load(amused_folder, device_map="cpu")
+    with pytest.raises(ValueError, match="`custom_pipeline` is not an argument"):
+        load(amused_folder, custom_pipeline="a", device_map="cpu")
+    with pytest.raises(ValueError, match=r"`device_map` is 'auto'; for .*, name one device"):
+        load(amused_folder, device_map="auto")
     with pytest.raises(ValueError, match="is of AmusedPipeline, for images: load it with DiscreteImagePipeline"):
         DiscreteDiffusionPipeline.from_pretrained(amused_folder)
     with pytest.raises(ValueError, match="is not bundled; bundled:"):
