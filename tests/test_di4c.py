@@ -3,6 +3,8 @@ same from sampled batches."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from laws import all_states, state_index
@@ -22,6 +24,7 @@ from discrete_schedulers.training.di4c import (
     marginal_loss,
     mean_law,
     mixture_log_prob,
+    mixture_nll_bound,
     product_log_prob,
     student_log_p,
     total_loss,
@@ -180,14 +183,14 @@ def test_correlation_gradient_has_no_part_in_the_marginals_of_its_own_law() -> N
     marginals = divergence(mean_law(log_p).exp().detach(), mean_law(log_p), is_masked)[0]
     (gradient,) = torch.autograd.grad(loss + marginals, table)
     assert float(gradient.abs().max()) < 1e-12
-    total = float(mixture_log_prob(log_p, completions, is_masked).exp().sum())
+    total = float(mixture_log_prob(log_p.detach(), completions, is_masked).exp().sum())
     assert total == pytest.approx(1, abs=1e-12)
 
 
 def test_one_component_is_a_product() -> None:
     table, target, completions, is_masked = some_laws()
     log_p = clean_log_p(table[:1], MASK)
-    assert float(correlation_loss(log_p, completions, is_masked).abs()) < 1e-14
+    assert float(correlation_loss(log_p, completions, is_masked).detach().abs()) < 1e-14
     torch.testing.assert_close(
         consistency_loss(log_p, completions[:4], target, is_masked), divergence(target.mean(0), log_p[0], is_masked)
     )
@@ -269,6 +272,36 @@ def test_latents_are_rows_of_one_call() -> None:
     slope = (found[..., 1] - found[..., 0])[..., 0]
     torch.testing.assert_close(slope, latents + 10 * t + 100 * x[:, 0])
     assert float(found[..., MASK].max()) < -1e29
+
+
+def test_bound_on_the_likelihood_of_a_mixture() -> None:
+    """One step: -log P itself, as far as J latents show it. Two steps of two: the mean over all sets, weighed by the data."""
+    tables = Tables(Toy("ising", LENGTH), 0.7)
+    toy, log_p = tables.toy, tables.log_p().detach()
+    grid = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+
+    def student(x_t: Tensor, t: Tensor, latent: Tensor) -> Tensor:
+        return log_p[(latent * COMPONENTS).long(), state_index(x_t, VOCAB)]
+
+    data = toy.joint.states
+    exact = -(mixture_log_prob(log_p, tables.completions, tables.is_masked)[:, -1] / LENGTH)  # (X,)
+    found = mixture_nll_bound(student, PROCESS, data, grid[[0, 2]], 2000, seeded(1))
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.04)
+    few = torch.stack([mixture_nll_bound(student, PROCESS, data, grid[[0, 2]], 2, seeded(i)) for i in range(100)])
+    assert float(few.mean()) > float(exact.mean()) + 0.01  # Jensen
+    sets = [list(pair) for pair in itertools.combinations(range(LENGTH), 2)]
+    pairs = torch.zeros(16, dtype=torch.float64)
+    for chosen in sets:
+        first = torch.zeros(1, LENGTH, dtype=torch.bool)
+        first[0, chosen] = True
+        x_t = torch.where(first, data, MASK)
+        pairs -= mixture_log_prob(log_p[:, -1:].expand(-1, 16, -1, -1), data[None], first.expand(16, -1))[0]
+        later = log_p[:, state_index(x_t, VOCAB)]
+        pairs -= mixture_log_prob(later, data[None], (~first).expand(16, -1))[0]
+    drawn = [mixture_nll_bound(student, PROCESS, data, grid, 100, seeded(i)) for i in range(80)]
+    found = torch.stack(drawn)
+    error = found.std(0) / 80**0.5
+    assert ((found.mean(0) - pairs / len(sets) / LENGTH).abs() < 4.5 * error + 0.01).all()  # and Jensen
 
 
 def test_what_is_refused() -> None:

@@ -106,13 +106,14 @@ def test_labels_by_hand() -> None:
         p = torch.tensor([0.6, 0.6, 0.55], dtype=torch.float64).expand(len(x), -1).clone()
         p[x[:, 0] == 0, 1] = 0.99
         p[x[:, 0] == 0, 2] = 0.2
+        p[x[:, 0] == 0, 0] = 0.1  # what is said of known tokens is not read
         return torch.stack([p, 1 - p, torch.zeros_like(p)], dim=-1).log()
 
     decoded = decode_one_by_one(denoiser, torch.full((1, 3), MASK), MASK)
     torch.testing.assert_close(
         decoded.confidence, torch.tensor([[0.6, 0.6, 0.55], [1.0, 0.99, 0.8], [1.0, 1.0, 0.8]]).double()
     )
-    assert decoded.is_final.tolist() == [[True, True, False], [True, True, True], [True, True, True]]
+    assert decoded.is_final.tolist() == [[True, True, False], [False, True, True], [False, False, True]]
     assert decoded.is_masked.tolist() == [[True, True, True], [False, True, True], [False, False, True]]
     blocks = decode_one_by_one(lambda x, t: random_denoiser(VOCAB)(x, t), torch.full((2, 6), MASK), MASK, 3)
     assert blocks.confidence.shape == (18, 3)  # 6 states of 2 rows, the first block in 3 of them and the second in 6

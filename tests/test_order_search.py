@@ -27,7 +27,7 @@ from discrete_schedulers.training.order_search import (
     groups_of,
     order_blocks,
     order_nll,
-    swap_search,
+    search_order,
 )
 from discrete_schedulers.training.search import evolve, judged
 
@@ -90,7 +90,7 @@ def test_search_finds_the_best_of_all_orders(name: str, sizes: tuple[int, ...]) 
     everything = [(score(groups), groups) for groups in partitions(sum(sizes), sizes)]
     best, worst = min(everything)[0], max(everything)[0]
     start = max(everything)[1]
-    *_, (found, value) = swap_search(score, start, 60, seeded(3))
+    *_, (found, value) = search_order(score, start, 60, seeded(3), keep_counts=True)
     assert best - 1e-12 <= value < 1.02 * best  # an exchange at a time may end beside it
     assert value < 0.7 * worst
     assert [len(group) for group in found] == list(sizes)
@@ -104,6 +104,23 @@ def test_the_ring_opens_every_second_position() -> None:
     assert found["[[0, 1], [2, 3]]"] > 1.5 * found["[[0, 2], [1, 3]]"]
 
 
+def test_a_ring_of_eight_is_exact_in_four_calls() -> None:
+    """From equal groups, sizes and members both learned: one position, the opposite one, those between, the rest. Most starts
+    end beside it, and all far below the 0.0703 of random sets of equal sizes."""
+    toy = Toy("ising", 8)
+    found = []
+    for seed in range(4, 8):
+        start = groups_of(torch.rand(8, generator=seeded(seed)).tolist(), [2, 2, 2, 2])
+        found.append(list(search_order(exact_score(toy), start, 150, seeded(seed)))[-1])
+    best, value = min(found, key=lambda pair: pair[1])
+    assert value < 1e-9
+    assert max(score for _, score in found) < 0.03
+    assert [len(group) for group in best] == [1, 1, 2, 4]
+    assert (best[1][0] - best[0][0]) % 8 == 4
+    scores = [score for _, score in search_order(exact_score(toy), start, 60, seeded(9))]
+    assert scores == sorted(scores, reverse=True)
+
+
 def test_chosen_on_samples() -> None:
     """Candidates from one half of a sample, the choice on the other."""
     toy = Toy("random", 5)
@@ -114,7 +131,7 @@ def test_chosen_on_samples() -> None:
         return lambda groups: float(order_nll(toy.denoiser, data, groups, MASK, batch_size=2000).mean())
 
     start: Groups = [[0, 1], [2, 3, 4]]
-    candidates = [groups for groups, _ in swap_search(mean_nll(fit), start, 25, seeded(6))]
+    candidates = [groups for groups, _ in search_order(mean_nll(fit), start, 25, seeded(6), keep_counts=True)]
     best, _ = best_order(candidates, mean_nll(heldout))
     exact = sorted(exact_score(toy)(groups) for groups in partitions(5, (2, 3)))
     assert exact_score(toy)(best) <= exact[2] + 1e-12  # of 10
@@ -129,7 +146,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="`groups` has 3 positions, but `data` has 2"):
         order_nll(toy.denoiser, toy.joint.states, [[0], [1], [2]], MASK)
     with pytest.raises(ValueError, match="`groups` has 1 group"):
-        next(swap_search(score, [[0, 1]], 3, seeded()))
+        next(search_order(score, [[0, 1]], 3, seeded()))
     with pytest.raises(ValueError, match="positive numbers that sum to 2 positions"):
         groups_of([1.0, 2.0], [1, 2])
     with pytest.raises(ValueError, match="`candidates` is empty"):

@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from discrete_schedulers.processes import AbsorbingProcess
-from discrete_schedulers.sampling import Generators, draw_states, uniforms
+from discrete_schedulers.sampling import Generators, draw_states, uniform_subset, uniforms
 
 Student: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t (B, L), t (B,), latent (B,)) -> logits (B, L, V)
 Teacher: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, L), t (B,)) -> logits (B, L, V)
@@ -224,3 +225,43 @@ def total_loss(losses: Losses, t: Tensor, distilled_below: float, correlation_sc
     """
     together = losses.consistency + correlation_weight(t, correlation_scale) * losses.correlation + losses.marginal
     return torch.where(t < distilled_below, losses.distillation, together)
+
+
+# What it has gained
+
+
+@torch.no_grad()
+def mixture_nll_bound(
+    student: Student,
+    process: AbsorbingProcess,
+    data: Tensor,
+    times: Tensor,
+    num_latents: int,
+    generator: Generators,
+) -> Tensor:
+    """Bound on the NLL of the sampler with a fresh latent in each step, (B,), in nats per token.
+
+        - (1 / L) sum_k log (1 / J) sum_j prod_{i in S_k} p^i(x_0^i | x_t; l_j)
+
+    S_k are uniformly random among the masks, as many as `unmasking="counts"` opens. The mean is at least the NLL, by Jensen's
+    inequality for the sets and for the J latents: it falls with J.
+
+    Args:
+        student (`Callable`): The network; one that does not read its latent has its ordinary bound.
+        process (`AbsorbingProcess`): The forward process.
+        data (`torch.Tensor` of shape `(B, L)`): Held-out sequences.
+        times (`torch.Tensor` of shape `(N + 1,)`): The grid, from 1 to 0.
+        num_latents (`int`): J.
+        generator (`torch.Generator`, `list[torch.Generator]` or `None`): Source of sets and latents.
+    """
+    mask, (rows, length) = process.mask_token_id, data.shape
+    x_t, total = torch.full_like(data, mask), torch.zeros(rows, dtype=torch.float64, device=data.device)
+    for t, s in pairwise(times):
+        is_masked = x_t == mask
+        count = (is_masked.sum(1) * process.unmask_probability(t, s).to(data.device)).round().long()
+        opens = uniform_subset(is_masked, count, generator)
+        latents = uniforms((1, num_latents * rows), generator, data.device).view(num_latents, rows)
+        log_p = student_log_p(student, x_t, t.to(data.device).expand(rows), latents, mask)
+        total -= mixture_log_prob(log_p, data[None], opens)[0].double()
+        x_t = torch.where(opens, data, x_t)
+    return total / length

@@ -25,7 +25,7 @@ class Decoded(NamedTuple):
 
     Args:
         confidence (`torch.Tensor` of shape `(R, w)`): Largest probability at each mask, 1 at known tokens, float64.
-        is_final (`torch.Tensor` of shape `(R, w)`): Bool; whether the most probable token is the one decoding ended with.
+        is_final (`torch.Tensor` of shape `(R, w)`): Bool; masks whose most probable token is the one decoding ended with.
         is_masked (`torch.Tensor` of shape `(R, w)`): Bool.
     """
 
@@ -66,7 +66,7 @@ def decode_one_by_one(
         opens = top_subset(current, current.any(1).long(), best.values)
         state = torch.where(opens, best.indices, state)
     confidence, guess, masked = (torch.stack(part) for part in zip(*seen, strict=True))  # (T, B, L)
-    final = guess == state
+    final = masked & (guess == state)
     rows = [part.view(-1, width) for part in (confidence, final, masked)]
     keep = rows[2].any(1)
     return Decoded(*(part[keep] for part in rows))

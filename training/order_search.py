@@ -6,8 +6,12 @@ ones, so the sampler's law is known and its negative log-likelihood needs no bou
     p_N(x) = prod_k prod_{i in S_k} p(x_i | x_{S_1}, ..., x_{S_{k-1}}),        KL(data || p_N) = E[-log p_N(x)] - H
 
 with one call of the frozen network for each group and batch of data. What an order gains is what its groups do not know of
-each other. `swap_search` exchanges positions of two groups while the mean over the data falls; `best_order` chooses among
-given orders on data that the search has not seen. `order_blocks` is the result as blocks of `LearnedScheduler`.
+each other. `search_order` moves and exchanges positions while the mean over the data falls; `best_order` chooses among given
+orders on data that the search has not seen. `order_blocks` is the result as blocks of `LearnedScheduler`.
+
+On a ring of 8 it finds groups of 1, 1, 2 and 4 that are exact: given what is known, the positions of each are independent,
+where equal random sets in four calls have KL 0.07. A random order is not beaten everywhere: it is a mixture, and by convexity
+better than the mean of its orders; on a ring of 4 in two calls it is better than the best of them.
 
 Source: the objective is the exact form of the any-order bound that learned unmasking orders use (arXiv 2510.05725).
 """
@@ -96,16 +100,22 @@ def order_nll(
     return torch.cat(totals)
 
 
-def swap_search(
-    score: Callable[[Groups], float], groups: Groups, proposals: int, generator: torch.Generator
+def search_order(
+    score: Callable[[Groups], float],
+    groups: Groups,
+    proposals: int,
+    generator: torch.Generator,
+    keep_counts: bool = False,
 ) -> Iterator[tuple[Groups, float]]:
-    """Exchange two positions of different groups; keep what has a lower score; yields each improvement, the start first.
+    """Exchange two positions of different groups, or move one; keep what has a lower score. Yields each improvement, the start
+    first. A local search: start it from several orders.
 
     Args:
         score (`Callable`): Such as the mean of `order_nll` over one set of data, the same for all.
         groups (`list[list[int]]`): Where to start, at least two groups.
-        proposals (`int`): Exchanges that are tried.
+        proposals (`int`): How many are tried.
         generator (`torch.Generator`): Source of the proposals.
+        keep_counts (`bool`, defaults to `False`): Only exchange, so that every group keeps its size.
 
     Raises:
         ValueError: If there are fewer than two groups.
@@ -120,7 +130,10 @@ def swap_search(
         first, second = torch.randperm(len(best), generator=generator)[:2].tolist()
         i, j = (int(torch.randint(len(best[k]), (), generator=generator)) for k in (first, second))
         moved = [list(group) for group in best]
-        moved[first][i], moved[second][j] = moved[second][j], moved[first][i]
+        if not keep_counts and len(moved[first]) > 1 and float(torch.rand((), generator=generator)) < 0.5:
+            moved[second].append(moved[first].pop(i))
+        else:
+            moved[first][i], moved[second][j] = moved[second][j], moved[first][i]
         moved = [sorted(group) for group in moved]
         if str(moved) in tried:
             continue

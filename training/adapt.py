@@ -1,0 +1,301 @@
+r"""Learn a small adapter for a masked model, where floats of a scheduler cannot do it: Di4C or SDTT on a frozen network.
+
+    accelerate launch training/adapt.py --pretrained_model_name_or_path discrete-schedulers/tiny-text \
+        --method di4c --output_dir tiny-text-di4c
+
+`di4c` makes the tokens that open in one call depend on each other through a latent (training/di4c.py); `sdtt` teaches one step
+what several say (training/sdtt.py, one round). The network gets LoRA and, for `di4c`, a latent's MLP; its own weights stay as
+they are, and are the teacher. The folder then holds the adapter, a scheduler config that goes with it, metrics.json, README.md.
+
+Random numbers are functions of (seed, step, process): a run that was killed goes on with `--resume_from_checkpoint latest` as
+if it had not been. LoRA needs `pip install discrete_schedulers[adapters]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed, tqdm
+from torch import Tensor
+
+from discrete_schedulers import (
+    AncestralScheduler,
+    DDiTModel,
+    DiscreteDiffusionPipeline,
+    LatentModel,
+    LearnedScheduler,
+    NetworkDenoiser,
+)
+from discrete_schedulers.evaluation import unigram_entropy
+from discrete_schedulers.training.di4c import clean_log_p, di4c_losses, mixture_nll_bound, total_loss
+from discrete_schedulers.training.distill import load_texts, pack, sample
+from discrete_schedulers.training.hub import create_repository, markdown_table, upload, write_text
+from discrete_schedulers.training.sdtt import sdtt_loss, sdtt_targets
+
+DDIT_LAYERS = ["attn_qkv", "attn_out", "mlp.0", "mlp.2"]
+STATE = "adapter_state.pt"
+CARD = """---
+library_name: discrete_schedulers
+license: apache-2.0
+tags: [discrete-diffusion, diffusers, diffusers-training, {method}]
+---
+
+# {title}
+
+An adapter for `{base_model}`, learned by `{method}`, and the scheduler config that goes with it.
+
+```python
+from discrete_schedulers import DiscreteDiffusionPipeline, LatentModel, LearnedScheduler
+
+pipe = DiscreteDiffusionPipeline.from_pretrained("{base_model}")
+pipe.model = LatentModel.from_pretrained("{repo_id}", pipe.model)
+pipe.scheduler = LearnedScheduler.from_pretrained("{repo_id}")
+```
+
+{table}
+
+NLL: bound in nats per token on held-out sequences, of the sampler at its number of steps, random counts; too high by Jensen's
+gap of {num_eval_latents} latents. Entropy: of the tokens within a sample, in nats; data has {data_entropy:.3f}.
+
+```json
+{arguments}
+```
+"""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained_model_name_or_path", required=True)
+    parser.add_argument("--revision", default=None)
+    parser.add_argument("--dataset_name", default=None, help="Of the Hub. Without texts: the model's own samples.")
+    parser.add_argument("--dataset_config", default=None)
+    parser.add_argument("--train_file", default=None, help="A text file, one document a line.")
+    parser.add_argument("--validation_file", default=None)
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--max_data_samples", type=int, default=20_000)
+    parser.add_argument("--sequence_length", type=int, default=None, help="Defaults to the model's longest.")
+    parser.add_argument("--method", choices=["di4c", "sdtt"], default="di4c")
+    parser.add_argument("--num_latents", type=int, default=8, help="di4c: J of each row. Published: 16 or 32.")
+    parser.add_argument("--teacher_step", type=float, default=1 / 1024, help="Length in time of a teacher's step.")
+    parser.add_argument(
+        "--distilled_below", type=float, default=0.02, help="di4c: time below which components are taught."
+    )
+    parser.add_argument("--correlation_scale", type=float, default=0.1, help="di4c: of a(t). Published: 0.1 for text.")
+    parser.add_argument("--teacher_steps", type=int, default=2, help="sdtt: steps of a target.")
+    parser.add_argument("--embedding", default=None, help="Module of token embeddings; found in most networks.")
+    parser.add_argument("--lora_r", type=int, default=8)
+    parser.add_argument("--lora_alpha", type=int, default=16)
+    parser.add_argument("--lora_target_modules", nargs="+", default=DDIT_LAYERS, help="Default: those of DDiTModel.")
+    parser.add_argument("--train_batch_size", type=int, default=8, help="Rows in each process.")
+    parser.add_argument("--max_train_steps", type=int, default=5000)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--max_grad_norm", type=float, default=1.0)
+    parser.add_argument("--checkpointing_steps", type=int, default=500)
+    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4, 8, 16], help="Budgets to measure at.")
+    parser.add_argument("--num_eval_samples", type=int, default=32)
+    parser.add_argument("--num_eval_latents", type=int, default=32, help="di4c: J of the NLL bound.")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume_from_checkpoint", choices=["latest"], default=None)
+    parser.add_argument("--push_to_hub", action="store_true")
+    parser.add_argument("--hub_model_id", default=None, help="Defaults to the name of the output folder.")
+    parser.add_argument("--hub_token", default=None)
+    args = parser.parse_args(argv)
+    for name in (
+        "max_data_samples",
+        "teacher_steps",
+        "lora_r",
+        "train_batch_size",
+        "max_train_steps",
+        "num_eval_samples",
+    ):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.num_latents < 2:
+        parser.error(f"--num_latents is {args.num_latents}; a mixture needs at least 2")
+    if not 0 < args.teacher_step < 1:
+        parser.error(f"--teacher_step is {args.teacher_step}; allowed are numbers between 0 and 1")
+    return args
+
+
+def embedding_of(model: Any, name: str | None) -> tuple[str, int]:
+    """Name and width of the module that embeds tokens.
+
+    Raises:
+        ValueError: If the network does not say which it is.
+    """
+    if isinstance(model, DDiTModel):
+        return "vocab_embed", model.config.hidden_size
+    modules = dict(model.named_modules())
+    module = modules.get(name) if name is not None else model.get_input_embeddings()
+    found = [key for key, value in modules.items() if value is module]
+    if module is None or not found:
+        raise ValueError(f"`--embedding` is {name!r}, which {type(model).__name__} does not have")
+    return found[0], module.weight.shape[-1]
+
+
+def losses_of_batch(
+    student: NetworkDenoiser, teacher: Any, process: Any, x_0: Tensor, args: argparse.Namespace, seed: int
+) -> Tensor:
+    """Loss of each row, (B,), with times, noise and latents that the seed says."""
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.rand(len(x_0), generator=generator, dtype=torch.float64).to(x_0.device)
+
+    def logits(x_t: Tensor, t: Tensor, latent: Tensor) -> Tensor:
+        return student(x_t, t, latent=latent)
+
+    if args.method == "di4c":
+        low = args.distilled_below
+        is_low = torch.rand(len(x_0), generator=generator, dtype=torch.float64).to(x_0.device) < 0.3
+        t = torch.where(is_low, low * (1 - u), low + (1 - low) * (1 - u)).clamp(min=1e-4)
+        before = t - torch.minimum(torch.full_like(t, args.teacher_step), t / 2)
+        losses = di4c_losses(logits, teacher, process, x_0, t, before, args.num_latents, generator)
+        return total_loss(losses, t, low, args.correlation_scale)
+    t = (args.teacher_step + (1 - args.teacher_step) * (1 - u)).clamp(max=1.0)
+    x_t = process.add_noise(x_0, t, generator)
+    share = torch.arange(args.teacher_steps + 1, dtype=torch.float64, device=t.device)[:, None] / args.teacher_steps
+    times = t - share * torch.minimum(torch.full_like(t, args.teacher_step * args.teacher_steps), t)
+    target = sdtt_targets(teacher, process, x_t, times, generator)
+    log_p = clean_log_p(logits(x_t, t, torch.zeros_like(t)), process.mask_token_id)
+    return sdtt_loss(log_p, target, x_t == process.mask_token_id)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write under a temporary name, then rename."""
+    temporary = path.with_name(f".{path.name}")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse_args(argv)
+    accelerator = Accelerator()
+    set_seed(args.seed + 1)  # the first weights, the same in all processes
+    pipe = DiscreteDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, revision=args.revision)
+    pipe.to(accelerator.device).set_progress_bar_config(disable=True)
+    if pipe.scheduler.config.process != "absorbing":
+        raise ValueError(
+            "`--pretrained_model_name_or_path` is a uniform-noise model; these methods are for masked models"
+        )
+    length = args.sequence_length or pipe.config.denoiser.get("max_length")
+    if length is None:
+        raise ValueError("`--sequence_length` is required: this model does not say how long its sequences are")
+    facts = {name: pipe.config.denoiser[name] for name in ("vocab_size", "mask_token_id", "noise_schedule")}
+    pipe.scheduler = AncestralScheduler(**facts)
+    texts = load_texts(args)
+    if texts is not None and pipe.tokenizer is not None:
+        data = pack(texts.fit, pipe.tokenizer, length, args.max_data_samples)
+        heldout = pack(texts.heldout, pipe.tokenizer, length, args.num_eval_samples)
+    else:
+        data = sample(pipe, 3, args.max_data_samples, length, length, args).cpu()
+        heldout = data[: args.num_eval_samples]
+    table = measure(pipe, "frozen network", heldout, args) if accelerator.is_main_process else []
+
+    name, width = embedding_of(pipe.model, args.embedding)
+    lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "target_modules": args.lora_target_modules}
+    model = LatentModel(pipe.model.eval(), name, width, lora=lora)
+    if args.method == "sdtt":
+        model.latent_embedding.requires_grad_(False)  # stays 0: a product of positions
+    model.to(accelerator.device)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0
+    )
+    identity = {
+        k: v for k, v in vars(args).items() if isinstance(v, str | int | float | list) and not k.startswith("hub")
+    }
+    identity = {k: v for k, v in identity.items() if k not in ("resume_from_checkpoint", "push_to_hub")}
+    path, begin = args.output_dir / STATE, 0
+    if args.resume_from_checkpoint and path.is_file():
+        state = torch.load(path, weights_only=True, map_location=accelerator.device)
+        if state["identity"] != identity:
+            raise ValueError(f"{path} belongs to a run with other arguments: {state['identity']}")
+        begin = state["step"]
+        optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for key, parameter in model.adapter().items():
+                parameter.copy_(state["adapter"][key])
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    arguments = dict(pipe.config.denoiser)
+    student = NetworkDenoiser(prepared, **arguments)
+
+    def teacher(x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.no_grad(), model.disabled() as network:
+            return NetworkDenoiser(network, **arguments)(x_t, t)
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    progress = tqdm(range(begin, args.max_train_steps), disable=not accelerator.is_main_process)
+    for step in progress:
+        seed = (args.seed * 1_000_003 + step) * 4096 + accelerator.process_index
+        rows = torch.randint(len(data), (args.train_batch_size,), generator=torch.Generator().manual_seed(seed))
+        x_0 = data[rows].to(accelerator.device)
+        loss = losses_of_batch(student, teacher, pipe.scheduler.noise_process, x_0, args, seed + 1).mean()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(prepared.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+        if accelerator.is_main_process and (
+            (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.max_train_steps
+        ):
+            adapter = {key: parameter.detach().cpu() for key, parameter in model.adapter().items()}
+            state = {"step": step + 1, "identity": identity, "adapter": adapter, "optimizer": optimizer.state_dict()}
+            save_state(path, state)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return {}
+
+    model.latent_embedding.requires_grad_(True)  # part of the adapter's file, also where it is 0
+    model.save_pretrained(args.output_dir)
+    learned_for = {"base_model": args.pretrained_model_name_or_path, "revision": args.revision, "method": args.method}
+    learned_for["vocab_size"] = facts["vocab_size"]
+    scheduler = LearnedScheduler(**facts, learned_for=learned_for, network_latent=True)
+    scheduler.save_pretrained(args.output_dir)
+    pipe.model, pipe.scheduler = model, scheduler
+    table += measure(pipe, args.method, heldout, args)
+    metrics = {"table": table, "arguments": identity, "data_entropy": unigram_entropy(heldout).mean().item()}
+    write_text(args.output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    repo_id = args.hub_model_id or args.output_dir.resolve().name
+    if args.push_to_hub:
+        repo_id = create_repository(args.output_dir, repo_id, args.hub_token)
+    card = {"method": args.method, "title": repo_id.split("/")[-1], "base_model": args.pretrained_model_name_or_path}
+    card |= {"repo_id": repo_id, "table": markdown_table(table), "arguments": json.dumps(identity, indent=2)}
+    card |= {"data_entropy": metrics["data_entropy"], "num_eval_latents": args.num_eval_latents}
+    write_text(args.output_dir / "README.md", CARD.format(**card))
+    accelerator.print(markdown_table(table))
+    if args.push_to_hub:
+        accelerator.print(f"pushed: {upload(args.output_dir, repo_id, args.hub_token)}")
+    return metrics
+
+
+def measure(
+    pipe: DiscreteDiffusionPipeline, name: str, heldout: Tensor, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """NLL bound and entropy of samples at each budget, rows of the table."""
+    denoiser, process = pipe.denoiser, pipe.scheduler.noise_process
+    mixes = isinstance(pipe.model, LatentModel) and args.method == "di4c"
+
+    def network(x_t: Tensor, t: Tensor, latent: Tensor) -> Tensor:
+        return denoiser(x_t, t, latent=latent) if mixes else denoiser(x_t, t)
+
+    rows = []
+    for steps in args.num_inference_steps:
+        bounds = []
+        for number, part in enumerate(heldout.to(pipe.device).split(args.train_batch_size)):
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
+            grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+            latents = args.num_eval_latents if mixes else 1
+            bounds.append(mixture_nll_bound(network, process, part, grid, latents, generator))
+        samples = sample(pipe, 2, args.num_eval_samples, heldout.shape[1], steps, args)
+        row = {"network": name, "steps": steps, "nll": torch.cat(bounds).mean().item()}
+        rows.append(row | {"entropy": unigram_entropy(samples).mean().item()})
+    return rows
+
+
+if __name__ == "__main__":
+    main()
