@@ -2,7 +2,8 @@
 
 The state is in the middle of a run: half of the positions are masks (with uniform noise: random tokens), and a step is to open
 L / N of them in each sequence. Logits are random and float32 and lie in memory; the state, and so the rows that are needed,
-changes from one repeat to the next. All ratios are of medians from this one run.
+changes from one repeat to the next. Times are those of the processor, on one thread, so that other programs count little; all
+ratios are of medians from this one run.
 
     one read        summing the rows of logits that the method needs, once
     reference       the dense one-stage step of published code: one-hot, transition law and exponential noise for every state of
@@ -93,14 +94,16 @@ THEIRS = ("AmusedScheduler", "BlockRefinementScheduler", "EntropyBoundScheduler"
 
 
 def seconds(run: Callable[[Any], Any], states: list[Any]) -> float:
-    """Median time of `run` over these states; the first one is run once before, without a clock."""
+    """Median processor time of `run` over these states; the first one is run once before, without a clock."""
     run(states[0])
-    found = []
-    for state in states:
-        began = time.perf_counter()
-        run(state)
-        found.append(time.perf_counter() - began)
-    return median(found)
+    return median(elapsed(lambda state=state: run(state)) for state in states)
+
+
+def elapsed(run: Callable[[], Any]) -> float:
+    """Processor time of a run."""
+    began = time.process_time()
+    run()
+    return time.process_time() - began
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:

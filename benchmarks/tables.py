@@ -247,12 +247,34 @@ def tiny_image(content: dict[str, Any]) -> str:
     )
 
 
+def costs(content: dict[str, Any]) -> str:
+    """Ratios of whole generation, exponents, and the import."""
+    settings, run, package = content["settings"], content["generation"], content["package"]
+    model, axes = settings["model"], list(settings["sizes"])
+    others = {"dense": "all logits, the same draws", "one_stage": "all logits, dense one-stage draw in float64"}
+    rows = [[label, f"{run[name] / run['rows']:.2f}"] for name, label in others.items()]
+    growth = [[name, *[f"{item[axis]['exponent']:.2f}" for axis in axes]] for name, item in content["growth"].items()]
+    return "\n\n".join(
+        [
+            f"**Whole generation**, {model['num_blocks']} blocks of {model['hidden_size']}, L = {model['max_length']}, "
+            f"V = {model['vocab_size']}, N = {settings['steps']}, B = 1, {settings['threads']} thread(s): time / time with "
+            "the head and the draws at chosen rows.",
+            grid(["network and step", "ratio"], rows),
+            "**Exponents** that the time of a step grows with (N: the time of a run, on logits that are given).",
+            grid(["step", *axes], growth),
+            f"`import discrete_schedulers` takes {package['ours'] / package['base']:.2f} times as long as importing torch and "
+            f"diffusers' `ConfigMixin`; its files have {package['megabytes']:.1f} MB.",
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "joints": joints,
     "tiny-text": tiny_text,
     "antiberty": antiberty,
     "steps": steps,
     "tiny-image": tiny_image,
+    "costs": costs,
 }
 
 

@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import language  # noqa: E402
+import part_costs  # noqa: E402
 import part_joints  # noqa: E402
+import part_steps  # noqa: E402
 import part_tiny_image  # noqa: E402
 import part_tiny_text  # noqa: E402
 import run  # noqa: E402
@@ -358,10 +360,53 @@ class TestRun:
     def test_unknown_part(self, capsys):
         with pytest.raises(SystemExit):
             run.main(["joint"])
-        assert "allowed: joints, tiny-text, antiberty, tiny-image, table" in capsys.readouterr().err
+        assert f"allowed: {', '.join(run.PARTS)}, table" in capsys.readouterr().err
 
 
 def test_optimal_grids_take_the_curve():
     for name in ("counts-optimal", "spread-optimal", "bernoulli-optimal"):
         scheduler = BY_NAME[name].build({"vocab_size": 3, "mask_token_id": 2}, CURVE, {})
         assert list(scheduler.config.information_curve) == InformationCurve.from_config(CURVE).to_config()
+
+
+class TestSpeed:
+    def test_steps(self, tmp_path):
+        """The quick part runs, goes on, and makes a table with all samplers."""
+        store = part_steps.run(tmp_path, [0], True)
+        assert store.complete
+        assert part_steps.run(tmp_path, [0], True).content == store.content
+        table = tables.steps(json.loads((tmp_path / "steps.json").read_text()))
+        assert all(f"| {ours.name}" in table for ours in part_steps.OURS)
+        for result in store.get("2x64x700", "ours").values():
+            assert result["rows"] > 0
+            assert result["seconds"] > 0
+            assert result["extra_memory"] > 0
+
+    def test_costs(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(part_costs, "import_seconds", lambda statement: float(len(statement)))
+        store = part_costs.run(tmp_path, [0], True)
+        assert set(store.get("generation")) == {"rows", "dense", "one_stage"}
+        assert "| ancestral |" in tables.costs(json.loads((tmp_path / "costs.json").read_text()))
+        assert 1 < store.get("package", "megabytes") < 100
+
+    def test_what_is_counted(self):
+        assert part_costs.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
+        assert 12_000 <= part_steps.peak_bytes(lambda: torch.ones(1000) + torch.ones(1000)) < 13_000
+        assert 8_000 <= part_steps.peak_bytes(lambda: [torch.ones(1000).add(1) for _ in range(1)]) < 9_000
+
+    def test_the_reference_is_the_ancestral_step(self):
+        """A mask opens with the chance r, to v with p_0(v); a token stays."""
+        law = torch.tensor([0.5, 0.3, 0.2, 0.0])
+        sample = torch.full((1, 20_000), 3)
+        sample[0, :100] = 1
+        drawn = part_steps.dense_reference(law.log().expand(1, 20_000, 4), sample, 0.4, 3, seeded())
+        assert (drawn[0, :100] == 1).all()
+        share = torch.bincount(drawn[0, 100:], minlength=4) / 19_900
+        assert share.tolist() == pytest.approx([0.2, 0.12, 0.08, 0.6], abs=0.02)
+
+    def test_slices_are_everything(self):
+        logits, sample = torch.arange(2 * 10 * 3.0).view(2, 10, 3), torch.arange(20).view(2, 10)
+        parts = part_steps.slices(logits, sample, 4)
+        assert [tuple(tokens.shape) for _, tokens in parts] == [(1, 4), (1, 4), (1, 2)] * 2
+        assert torch.equal(torch.cat([tokens.flatten() for _, tokens in parts]), sample.flatten())
+        assert torch.equal(torch.cat([some.flatten() for some, _ in parts]), logits.flatten())
