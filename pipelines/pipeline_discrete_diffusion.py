@@ -23,6 +23,7 @@ from discrete_schedulers.models.loading import (
     load_tokenizer,
     load_weights,
     longest_sequence,
+    placement,
     read_config,
     weight_paths,
 )
@@ -144,7 +145,8 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             shift (`int`, *optional*): 1 where logits at i - 1 predict position i, instead of the family's.
             **kwargs: As in `diffusers.DiffusionPipeline.from_pretrained`; without `model_index.json` these: `scheduler`,
                 `tokenizer` (an object, a folder or Hub id, or `None` for none), `denoiser` (facts that differ), `torch_dtype`
-                or `dtype` (default: that of the files), `device_map` (one device), `revision`, `token`, `cache_dir`,
+                or `dtype` (default: that of the files), `device_map` (a device, `"auto"` or another strategy of accelerate,
+                or a dictionary of modules and devices), `max_memory`, `offload_folder`, `revision`, `token`, `cache_dir`,
                 `force_download`, `local_files_only`.
 
         Raises:
@@ -180,13 +182,10 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         dtype, device = kwargs.pop("torch_dtype", None), kwargs.pop("device_map", None)
         dtype = kwargs.pop("dtype", dtype)
+        memory, folder = kwargs.pop("max_memory", None), kwargs.pop("offload_folder", None)
         unknown = kwargs.keys() - {"scheduler", "tokenizer", "denoiser"}
         if unknown:
             raise ValueError(f"`{min(unknown)}` is not an argument for {name!r}, which has no model_index.json")
-        if device in ("auto", "balanced", "sequential") or isinstance(device, dict):
-            raise ValueError(
-                f"`device_map` is {device!r}; for {name!r}, which has no model_index.json, name one device"
-            )
         row = find_family(name, config, declared.pop("family", None))
         network = build_network(row, config)
         tokenizer = kwargs["tokenizer"] if "tokenizer" in kwargs else load_tokenizer(row, name, hub)
@@ -200,7 +199,8 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         facts |= {"max_length": longest_sequence(network)} | said
         if row.mask == "config" and tokenizer is not None and tokenizer.mask_token is None:
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(facts["mask_token_id"])  # LLaDA's does not name it
-        load_weights(network, weight_paths(name, hub), row, dtype, "cpu" if device is None else device)
+        paths = weight_paths(name, hub)
+        load_weights(network, paths, row, dtype, placement(network, device, dtype, paths, memory), folder)
         scheduler = kwargs.get("scheduler") or default_scheduler(facts)
         pipe = cls(network, scheduler, tokenizer, facts, end_token_ids(row, tokenizer))
         pipe.register_to_config(_name_or_path=name)

@@ -184,6 +184,17 @@ PUBLISHED = [
 ]
 
 
+LAWS = {  # what the network returns, where that is not x_0
+    **dict.fromkeys(("SEDD", "SEDD-uniform"), "score"),
+    **dict.fromkeys(("DUO", "UDLM"), "leave_one_out"),
+}
+NOISE = {  # where it is not linear
+    "SEDD-uniform": "geometric",
+    **dict.fromkeys(("SEDD", "RADD", "MDLM", "SDTT", "DUO", "UDLM", "BD3-LM"), "loglinear"),
+}
+TIMED = {"org/sedd", "org/sedd-uniform", "org/duo", "org/udlm", "org/udlm-classes"}  # the others are told no time
+
+
 @pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: case.repo)
 def test_table(case: Published) -> None:
     family = find_family(case.repo, case.config)
@@ -192,6 +203,8 @@ def test_table(case: Published) -> None:
     facts = denoiser_facts(family, case.config, case.vocab_size, mask_token_id=needs_tokenizer)
     assert (facts["vocab_size"], facts["mask_token_id"], facts["shift"]) == (case.vocab_size, case.mask, case.shift)
     assert facts["process"] == ("uniform" if case.mask is None else "absorbing")
+    assert facts["parametrization"] == LAWS.get(case.family, "x0")
+    assert facts["noise_schedule"] == NOISE.get(case.family, "linear")
     assert facts["block_size"] == case.block_size
     assert facts["attention"] == ("full" if case.block_size is None else "block_causal")
     network = build_network(family, case.config)
@@ -802,6 +815,7 @@ def test_facts(cases: dict[str, Tiny], results: dict[str, dict]) -> None:
         facts = results[name]["facts"]
         uniform = name in ("org/duo", "org/udlm", "org/udlm-classes", "org/sedd-uniform")
         mask = 50257 if name == "org/sdtt" else None if uniform else 32 if name in ("org/esm2", "org/dplm") else MASK
+        assert facts.get("time_input") == ("sigma" if name in TIMED else None)
         assert (facts["mask_token_id"], facts["process"]) == (mask, "uniform" if uniform else "absorbing")
         assert results[name]["dtype"] == (torch.bfloat16 if name == "org/a2d-bf16" else torch.float32)
         assert find_family(
@@ -905,13 +919,13 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     arguments: dict[str, dict[str, Any]] = {name: {} for name in [*files, "gated", "private", "nothing"]}
     arguments["declared"] = {"family": "MDLM", "mask_token_id": 3}
     arguments |= {"no-family": {"family": "GPT"}, "no-mask": {"family": "DUO", "mask_token_id": 3}}
-    arguments |= {"far-mask": {"family": "MDLM", "mask_token_id": V}, "balanced": {"device_map": "balanced"}}
+    arguments |= {"far-mask": {"family": "MDLM", "mask_token_id": V}, "nowhere": {"device_map": "nowhere"}}
     arguments |= {"revision": {"revision": "v9"}, "wrong-name": {"variant": "fp16"}}
     with LoopbackHub(home=folder / "home") as hub:
         publish(hub, "openai-community/gpt2", tokenizer_files(folder))
         for name, content in files.items():
             publish(hub, f"org/{name}", content)
-        for name in ("no-family", "no-mask", "far-mask", "balanced", "revision", "wrong-name", "gated"):
+        for name in ("no-family", "no-mask", "far-mask", "nowhere", "revision", "wrong-name", "gated"):
             publish(hub, f"org/{name}", good)
         publish(hub, "org/private", good, private=True)
         hub.repos["org/gated"].gated = True
@@ -953,7 +967,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         ("no-family", "ValueError", "`family` is 'GPT'; allowed: 'SEDD', "),
         ("no-mask", "ValueError", "`mask_token_id` is 3, but family 'DUO' has uniform noise"),
         ("far-mask", "ValueError", "`mask_token_id` is 22; allowed are 0 to 21"),
-        ("balanced", "ValueError", "`device_map` is 'balanced'.*name one device"),
+        ("nowhere", "ValueError from RuntimeError", "`device_map` is 'nowhere'; allowed: a device .*'auto'"),
         ("wrong-name", "ValueError", "`variant` is not an argument for 'org/wrong-name'"),
         ("revision", "RevisionNotFoundError.*", "404"),
         ("nothing", "RepositoryNotFoundError.*", "404"),

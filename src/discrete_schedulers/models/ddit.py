@@ -219,6 +219,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = False
+    _no_split_modules = ["DDiTBlock", "DDiTFinalLayer"]
 
     @register_to_config
     def __init__(

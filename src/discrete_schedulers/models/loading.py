@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from accelerate.utils import check_device_map, get_balanced_memory, offload_weight, save_offload_index
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,7 @@ WEIGHT_FILES = (
 )
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 PREFIXES = ("_orig_mod.", "module.", "backbone.")  # of wrappers, taken off while the network does not know the key
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's, for several devices
 BUFFERS = (
     r"(^|\.)(inv_freq|position_ids|token_type_ids|sampling_eps_min|sampling_eps_max)$"  # recomputed, or not weights
 )
@@ -115,7 +117,9 @@ def tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                keys = list(file.keys())
+            for key in keys:
+                with safe_open(path, framework="pt") as file:  # anew: a mapping keeps all pages that were read from it
                     yield key, file.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): delete it and download it again") from error
@@ -171,12 +175,69 @@ def network_key(key: str, family: Family, known: Mapping[str, Any]) -> str:
     return key
 
 
+def placement(
+    network: Any,
+    device_map: str | torch.device | int | Mapping[str, Any] | None,
+    dtype: torch.dtype | None,
+    paths: list[Path],
+    max_memory: Mapping[Any, Any] | None = None,
+) -> dict[str, Any]:
+    """Which device each part of a network goes to: name of a module -> device or `"disk"`; `""` is all of it.
+
+    Args:
+        network (`torch.nn.Module`): From `build_network`.
+        device_map (`str`, `torch.device`, `int` or `dict`, *optional*): One device (`None`: the CPU), a strategy of accelerate
+            (`"auto"`, `"balanced"`, `"balanced_low_0"`, `"sequential"`), or the answer itself.
+        dtype (`torch.dtype`, *optional*): Of the parameters; `None`: as in the files.
+        paths (`list[Path]`): Weight files.
+        max_memory (`dict`, *optional*): Memory of each device, for a strategy; as in accelerate.
+
+    Raises:
+        ValueError: If there is no such device, parts are left over, or the network does not say what must stay together.
+    """
+    if isinstance(device_map, Mapping):
+        check_device_map(network, dict(device_map))
+        return dict(device_map)
+    if device_map not in STRATEGIES:
+        if max_memory is not None:
+            raise ValueError(f"`max_memory` is for `device_map` {', '.join(map(repr, STRATEGIES))}, not {device_map!r}")
+        try:
+            return {"": torch.device("cpu" if device_map is None else device_map)}
+        except RuntimeError as error:
+            raise ValueError(
+                f"`device_map` is {device_map!r}; allowed: a device such as 'cuda:0', {', '.join(map(repr, STRATEGIES))}, or a "
+                "dictionary of modules and devices"
+            ) from error
+    together = getattr(network, "_no_split_modules", None)
+    if together is None:
+        raise ValueError(
+            f"`device_map` is {device_map!r}, but {type(network).__name__} does not say which of its modules must stay on one "
+            "device: name one device, or pass a dictionary of modules and devices"
+        )
+    if getattr(network, "all_tied_weights_keys", {}):
+        network.tie_weights()
+    size = dtype or next(tensor.dtype for _, tensor in tensors_of(paths[0]) if tensor.is_floating_point())
+    memory = None if max_memory is None else dict(max_memory)
+    if device_map != "sequential":
+        low = device_map == "balanced_low_0"
+        memory = get_balanced_memory(network, memory, list(together), size, low_zero=low)
+    return dict(infer_auto_device_map(network, memory, list(together), size))
+
+
+def device_of(name: str, places: Mapping[str, Any]) -> Any:
+    """Where a parameter goes: the device of the smallest named module that it is in."""
+    while name and name not in places:
+        name = name.rpartition(".")[0]
+    return places[name]
+
+
 def load_weights(
     network: Any,
     paths: list[Path],
     family: Family,
     dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    places: Mapping[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> None:
     """Put the tensors of the files in the place of the network's meta parameters.
 
@@ -185,11 +246,17 @@ def load_weights(
         paths (`list[Path]`): Weight files.
         family (`Family`): Row of the table: key names, keys to pass over.
         dtype (`torch.dtype`, *optional*): Of the parameters; `None`: as in the files.
-        device (`torch.device` or `str`): Where they go.
+        places (`dict`, *optional*): Where they go, see `placement`; `None`: the CPU. With several devices inputs follow the
+            weights.
+        offload_folder (`str` or `Path`, *optional*): Folder for what goes to `"disk"`: read from there in each call.
 
     Raises:
-        ValueError: If keys are missing or left over, or shapes differ.
+        ValueError: If keys are missing or left over, shapes differ, or there is no folder for what goes to disk.
     """
+    places = {"": "cpu"} if places is None else dict(places)
+    if "disk" in places.values() and offload_folder is None:
+        raise ValueError("`offload_folder` is required: `device_map` puts modules on disk")
+    on_disk: dict[str, Any] = {}
     tied = dict(getattr(network, "all_tied_weights_keys", {}))  # these follow another parameter
     wanted = {name: tuple(p.shape) for name, p in network.named_parameters(remove_duplicate=False) if name not in tied}
     state: dict[str, Tensor] = {}
@@ -200,7 +267,12 @@ def load_weights(
             if key in wanted:
                 if tuple(tensor.shape) != wanted[key]:
                     misshapen.append(f"{published} is {tuple(tensor.shape)}, the config says {wanted[key]}")
-                state[key] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+                device, kind = device_of(key, places), dtype if tensor.is_floating_point() else None
+                if device == "disk":
+                    on_disk = offload_weight(tensor.to(kind), key, str(offload_folder), on_disk)
+                    state[key] = torch.empty_like(tensor, dtype=kind, device="meta")
+                else:
+                    state[key] = tensor.to(device, kind)
             elif key not in tied and not any(re.search(pattern, key) for pattern in (BUFFERS, *family.ignored)):
                 unexpected.append(published)
     faults = (
@@ -213,7 +285,14 @@ def load_weights(
     network.load_state_dict(state, strict=False, assign=True)
     if tied:
         network.tie_weights()
-    network.to(device)  # buffers
+    if on_disk:
+        save_offload_index(on_disk, str(offload_folder))
+    devices = {str(device) for device in places.values()}
+    if len(devices) == 1 and "disk" not in devices:
+        network.to(next(iter(places.values())))  # buffers
+    else:
+        main = "cpu" if devices <= {"cpu", "disk"} else None
+        dispatch_model(network, places, main, offload_dir=str(offload_folder) if on_disk else None)
     network.eval()
 
 
