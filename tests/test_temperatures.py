@@ -89,6 +89,7 @@ def test_a_path_is_that_of_the_scheduler() -> None:
     assert learned.config.coefficients == {"2": {"inverse_temperature": log_beta.exp().tolist()}}
 
 
+@pytest.mark.slow
 def test_descent_reaches_the_optimum() -> None:
     """With the exact ratio: at least 85 % of what the exact law allows to gain over temperature 1."""
     scheduler = SCHEDULERS[1]

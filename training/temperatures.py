@@ -103,7 +103,7 @@ def roll(
         chosen = scheduler.positions(k, x, generator)
         assert chosen is not None  # absorbing
         rows = denoiser(x, t, chosen)
-        x = scheduler.step(rows, k, x, generator=generator).prev_sample
+        x = scheduler.step(rows, k, x, generator=generator, return_dict=False)[0]
         slopes[:, k] = row_sums(rows, token_slopes(rows.logits, x[chosen], float(log_beta[k].exp())))
     return Rolled(x, slopes)
 
