@@ -290,7 +290,7 @@ def test_call_signature() -> None:
     assert all(
         parameter.default is not inspect.Parameter.empty for name, parameter in parameters.items() if name != "self"
     )
-    names = "prompt template num_samples length num_inference_steps generator latents output_type return_dict"
+    names = "prompt template num_samples length num_inference_steps use_cache generator latents output_type return_dict"
     assert set(parameters) - {"self"} == {
         *names.split(),
         "callback_on_step_end",
