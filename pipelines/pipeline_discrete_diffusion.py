@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
+from transformers import DynamicCache
 
-from discrete_schedulers.denoisers import Denoiser, GuidanceScale, GuidedDenoiser
+from discrete_schedulers.blocks import BlockCache
+from discrete_schedulers.denoisers import Denoiser, GuidanceScale, GuidedDenoiser, NetworkDenoiser
 from discrete_schedulers.models import DDiTModel
 from discrete_schedulers.models.checkpoints import denoiser_facts, end_token_ids, find_family
 from discrete_schedulers.models.loading import (
@@ -39,8 +41,8 @@ from discrete_schedulers.pipelines.text import (
     Frame,
     Message,
     ProcessedDenoiser,
-    as_list,
     chat_rows,
+    end_ids,
     end_of_text,
     infill_template,
     negative_ids,
@@ -51,9 +53,18 @@ from discrete_schedulers.pipelines.text import (
     template_frame,
 )
 from discrete_schedulers.sampling import Generators
-from discrete_schedulers.schedulers import AncestralScheduler, DiscreteScheduler
+from discrete_schedulers.schedulers import AncestralScheduler, ConfidenceScheduler, DiscreteScheduler
 
 IMAGE_PIPELINES = ("AmusedPipeline", "DiscreteImagePipeline")
+
+
+def default_scheduler(facts: dict[str, Any]) -> DiscreteScheduler:
+    """A scheduler for these facts of a network that draws from its own law: blocks are filled one after the other where its
+    attention goes by blocks, and within them positions open in random order."""
+    known = {name: facts[name] for name in SCHEDULER_FACTS}
+    if facts.get("attention", "full") == "full":
+        return AncestralScheduler(**known)
+    return ConfidenceScheduler(**known, score="random", block_length=facts["block_size"])
 
 
 @dataclass
@@ -187,15 +198,24 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             tokenizer = load_tokenizer(
                 row._replace(tokenizer=str(tokenizer), tokenizer_class="AutoTokenizer"), name, hub
             )
-        facts = denoiser_facts(row, config, network.config.vocab_size, tokenizer, **declared)
-        facts |= {"max_length": longest_sequence(network)} | dict(kwargs.get("denoiser") or {})
+        said = dict(kwargs.get("denoiser") or {})
+        block_size = said.get("block_size")
+        facts = denoiser_facts(row, config, network.config.vocab_size, tokenizer, **declared, block_size=block_size)
+        facts |= {"max_length": longest_sequence(network)} | said
         if row.mask == "config" and tokenizer is not None and tokenizer.mask_token is None:
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(facts["mask_token_id"])  # LLaDA's does not name it
         load_weights(network, weight_paths(name, hub), row, dtype, device)
-        scheduler = kwargs.get("scheduler") or AncestralScheduler(**{fact: facts[fact] for fact in SCHEDULER_FACTS})
+        scheduler = kwargs.get("scheduler") or default_scheduler(facts)
         pipe = cls(network, scheduler, tokenizer, facts, end_token_ids(row, tokenizer))
         pipe.register_to_config(_name_or_path=name)
         return pipe
+
+    def denoiser_of_a_run(self, use_cache: bool) -> NetworkDenoiser:
+        """`denoiser` with the state of one run: a cache, where one is exact."""
+        denoiser = self.denoiser
+        if use_cache and denoiser.attention == "block_causal" and not denoiser.time_conditioned:
+            denoiser.cache = BlockCache(DynamicCache)
+        return denoiser
 
     @torch.no_grad()
     def __call__(
@@ -211,6 +231,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         length: int | None = None,
         max_new_tokens: int | None = None,
         num_inference_steps: int = 16,
+        use_cache: bool = True,
         generator: Generators = None,
         latents: Tensor | None = None,
         logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -243,6 +264,8 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             max_new_tokens (`int`, *optional*): Instead of `length`: tokens to write in each sample. Behind shorter prompts
                 there is padding then, which needs a network that takes `attention_mask`.
             num_inference_steps (`int`, defaults to 16): Steps; most schedulers call the network once in each.
+            use_cache (`bool`, defaults to `True`): Where the attention goes by blocks: keep keys and values of finished blocks,
+                which changes nothing but time and memory. Not with guidance; elsewhere there is nothing to keep.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One, or one per sample: then a sample does
                 not depend on its batch (its law never does; the draws are for the whole width, padding included).
             latents (`torch.Tensor` of shape `(B, L)`, *optional*): Tokens to start from instead of the prior.
@@ -265,9 +288,13 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         tensor_inputs = self.tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_scheduler()
         self.check_inputs(prompt, messages, template, num_samples, length, max_new_tokens, output_type)
+        end_ids(eos_token_id, None)
         labels = self.prepare_labels(class_labels)
         frame = self.prepare_frame(prompt, messages, template, labels, length, max_new_tokens, latents)
-        denoiser = self.prepare_denoiser(frame, labels, guidance_scale, negative_prompt, logits_processor, num_samples)
+        self.check_blocks(frame, num_inference_steps)
+        denoiser = self.prepare_denoiser(
+            frame, labels, guidance_scale, negative_prompt, logits_processor, num_samples, use_cache
+        )
         frame = frame.repeated(num_samples)
         latents, frozen = self.prepare_latents(frame.known, latents, generator, self._execution_device)
         latents, num_model_calls = self.denoise(
@@ -313,6 +340,39 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         if self.tokenizer is None and (prompt is not None or isinstance(template, str | list)):
             raise ValueError(
                 "`prompt` or `template` is text, but this pipeline has no tokenizer: pass ids as `template`"
+            )
+
+    def check_blocks(self, frame: Frame, num_inference_steps: int) -> None:
+        """Raises `ValueError` if the attention goes by blocks, and the scheduler or what is known does not."""
+        size = self.config.denoiser.get("block_size")
+        if size is None:
+            return
+        frozen, is_padding = frame.known >= 0, frame.is_padding
+        has_free = torch.stack([(~block).any(1) for block in frozen.split(size, dim=1)], dim=1)  # (B, blocks)
+        known = torch.stack([block.any(1) for block in (frozen & ~is_padding).split(size, dim=1)], dim=1)
+        after_free = has_free.cumsum(1) - has_free.long() > 0
+        if (known & after_free).any():
+            raise ValueError(
+                "tokens are known in a block after one that is to be filled: this model's attention goes by blocks of "
+                f"{size}, and no block sees a later one"
+            )
+        if int(has_free.sum(1).max()) <= 1:
+            return
+        scheduler, name = self.scheduler, type(self.scheduler).__name__
+        if not scheduler.goes_by_blocks(size):
+            raise ValueError(
+                f"`scheduler` is a {name} with block_length {scheduler.config.get('block_length')}, but this model's attention "
+                f"goes by blocks of {size}: each has to be finished and final before the next one begins. Take one that does "
+                f"not revise tokens with a `block_length` that divides {size}, such as ConfidenceScheduler.from_config("
+                f"pipe.scheduler.config, block_length={size}), or fill no more than one block"
+            )
+        scheduler.set_timesteps(num_inference_steps)
+        parts = frozen.split(scheduler.config["block_length"], dim=1)
+        blocks = int(torch.stack([(~part).any(1) for part in parts]).sum(0).max())
+        if blocks > len(scheduler.timesteps):
+            raise ValueError(
+                f"`num_inference_steps` is {scheduler.num_inference_steps}, but {blocks} blocks of "
+                f"{scheduler.config['block_length']} are to be filled one after the other: at least a call each"
             )
 
     def check_template(self, template: Tensor) -> None:
@@ -391,6 +451,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         negative_prompt: str | list[str] | None,
         logits_processor: Callable[[Tensor, Tensor], Tensor] | None,
         num_samples: int = 1,
+        use_cache: bool = False,
     ) -> Denoiser:
         """The network with its conditions, one row for each sample: padding, classes, guidance, logits processors."""
         facts, ids = self.config.denoiser, None
@@ -417,7 +478,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             return tensor.repeat_interleave(num_samples, 0).to(self._execution_device)
 
         denoiser: Denoiser = GuidedDenoiser(
-            self.denoiser,
+            self.denoiser_of_a_run(use_cache and not is_guided),
             guidance_scale,
             {name: batch(value) for name, value in conditions.items()},
             {name: batch(value) for name, value in negative.items()},
@@ -453,8 +514,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         """
         if self.tokenizer is None:
             return None
-        own = self.config.get("eos_token_id")
-        ends = as_list(eos_token_id) if eos_token_id is not None else [] if own is None else as_list(own)
+        ends = end_ids(eos_token_id, self.config.get("eos_token_id"))
         texts = []
         for ids, begin, length in zip(sequences.tolist(), frame.prompt_ends, frame.lengths, strict=True):
             end = end_of_text(ids[: int(length)], int(begin), ends)

@@ -66,8 +66,15 @@ def special_ends(tokenizer: Any, frozen_token_ids: Sequence[int]) -> Ends:
 
 
 def prompt_rows(tokenizer: Any, prompt: str | list[str]) -> list[list[int]]:
-    """Ids of each text, without special tokens added."""
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in as_list(prompt)]
+    """Ids of each text, without special tokens added.
+
+    Raises:
+        ValueError: If these are not texts.
+    """
+    texts = as_list(prompt)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a prompt must be a text or a list of texts, at least one, got {prompt!r}")
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
 def chat_rows(tokenizer: Any, messages: list[Message] | list[list[Message]]) -> list[list[int]]:
@@ -213,6 +220,18 @@ def takes_argument(network: torch.nn.Module, name: str) -> bool:
 def end_of_text(ids: list[int], begin: int, eos_token_ids: Sequence[int]) -> int:
     """The place of the first end token from `begin` on, or the number of tokens."""
     return next((i for i in range(begin, len(ids)) if ids[i] in eos_token_ids), len(ids))
+
+
+def end_ids(asked: int | list[int] | None, own: int | list[int] | None) -> list[int]:
+    """The ids that end a text: those asked for, or else the model's own.
+
+    Raises:
+        ValueError: If these are not ids.
+    """
+    ids = asked if asked is not None else [] if own is None else own
+    if not all(isinstance(i, int) for i in as_list(ids)):
+        raise ValueError(f"`eos_token_id` is {ids!r}; it must be an id or a list of ids")
+    return as_list(ids)
 
 
 def as_list(value: Any) -> list:

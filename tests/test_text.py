@@ -129,6 +129,19 @@ def test_logits_of_a_padded_row_are_those_of_the_row(name: str, shift: int) -> N
     assert (hidden[1, :6, :MASK] - dense[1, :6, :MASK]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("arguments", [{}, {"guidance_scale": 2.0}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_unequal_prompts_where_attention_goes_by_blocks(arguments: dict, shift: int) -> None:
+    facts = {"attention": "block_causal", "block_size": 4, "shift": shift}
+    pipe = tiny_pipeline(greedy(4), model=transformer("qwen2"), denoiser=facts)
+    arguments = arguments | {"max_new_tokens": 9, "num_inference_steps": 6}
+    together = pipe(PROMPTS, **arguments)
+    assert together.num_model_calls == (12 if "guidance_scale" in arguments else 6)
+    for row, prompt in enumerate(PROMPTS):
+        alone = pipe(prompt, **arguments).sequences[0]
+        assert torch.equal(together.sequences[row, : len(alone)], alone)
+
+
 @torch.no_grad()
 def test_shadows_do_not_see_the_padding() -> None:
     pipe = text_pipeline("ddit", revealed_logits="shadow")
@@ -429,6 +442,10 @@ def test_what_the_unconditional_branch_sees() -> None:
             "`logits_processor` is a list; it must be a processor or",
         ),
         ({"guidance_scale": float("inf"), "prompt": "it"}, "`guidance_scale` is inf"),
+        ({"guidance_scale": "2", "prompt": "it"}, "`guidance_scale` is '2'; it must be a finite number"),
+        ({"prompt": []}, r"a prompt must be a text or a list of texts, at least one, got \[\]"),
+        ({"prompt": ["it", 3]}, "a prompt must be a text or a list of texts"),
+        ({"eos_token_id": "[PAD]"}, r"`eos_token_id` is '\[PAD\]'; it must be an id or a list of ids"),
     ],
 )
 def test_arguments_that_are_not_allowed(arguments: dict, message: str) -> None:

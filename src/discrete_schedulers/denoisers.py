@@ -12,6 +12,7 @@ the time input. Conversions, with K states and survival alpha (Lou et al. 2024; 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any, Literal, Protocol, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
+from discrete_schedulers.blocks import BlockCache, run_by_blocks
 from discrete_schedulers.processes import NoiseSchedule, UniformProcess, as_time, survival
 from discrete_schedulers.sampling import RowLogits
 
@@ -32,6 +34,7 @@ CHOICES = {
     "shift_first": ("keep", "copy"),
     "time_input": ("sigma", "t", "steps_left", None),
     "revealed_logits": ("none", "leave_one_out", "shadow"),
+    "attention": ("full", "block_causal"),
 }
 
 
@@ -93,6 +96,9 @@ class NetworkDenoiser:
             others (`"leave_one_out"`: a hollow network), or an estimate of that law by shadow masks (`"shadow"`, see
             `raw_with_shadows`),
             for networks that take `attention_mask`, bool (1, 1, K, K), and `position_ids` (1, K).
+        attention (`str`, defaults to `"full"`): `"block_causal"`: a position sees its own block and those before it, see
+            `blocks.py`. The network has to take `attention_mask`, bool (1, 1, W, K), and `position_ids` (1, W).
+        block_size (`int`, *optional*): Positions of a block, with `attention="block_causal"`.
         max_length (`int`, *optional*): Longest sequence the network takes.
         grid_shape (`tuple[int, int]`, *optional*): (height, width) where tokens form an image.
         codebook_size (`int`, *optional*): Number of ids that decode, for image models.
@@ -101,6 +107,8 @@ class NetworkDenoiser:
         num_steps (`int`, *optional*): Steps N of the run, for `time_input="steps_left"`.
         call_arguments (`dict`): Passed to the network in every call, the same for all rows of a batch. Conditions of a call
             with the same names take their place.
+        cache (`BlockCache`, *optional*): With `attention="block_causal"`: keeps keys and values between the calls of one run,
+            for networks that take `past_key_values` of transformers.
 
     Raises:
         ValueError: If a fact is not allowed, or the facts contradict each other.
@@ -120,12 +128,15 @@ class NetworkDenoiser:
     split_head: bool = False
     head: str | None = None
     revealed_logits: Literal["none", "leave_one_out", "shadow"] = "none"
+    attention: Literal["full", "block_causal"] = "full"
+    block_size: int | None = None
     max_length: int | None = None
     grid_shape: tuple[int, int] | None = None
     codebook_size: int | None = None
     grid_input: bool = False
     num_steps: int | None = None
     call_arguments: dict[str, Any] = field(default_factory=dict)
+    cache: BlockCache | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -152,6 +163,7 @@ class NetworkDenoiser:
         splits = self.split_head or self.head is not None
         if self.grid_input and (self.grid_shape is None or splits or self.revealed_logits != "none"):
             raise ValueError("`grid_input` needs `grid_shape`, and neither `split_head`, `head` nor `revealed_logits`")
+        self.check_attention()
         survives = survival(torch.tensor(1.0, dtype=torch.float64), self.noise_schedule) > 0
         if not survives and self.time_input == "sigma":
             raise ValueError(f"`time_input='sigma'` is infinite at t = 1 for `noise_schedule={self.noise_schedule!r}`")
@@ -164,6 +176,24 @@ class NetworkDenoiser:
             raise ValueError(
                 f"`suppress_token_ids` and `frozen_token_ids` must lie in [0, {self.vocab_size}), got {ids}"
             )
+
+    def check_attention(self) -> None:
+        """Raises `ValueError` if what is said of the attention contradicts itself or the rest."""
+        if self.attention == "full" and (self.block_size is not None or self.cache is not None):
+            name = "block_size" if self.block_size is not None else "cache"
+            raise ValueError(f"`{name}` is for `attention='block_causal'`, but `attention` is 'full'")
+        if self.attention == "full":
+            return
+        if not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ValueError(
+                f"`block_size` is {self.block_size!r}; `attention='block_causal'` needs a number of at least 1"
+            )
+        if self.revealed_logits == "shadow":
+            raise ValueError(
+                "`revealed_logits='shadow'` is for `attention='full'`: shadows stand behind the last block"
+            )
+        if self.cache is not None and self.time_conditioned:
+            raise ValueError("`cache` is for networks without time: keys and values of another time do not hold")
 
     @property
     def time_conditioned(self) -> bool:
@@ -203,9 +233,15 @@ class NetworkDenoiser:
         active = positions.any(1)
         if not active.any():
             return RowLogits(torch.empty(0, self.vocab_size, device=x_t.device), positions)
+        if self.cache is not None:
+            if self.process == "absorbing":  # a row that is done does not come back
+                active = active | self.is_masked(x_t).any(1)
+            self.cache.follow(active)
         some = {name: rows_of(value, active) for name, value in conditions.items()}
         t_some = t[active] if isinstance(t, Tensor) and t.dim() == 1 else t
         x_some, wanted = x_t[active], positions[active]
+        if self.attention == "block_causal":
+            return RowLogits(self.block_logits(raw, x_some, t_some, wanted, **some), positions)
         if self.can_split(x_some, wanted):
             return RowLogits(self.restrict(self.raw_rows(raw, x_some, t_some, wanted, **some)), positions)
         dense = self.clean_logits(raw(x_some, t_some, wanted, **some), x_some, t_some)
@@ -214,6 +250,30 @@ class NetworkDenoiser:
     def calls_at(self, t: Tensor | float) -> int:
         """Calls of the network in one call at time t."""
         return 1
+
+    def block_logits(
+        self, raw: Callable[..., Tensor], x_t: Tensor, t: Tensor | float, wanted: Tensor, **conditions: Any
+    ) -> Tensor:
+        """Logits (R, V) at the `wanted` positions, bool (B, L), of a network whose attention goes by blocks."""
+        self.check(x_t)
+        columns = wanted.any(0).nonzero()
+        first, last = int(columns[0]), int(columns[-1]) + 1
+        if self.split_head and self.shift == 0 and self.process == "absorbing":
+            return self.restrict(raw(x_t, t, wanted, window=(first, last), positions=wanted, **conditions))
+        begin = max(first - self.shift, 0)  # the logits of a position may stand in the block before
+        output = raw(x_t, t, wanted, window=(begin, last), **conditions)
+        logits = self.clean_logits(output, x_t[:, begin:last], t)[:, first - begin :]
+        return logits[wanted[:, first:last]]
+
+    def raw_by_blocks(self, x_t: Tensor, t: Tensor | float, first: int, last: int, **conditions: Any) -> Tensor:
+        """The network's output from the position `first` to `last` - 1, see `run_by_blocks`."""
+        assert self.block_size is not None
+        times = self.time_arguments(x_t, t)
+
+        def network(ids: Tensor, **arguments: Any) -> Tensor:
+            return logits_of(self.model(ids, *times, **(self.call_arguments | arguments)))
+
+        return run_by_blocks(network, x_t, first, last, self.block_size, conditions, self.cache)
 
     def log_p_0(self, x_t: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
         """Normalised log p(x_0 | x_t), shape (B, L, V), float32 or wider; a token that is not masked predicts itself."""
@@ -245,13 +305,16 @@ class NetworkDenoiser:
             x_t (`torch.Tensor` of shape `(B, L)`): Tokens now, int64.
             t (`float` or `torch.Tensor` of shape `(B,)`): Time in (0, 1].
             asked (`torch.Tensor` of shape `(B, L)`, *optional*): Bool; the positions whose output will be read. `None`: all.
-            **conditions: Passed to the network.
+            **conditions: Passed to the network. With attention by blocks `window` is not: the first position that is asked
+                for and one after the last; the output is that of these positions.
         """
         self.check(x_t)
         if self.revealed_logits == "shadow":
             revealed = ~self.is_masked(x_t) if asked is None else asked & ~self.is_masked(x_t)
             if revealed.any():
                 return self.raw_with_shadows(x_t, t, revealed, **conditions)
+        if self.attention == "block_causal":
+            return self.raw_by_blocks(x_t, t, *conditions.pop("window", (0, x_t.shape[1])), **conditions)
         time, told = self.time_arguments(x_t, t), self.call_arguments | conditions
         if self.grid_input:
             assert self.grid_shape is not None
@@ -462,15 +525,16 @@ class GuidedDenoiser:
     negative_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.guidance_scale) and not math.isfinite(self.guidance_scale):
-            raise ValueError(
-                f"`guidance_scale` is {self.guidance_scale}; it must be a finite number, or a function of t"
-            )
+        scale = self.guidance_scale
+        if not callable(scale) and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+            raise ValueError(f"`guidance_scale` is {scale!r}; it must be a finite number, or a function of t")
         is_guided = callable(self.guidance_scale) or self.guidance_scale != 1
         if is_guided and not self.negative_conditions and self.negative_ids is None:
             raise ValueError(
                 "guidance needs an unconditional branch that differs: pass `negative_conditions` or `negative_ids`"
             )
+        if is_guided and self.denoiser.cache is not None:
+            raise ValueError("`denoiser` has a cache, which is for one branch: guidance goes without")
         ids = self.negative_ids
         if ids is None:
             return

@@ -7,6 +7,11 @@ How many are due in a step is share * masks, with share = (alpha_s - alpha_t) / 
 its base count and one more in the first steps) or down (Dream). The last step opens all that is left. These samplers do
 not draw from the model's joint law, whatever the number of steps: which position opens depends on its token.
 
+A call opens masks of one block only, so that every token is drawn with all blocks before it finished (a network whose
+attention goes by blocks knows nothing else). What is due is spread evenly over the calls that the block takes at this
+pace: with masks everywhere, and a multiple of the blocks for steps, these are LLaDA's counts. A block is opened whole
+where as many blocks as calls are left; only where there are fewer calls than blocks a call opens several.
+
 Sources: Nie et al. 2025 (LLaDA), Ye et al. 2025 (Dream); blocks: Arriola et al. 2025 (BD3-LM) and LLaDA.
 """
 
@@ -35,11 +40,43 @@ Rounding: TypeAlias = Literal["up", "down"]
 Measure: TypeAlias = Literal["token_probability", "max_probability", "margin", "entropy", "law"]
 
 
-def due_counts(is_masked: Tensor, share: float, rounding: Rounding) -> Tensor:
-    """A share of the masks (B, L) of each row as a whole number, int64 (B,)."""
+def due_counts(is_masked: Tensor, share: float, rounding: Rounding, current: Tensor | None = None) -> Tensor:
+    """A share of the masks (B, L) of each row as a whole number, int64 (B,).
+
+    With `current`, bool (B, L), the masks of the current block: these are shared out evenly over the calls that they take at
+    this pace.
+    """
     expected = is_masked.sum(1, dtype=torch.float64) * share
     # 1e-9: what is a whole number but for rounding in float64 is meant to be one
+    if current is not None:
+        masks = current.sum(1, dtype=torch.float64)
+        expected = masks / (masks / expected.clamp(min=1e-300) - 1e-9).ceil().clamp(min=1)
     return ((expected - 1e-9).ceil() if rounding == "up" else (expected + 1e-9).floor()).long()
+
+
+def open_blocks(is_masked: Tensor, block_length: int | None, calls_left: int) -> tuple[Tensor, Tensor]:
+    """Where masks may open in a call that goes by blocks from left to right.
+
+    Args:
+        is_masked (`torch.Tensor` of shape `(B, L)`): Bool.
+        block_length (`int`, *optional*): Positions of a block; `None`: one block.
+        calls_left (`int`): Calls of the run, this one included.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: The masks of the leftmost block that has any, bool (B, L), or of more blocks where
+            there are more blocks than calls; and the rows that have no call to spare, bool (B,): there they all open.
+    """
+    length = is_masked.shape[1]
+    width = block_length or max(length, 1)
+    block = torch.arange(length, device=is_masked.device) // width
+    masks = is_masked.new_zeros(len(is_masked), -(-length // width), dtype=torch.int64)
+    masks = masks.index_add(1, block, is_masked.long())  # (B, blocks)
+    blocks_left = (masks > 0).sum(1)  # (B,)
+    number = (masks > 0).cumsum(1)[
+        :, block
+    ]  # (B, L), of each position's block among those with masks: 1 is the leftmost
+    now = (blocks_left + calls_left - 1) // calls_left
+    return is_masked & (number <= now[:, None]), blocks_left >= calls_left
 
 
 def check_block_length(block_length: int | None) -> None:
@@ -162,33 +199,23 @@ class OrderScheduler(DiscreteScheduler):
 
     def due(self, sample: Tensor, index: int) -> Tensor:
         """How many masks of each row are to open, int64 (B,): by the time grid, where a class has no counts of its own."""
+        is_masked = sample == self.config.mask_token_id
         share = float(self.absorbing_process.unmask_probability(self.times[index], self.times[index + 1]))
-        return due_counts(sample == self.config.mask_token_id, share, self.config.rounding)
+        current = None if self.config.get("block_length") is None else self.eligible(sample, index)
+        return due_counts(is_masked, share, self.config.rounding, current)
 
     def eligible(self, sample: Tensor, index: int) -> Tensor:
-        """Masks that may open now, bool (B, L): all of them, or those of the leftmost blocks that hold the number due."""
-        is_masked = sample == self.config.mask_token_id
-        if self.config.get("block_length") is None or index == len(self.calls) - 1:
-            return is_masked
-        before = self.masks_in_blocks_before(is_masked)
-        return is_masked & (before < self.due(sample, index).clamp(min=1)[:, None])
+        """Masks that may open now, bool (B, L): all of them, or those of the leftmost block that has any."""
+        return self.blocks_now(sample, index)[0]
 
-    def masks_in_blocks_before(self, is_masked: Tensor) -> Tensor:
-        """For each position the masks of its row that stand in earlier blocks, int64 (B, L)."""
-        up_to = torch.nn.functional.pad(is_masked.cumsum(1), (1, 0))  # (B, L + 1), masks before each place
-        place = torch.arange(is_masked.shape[1], device=is_masked.device)
-        return up_to[:, place - place % self.config.block_length]
+    def blocks_now(self, sample: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Eligible masks (B, L), and rows (B,) in which they all open: see `open_blocks`. In the last call all do."""
+        is_masked = sample == self.config.mask_token_id
+        return open_blocks(is_masked, self.config.get("block_length"), len(self.calls) - index)
 
     def take(self, score: Tensor, count: Tensor, is_eligible: Tensor) -> Tensor:
-        """The `count` (B,) best eligible positions of each row by score (B, L), earlier blocks first, bool (B, L)."""
-        count = torch.minimum(count, is_eligible.sum(1))
-        if self.config.get("block_length") is not None:
-            length = score.shape[1]
-            ranked = score.masked_fill(~is_eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
-            rank = ranked.argsort(1)
-            block = torch.arange(length, device=score.device) // self.config.block_length
-            score = -(block * length + rank).double()
-        return top_subset(is_eligible, count, score)
+        """The `count` (B,) best eligible positions of each row by score (B, L), bool (B, L); all where these are fewer."""
+        return top_subset(is_eligible, torch.minimum(count, is_eligible.sum(1)), score)
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor:
         """The positions to choose from, see [`DiscreteScheduler.positions`]."""
@@ -200,14 +227,15 @@ class OrderScheduler(DiscreteScheduler):
         Raises:
             ValueError: If the rows are not those that `positions` names.
         """
-        is_eligible = self.eligible(sample, index)
+        is_eligible, opens_all = self.blocks_now(sample, index)
         if not torch.equal(rows.positions, is_eligible):
             raise ValueError("`model_output.positions` are not those that `positions` named for this step and sample")
         prediction = self.predict(rows, () if index == len(self.calls) - 1 else self.reads(), generator)
         filled = rows.put(prediction.tokens, sample)
         if index == len(self.calls) - 1:
             return filled
-        return torch.where(self.choose(prediction, index, sample, generator), filled, sample)
+        chosen = self.choose(prediction, index, sample, generator)
+        return torch.where(chosen | opens_all[:, None], filled, sample)  # the same as before where nothing is eligible
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """As `move_rows`, see [`DiscreteScheduler.move_all`]."""

@@ -362,6 +362,12 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             raise ValueError(f"{type(self).__name__} has the uniform process: there are no masks to open")
         return self.noise_process
 
+    def goes_by_blocks(self, block_size: int) -> bool:
+        """Whether blocks of this size are filled from left to right, each after all before it are finished and final: what a
+        network needs whose attention goes by blocks. Holds for runs with at least as many calls as blocks of `block_length`."""
+        block_length = self.config.get("block_length")
+        return block_length is not None and block_size % block_length == 0 and not self.revises_tokens
+
     # The step
 
     def model_inputs(
