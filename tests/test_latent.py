@@ -189,4 +189,4 @@ def test_di4c_on_a_network() -> None:
         optimizer.zero_grad()
         total_loss(losses, t, 1.5 / 8, 1.0).mean().backward()
         optimizer.step()
-    assert one_call_kl() < 0.3  # 0.24; a product of positions cannot be below 1.0976
+    assert one_call_kl() < 0.5  # 0.24 and 0.32 from two starts; a product of positions cannot be below 1.0976
