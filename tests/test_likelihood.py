@@ -14,7 +14,7 @@ from laws import Joint, all_states, chi_square_z, exact_denoiser, random_denoise
 from tiny import MASK, tiny_pipeline
 from torch import Tensor
 
-from discrete_schedulers import LikelihoodEstimate, conditional_nll, log_likelihood_ratio, nll
+from discrete_schedulers import LikelihoodEstimate, RowLogits, conditional_nll, log_likelihood_ratio, nll
 from discrete_schedulers.likelihood import ESTIMATORS, count_law, draw_masks, hidden_nats
 from discrete_schedulers.processes import AbsorbingProcess
 
@@ -108,7 +108,7 @@ def test_mean_of_any_denoiser_is_the_mean_over_orders(estimator: str) -> None:
 
     def restricted(x_t: Tensor, t: float, positions: Tensor) -> Any:
         rows = denoiser(x_t, t, positions)
-        return rows._replace(logits=rows.logits.index_fill(-1, torch.tensor([TOKENS]), -math.inf))
+        return RowLogits(rows.logits.index_fill(-1, torch.tensor([TOKENS]), -math.inf), rows.positions)
 
     bound = means(restricted, JOINT.states, estimator)
     sets = {tuple(row): number for number, row in enumerate(all_sets(LENGTH).tolist())}
@@ -406,7 +406,7 @@ def test_ratio_refuses_rows_of_other_shapes() -> None:
 def test_a_network_without_a_law_is_refused(bad: float, message: str) -> None:
     def denoiser(x_t: Tensor, t: Tensor, positions: Tensor) -> Any:
         rows = exact(JOINT)(x_t, t, positions)
-        return rows._replace(logits=rows.logits.index_fill(-1, torch.tensor([0]), bad))
+        return RowLogits(rows.logits.index_fill(-1, torch.tensor([0]), bad), rows.positions)
 
     with pytest.raises(ValueError, match=message):
         nll(denoiser, JOINT.states[:2], TOKENS)
