@@ -14,7 +14,7 @@ from laws import Joint, all_states, chi_square_z, exact_denoiser, random_denoise
 from tiny import MASK, tiny_pipeline
 from torch import Tensor
 
-from discrete_schedulers import LikelihoodEstimate, conditional_nll, log_likelihood_ratio, nll
+from discrete_schedulers import LikelihoodEstimate, RowLogits, conditional_nll, log_likelihood_ratio, nll
 from discrete_schedulers.likelihood import ESTIMATORS, count_law, draw_masks, hidden_nats
 from discrete_schedulers.processes import AbsorbingProcess
 from discrete_schedulers.sampling import RowLogits
