@@ -1,4 +1,4 @@
-"""Molecules: RDKit's metrics by hand, the SMILES tokenizer and corpus, their training in miniature."""
+"""Molecules: RDKit's metrics by hand, the SMILES tokenizer and corpus, their training in miniature, the bundled model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
-from discrete_schedulers import DiscreteDiffusionPipeline
+from discrete_schedulers import ConfidenceScheduler, DiscreteDiffusionPipeline
 from discrete_schedulers.molecules import (
     canonical_smiles,
     internal_diversity,
@@ -24,6 +25,9 @@ from discrete_schedulers.molecules import (
     validity,
 )
 from discrete_schedulers.training import prepare_molecules, pretrain
+
+ROOT = Path(__file__).parents[1]
+BUNDLED = ROOT / "src" / "discrete_schedulers" / "assets" / "tiny-molecule"
 
 
 @pytest.fixture
@@ -148,6 +152,18 @@ def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         prepare_molecules.main(["--output_dir", str(out)])
 
 
+def test_bundled_corpus() -> None:
+    splits = {
+        name: pretrain.read_split(None, name, "tiny-molecule").splitlines() for name in ("train", "validation", "test")
+    }
+    assert {name: len(lines) for name, lines in splits.items()} == {"train": 240_879, "validation": 2500, "test": 2500}
+    lines = [line for split in splits.values() for line in split]
+    assert len(set(lines)) == len(lines)  # disjoint, and nothing twice
+    lengths = [len(prepare_molecules.smiles_tokens(line)) for line in lines[::50]]
+    assert max(lengths) == 30
+    assert min(lengths) > 10
+
+
 # The training in miniature
 
 
@@ -178,3 +194,79 @@ def test_training(tmp_path: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     texts = pipe(num_samples=40, num_inference_steps=9, generator=torch.Generator().manual_seed(0)).texts
     assert sum(text.endswith("C(C)CCl") for text in texts) > 20
+
+
+# The bundled model
+
+
+def test_bundled_files() -> None:
+    paths = [path for path in BUNDLED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in paths) <= 4_000_000
+    assert {"README.md", "pretrain_metrics.json", "LICENSE"} <= {path.name for path in paths}
+    card, metrics = ModelCard.load(BUNDLED / "README.md"), json.loads((BUNDLED / "pretrain_metrics.json").read_text())
+    assert card.data.license == "mit"
+    assert f"{metrics['validation_nats_per_token']:.3f} nats per token" in card.text
+    for temperature, numbers in metrics["judged"].items():
+        assert f"| {temperature} | {numbers['validity']:.3f} |" in card.text
+    weights = load_file(BUNDLED / "model" / "diffusion_pytorch_model.safetensors")
+    assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.fixture(scope="module")
+def bundled() -> DiscreteDiffusionPipeline:
+    pipe = DiscreteDiffusionPipeline.from_pretrained("discrete-schedulers/tiny-molecule")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_bundled_tokenizer(bundled: DiscreteDiffusionPipeline) -> None:
+    lines = pretrain.read_split(None, "validation", "tiny-molecule").splitlines()[:300]
+    rows = bundled.tokenizer(lines, padding="max_length", max_length=30, return_tensors="pt")["input_ids"]
+    assert torch.equal(rows, pretrain.molecule_rows(bundled.tokenizer, "\n".join(lines), 30))
+    assert bundled.decode(rows, "text") == lines
+    again = pretrain.smiles_tokenizer(pretrain.read_split(None, "train", "tiny-molecule"))
+    assert again.get_vocab() == bundled.tokenizer.get_vocab()
+    assert bundled.tokenizer.mask_token_id == bundled.scheduler.config.mask_token_id == len(again) - 1
+
+
+def test_bundled_model_has_the_quality_it_claims(bundled: DiscreteDiffusionPipeline) -> None:
+    """Its any-order bound on held-out molecules with masks of their own, against pretrain_metrics.json."""
+    metrics = json.loads((BUNDLED / "pretrain_metrics.json").read_text())
+    lines = pretrain.read_split(None, "validation", "tiny-molecule").splitlines()[:500]
+    rows = pretrain.molecule_rows(bundled.tokenizer, "\n".join(lines), 30)
+    generator = torch.Generator().manual_seed(1)
+    opened = torch.randint(30, (len(rows), 1), generator=generator)
+    is_masked = torch.rand(rows.shape, generator=generator).argsort(1).argsort(1) >= opened
+    with torch.no_grad():
+        mask = bundled.scheduler.config.mask_token_id
+        found = bundled.denoiser(rows.masked_fill(is_masked, mask), 0.5, positions=is_masked)
+    loss = -found.logits.double().log_softmax(-1).gather(1, rows[is_masked][:, None])[:, 0]
+    sums = torch.zeros(rows.shape, dtype=torch.float64).masked_scatter(is_masked, loss).sum(1)
+    nats = sums / is_masked.sum(1)
+    error = float(nats.std()) / math.sqrt(len(nats))
+    assert abs(float(nats.mean()) - metrics["validation_nats_per_token"]) < 4.5 * error
+    assert error < 0.05
+    assert metrics["parameters"] == sum(p.numel() for p in bundled.model.parameters())
+    curve = bundled.scheduler.config.information_curve
+    assert sum(curve) / len(curve) == pytest.approx(metrics["validation_nats_per_token"], abs=0.1)
+
+
+@pytest.mark.usefixtures("rdkit")
+def test_bundled_model_writes_molecules(bundled: DiscreteDiffusionPipeline) -> None:
+    """One token a step: as often as it claims, up to 4.5 standard errors; and a scaffold stays where it is put."""
+    claimed = json.loads((BUNDLED / "pretrain_metrics.json").read_text())["judged"]["1.0"]["validity"]
+    samples = 60
+    texts = bundled(num_samples=samples, num_inference_steps=30, generator=torch.Generator().manual_seed(7)).texts
+    assert validity(texts) > 0
+    assert abs(validity(texts) - claimed) < 4.5 * math.sqrt(claimed * (1 - claimed) / samples)
+    pipe = DiscreteDiffusionPipeline(
+        bundled.model, ConfidenceScheduler.from_config(bundled.scheduler.config), bundled.tokenizer
+    )
+    pipe.set_progress_bar_config(disable=True)
+    mask = pipe.tokenizer.mask_token
+    template = "COc1ccc(CNC(=O)" + mask * 15
+    texts = pipe(
+        template=template, num_samples=30, num_inference_steps=15, generator=torch.Generator().manual_seed(0)
+    ).texts
+    assert all(text.startswith("COc1ccc(CNC(=O)") for text in texts)
+    assert validity(texts) > 0.2

@@ -81,7 +81,8 @@ tags: [discrete-diffusion, masked-diffusion, molecules, smiles]
 
 A masked diffusion model of drug-like molecules, small enough for tests, examples and measurements on a CPU.
 
-- **Network**: DDiT without time input, {num_blocks} blocks of width {hidden_size}, {parameters:,} parameters, half precision.
+- **Network**: DDiT with learned positions and without time input, {num_blocks} blocks of width {hidden_size}, {parameters:,}
+  parameters, half precision.
 - **Tokens**: atoms, bonds, brackets and ring numbers of SMILES; {vocab_size} ids, the last two the end and the mask token.
   A molecule has at most {sequence_length} tokens; shorter ones are filled up with the end token, which the model writes itself.
 - **Data**: `corpus/`, the molecules of MOSES (Polykovskiy et al. 2020, MIT licence; a filtered part of ZINC) with at most
@@ -120,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_blocks", type=int, default=5)
     parser.add_argument("--num_heads", type=int, default=4)
     parser.add_argument("--max_train_steps", type=int, default=24_000)
-    parser.add_argument("--num_eval_samples", type=int, default=1000, help="Molecules that the card judges.")
+    parser.add_argument("--num_eval_samples", type=int, default=400, help="Molecules that the card judges.")
     add_fit_arguments(parser)
     args = check_fit_arguments(parser, parser.parse_args(argv))
     if args.num_eval_samples < 1:
@@ -498,9 +499,10 @@ def molecule_card(pipe: DiscreteDiffusionPipeline, args: argparse.Namespace, res
         samples = samples_at(pipe, temperature, args.num_eval_samples, JUDGED_STEPS)
         judged[str(temperature)] = numbers = molecule_metrics(samples, known)
         lines.append(f"| {temperature} | " + " | ".join(f"{value:.3f}" for value in numbers.values()) + " |")
-        quoted += [f"Temperature {temperature}:", *(f"    {sample}" for sample in samples[:6])]
-    found = {"quality": "\n".join(lines), "samples": "\n".join(quoted), "rdkit": version("rdkit")}
-    return MOLECULE_CARD.format(**vars(args), **results, **found, judged_steps=JUDGED_STEPS)
+        quoted += [f"Temperature {temperature}:", "", *(f"    {sample}" for sample in samples[:6]), ""]
+    found = {"quality": "\n".join(lines), "samples": "\n".join(quoted[:-1])}
+    found |= {"judged_steps": str(JUDGED_STEPS), "rdkit": version("rdkit")}
+    return MOLECULE_CARD.format(**vars(args), **results, **found)
 
 
 if __name__ == "__main__":
