@@ -17,7 +17,6 @@ from torch import Tensor
 from discrete_schedulers import LikelihoodEstimate, RowLogits, conditional_nll, log_likelihood_ratio, nll
 from discrete_schedulers.likelihood import ESTIMATORS, count_law, draw_masks, hidden_nats
 from discrete_schedulers.processes import AbsorbingProcess
-from discrete_schedulers.sampling import RowLogits
 
 TOKENS, LENGTH = 3, 4
 JOINT = random_joint(TOKENS, LENGTH, seed=0)
