@@ -140,6 +140,7 @@ def test_published_size() -> None:
     assert sum(torch.tensor(layer).numel() for layer in floats.values()) == 2112
 
 
+@pytest.mark.slow
 def test_fewer_calls_to_nearly_the_same_tokens() -> None:
     """A ring of 8 with prompts of 2 tokens. One-by-one decoding makes 6 calls; the filter keeps nearly all of its tokens at
     fewer than 2, and more of them than any constant threshold on the confidence itself that is as fast. (Not everywhere: on

@@ -156,6 +156,7 @@ def test_what_is_refused() -> None:
 # The marginal objective without gradients
 
 
+@pytest.mark.slow
 def test_evolution_on_the_marginal_objective() -> None:
     """Samples alone: CMA-ES on one judge, the choice by another, below half of the uniform grid's KL."""
     toy, first = Toy("random", 4), start_of("grid+temp", 2, 4)
