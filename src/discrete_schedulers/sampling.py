@@ -35,7 +35,7 @@ RowFunction: TypeAlias = Callable[
 
 BLOCK = 128  # neighbouring weights that are summed as they are, before float64 takes over
 CPU_CHUNK = 2**19  # numbers that are worked on at once: 2 MB of float32 stay in the cache
-DEVICE_CHUNK = 2**25  # on other devices, where starting a kernel costs more than its memory
+DEVICE_CHUNK = 2**23  # 34 MB on other devices, where each chunk costs the start of its kernels
 
 
 class RowLogits:
