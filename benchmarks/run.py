@@ -1,7 +1,7 @@
 """All reported numbers, in one command:
 
     python benchmarks/run.py                  # everything, about 40 minutes on two cores; a killed run goes on
-    python benchmarks/run.py joints table     # parts: joints, tiny-text, antiberty, table
+    python benchmarks/run.py joints table     # parts: joints, tiny-text, antiberty, molecules, table
     python benchmarks/run.py --quick          # tiny settings, to see that it runs; results in runs/benchmarks-quick
 
 Each part writes benchmarks/results/<part>.json; `table` writes the README's tables from these files. A part that is complete,
@@ -16,12 +16,18 @@ from pathlib import Path
 
 import part_antiberty
 import part_joints
+import part_molecules
 import part_tiny_text
 from store import write
 from tables import TABLES, put_into
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {"joints": part_joints.run, "tiny-text": part_tiny_text.run, "antiberty": part_antiberty.run}
+PARTS = {
+    "joints": part_joints.run,
+    "tiny-text": part_tiny_text.run,
+    "antiberty": part_antiberty.run,
+    "molecules": part_molecules.run,
+}
 
 
 def write_tables(folder: Path, readme: Path) -> None:

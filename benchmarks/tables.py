@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import part_molecules
 from samplers import SAMPLERS
 from store import summary
 
@@ -191,7 +192,12 @@ def antiberty(content: dict[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"joints": joints, "tiny-text": tiny_text, "antiberty": antiberty}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "joints": joints,
+    "tiny-text": tiny_text,
+    "antiberty": antiberty,
+    "molecules": part_molecules.table,
+}
 
 
 def put_into(text: str, part: str, table: str) -> str:
