@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--num_samples", type=int, default=60, help="Molecules for each seed.")
     parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), default=list(SAMPLERS), metavar="NAME")
     args = parser.parse_args(argv)
+    canonical_smiles("C")  # says at once if RDKit is not there
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     pipe = ds.DiscreteDiffusionPipeline.from_pretrained(f"discrete-schedulers/{MODEL}")
