@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import part_molecules
 from part_tiny_image import SAMPLERS as IMAGE_SAMPLERS
 from samplers import SAMPLERS
 from store import summary
@@ -275,6 +276,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "steps": steps,
     "tiny-image": tiny_image,
     "costs": costs,
+    "molecules": part_molecules.table,
 }
 
 

@@ -5,6 +5,7 @@ The numbers in the README are those of benchmarks/results/*.json, which were mad
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -56,6 +57,11 @@ class TestResults:
         assert tables.taken_from((ROOT / "README.md").read_text(), part) == tables.TABLES[part](
             json.loads(path.read_text())
         )
+
+    def test_molecules_are_those_of_the_bundled_weights(self):
+        content = json.loads((ROOT / "benchmarks" / "results" / "molecules.json").read_text())
+        weights = ROOT / "src/discrete_schedulers/assets/tiny-molecule/model/diffusion_pytorch_model.safetensors"
+        assert content["settings"]["weights"] == hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
 
     def test_results_are_those_of_the_bundled_weights(self):
         path = ROOT / "benchmarks" / "results" / "tiny-text.json"

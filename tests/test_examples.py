@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from datasets import Dataset
 from PIL import Image
 from test_image_pipeline import pipeline
@@ -33,7 +34,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    known = {"compare_schedulers", "demo", "generate", "image_grid", "sample", "train_from_energy"}
+    known = {"compare_schedulers", "demo", "generate", "image_grid", "molecules", "sample", "train_from_energy"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == known
 
 
@@ -200,3 +201,46 @@ def test_generate_with_two_processes_that_are_killed(whole: list[dict], tmp_path
     assert len([line for line in lines if "samples-" in line]) == 6 - made
     if made <= 4:
         assert {line.split(":")[0] for line in lines if "samples-" in line} == {"process 0", "process 1"}
+
+
+@pytest.mark.slow
+def test_molecules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sampler at one budget; a picture; and a second run reads what the first has written."""
+    pytest.importorskip("rdkit", reason="the extra `molecules` is not installed")
+    example = load("molecules")
+    read = example.read_split
+    monkeypatch.setattr(example, "read_split", lambda name: read(name)[::100])  # all of them take half a minute
+    arguments = ["--output_dir", str(tmp_path), "--steps", "4", "--seeds", "2", "--num_samples", "12"]
+    results = example.main(arguments)
+    assert set(results["rows"]) == set(example.SAMPLERS)
+    for name, row in results["rows"].items():
+        numbers = row["4"]
+        assert set(numbers) == set(example.METRICS)
+        assert max(numbers["calls"]) <= 4, name
+        assert all(0 <= value <= 1 for value in numbers["validity"] + numbers["new"])
+        assert all(10 < value <= 30 for value in numbers["tokens"])
+    assert results["data"]["validity"] == [1, 1]
+    assert results["data"]["uniqueness"] == [1, 1]
+    table = (tmp_path / "molecules.md").read_text()
+    assert all(table.count(f"| {name} |") == 2 for name in example.SAMPLERS)
+    assert (tmp_path / "molecules.png").read_bytes().startswith(b"\x89PNG")
+    results["rows"]["confidence"]["4"]["validity"] = [0.125, 0.25]
+    (tmp_path / "molecules.json").write_text(json.dumps(results))
+    assert example.main(arguments)["rows"] == results["rows"]
+
+
+def test_molecules_counts() -> None:
+    """Of 5 strings 3 are molecules, 2 of them different, one of these known."""
+    pytest.importorskip("rdkit", reason="the extra `molecules` is not installed")
+    example = load("molecules")
+    tokens = torch.tensor([[1, 1, 9], [1, 9, 9]])
+    row = example.judge(["CO", "OC", "CN", "C1", "("], tokens, 9, 4, ["NC"])
+    assert row["validity"] == 3 / 5
+    assert row["uniqueness"] == pytest.approx(2 / 3)
+    assert row["novelty"] == 1 / 2
+    assert row["new"] == pytest.approx(1 / 5)
+    assert row["tokens"] == 1.5
+    nothing = example.judge(["C1", "("], tokens, 9, 4, ["NC"])
+    assert nothing["validity"] == nothing["new"] == 0
+    assert nothing["uniqueness"] is nothing["novelty"] is nothing["internal_diversity"] is None
+    assert example.cell({"validity": [0.5, 0.7], "novelty": [None, 0.3]}, "validity", "novelty") == "0.60 ± 0.10 / –"
