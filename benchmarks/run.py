@@ -1,7 +1,7 @@
 """All reported numbers, in one command:
 
     python benchmarks/run.py                  # everything, about 40 minutes on two cores; a killed run goes on
-    python benchmarks/run.py joints table     # parts: joints, tiny-text, antiberty, steps, table
+    python benchmarks/run.py joints table     # parts: joints, tiny-text, tiny-image, antiberty, steps, table
     python benchmarks/run.py --quick          # tiny settings, to see that it runs; results in runs/benchmarks-quick
 
 Each part writes benchmarks/results/<part>.json; `table` writes the README's tables from these files. A part that is complete,
@@ -17,6 +17,7 @@ from pathlib import Path
 import part_antiberty
 import part_joints
 import part_steps
+import part_tiny_image
 import part_tiny_text
 from store import write
 from tables import TABLES, put_into
@@ -27,7 +28,9 @@ PARTS = {
     "tiny-text": part_tiny_text.run,
     "antiberty": part_antiberty.run,
     "steps": part_steps.run,
+    "tiny-image": part_tiny_image.run,
 }
+CARD = ROOT / "src" / "discrete_schedulers" / "assets" / "tiny-image" / "README.md"  # has the part's table too
 
 
 def write_tables(folder: Path, readme: Path) -> None:
@@ -39,6 +42,13 @@ def write_tables(folder: Path, readme: Path) -> None:
             text = put_into(text, part, table(json.loads(path.read_text())))
             print(f"table: {part}")
     write(readme, text)
+
+
+def write_card(folder: Path, card: Path) -> None:
+    """Put the table of tiny-image into the card of the model."""
+    path = folder / "tiny-image.json"
+    if path.is_file() and card.is_file():
+        write(card, put_into(card.read_text(), "tiny-image", TABLES["tiny-image"](json.loads(path.read_text()))))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,6 +72,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.quick and args.readme is None:
             write(readme, "".join(f"<!-- results:{part} -->\n<!-- /results:{part} -->\n" for part in TABLES))
         write_tables(folder, readme)
+        if readme == ROOT / "README.md":
+            write_card(folder, CARD)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from part_tiny_image import SAMPLERS as IMAGE_SAMPLERS
 from samplers import SAMPLERS
 from store import summary
 
@@ -222,11 +223,36 @@ def steps(content: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def tiny_image(content: dict[str, Any]) -> str:
+    """Accuracy of the classifier on samples, and the distances of their features and pixels from those of the data."""
+    settings, reference = content["settings"], content["reference"]
+    columns = [str(n) for n in settings["budgets"]]
+    heldout = content["classifier"]["heldout_accuracy"]
+
+    def table(metric: str, digits: int) -> str:
+        lines = [["held-out images", *[cell(reference[metric], digits)] * len(columns)]]
+        for name, sampler in IMAGE_SAMPLERS.items():
+            lines.append([sampler.label, *[cell(content["rows"][name][n][metric], digits) for n in columns]])
+        return grid(["steps", *columns], lines)
+
+    size = f"{settings['samples']} samples a seed, {seeds_of(content)}"
+    return "\n\n".join(
+        [
+            f"**Accuracy of a classifier on samples of a class** ({size}); on all held-out images it has {heldout:.3f}.",
+            table("accuracy", 3),
+            "**Frechet distance** of the classifier's features to those of the training images, the samples of all seeds.",
+            table("frechet", 2),
+            folded("Distance to the nearest training image, in pixels", [table("nearest", 2)]),
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "joints": joints,
     "tiny-text": tiny_text,
     "antiberty": antiberty,
     "steps": steps,
+    "tiny-image": tiny_image,
 }
 
 

@@ -84,6 +84,19 @@ def network_facts(model: torch.nn.Module, scheduler: DiscreteScheduler) -> dict[
     return facts
 
 
+def one_device(name: str, device_map: Any) -> torch.device | str:
+    """Where the weights of a repository go that is not one of our own; the CPU where nobody says.
+
+    Raises:
+        ValueError: If `device_map` is not one device.
+    """
+    if device_map in ("auto", "balanced", "sequential") or isinstance(device_map, dict):
+        raise ValueError(
+            f"`device_map` is {device_map!r}; for {name!r}, which is not of this pipeline, name one device"
+        )
+    return "cpu" if device_map is None else device_map
+
+
 class DiscretePipeline(DiffusionPipeline):
     """Abstract: the components `model` and `scheduler`, the config `denoiser` (facts about the network), and the loop."""
 

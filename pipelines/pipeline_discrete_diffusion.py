@@ -65,6 +65,9 @@ def default_scheduler(facts: dict[str, Any]) -> DiscreteScheduler:
     return ConfidenceScheduler(**known, score="random", block_length=facts["block_size"])
 
 
+IMAGE_PIPELINES = ("AmusedPipeline", "DiscreteImagePipeline")
+
+
 @dataclass
 class DiscreteDiffusionPipelineOutput(BaseOutput):
     """Output of [`DiscreteDiffusionPipeline`].
@@ -168,6 +171,11 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
                 return cls.from_family(name, read_config(first), declared, **kwargs)
             if declared:
                 raise ValueError(f"`{next(iter(declared))}` is not for {name!r}, whose model_index.json says it")
+            kind = read_config(first).get("_class_name")
+            if kind in IMAGE_PIPELINES:
+                raise ValueError(
+                    f"{name!r} is of {kind}, for images: load it with DiscreteImagePipeline.from_pretrained"
+                )
             return super().from_pretrained(name, **kwargs)
         with bundled_folder(name) as folder:
             pipe = super().from_pretrained(folder, **kwargs)

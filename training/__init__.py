@@ -1,1 +1,1 @@
-"""Training: coefficients of schedulers for a frozen model (`distill`), and the bundled model (`pretrain`)."""
+"""Training: coefficients of schedulers for a frozen model (`distill`), the bundled models (`pretrain`, `pretrain_images`)."""

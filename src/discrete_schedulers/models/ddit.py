@@ -1,6 +1,6 @@
 r"""The diffusion transformer that SEDD, MDLM, SDTT, DUO, UDLM, BD3-LM and RADD share.
 
-    x   = E[ids] (+ P[places])                                only where the tokens are those of an image
+    x   = E[ids] (+ P[places])                                only where positions are absolute
     c   = silu(MLP(sinusoid(sigma))) (+ silu(C[y]))          only where the model is conditioned
     x  += gate_a * W_o attention(rope(W_qkv mod_a(LN(x))))    full, bidirectional, 1/sqrt(d)
     x  += gate_m * MLP(mod_m(LN(x)))                          mod(x) = x * (1 + scale) + shift
@@ -209,9 +209,11 @@ class DDiTModel(ModelMixin, ConfigMixin):
         num_classes (`int`, *optional*): Number of classes for class conditioning; `None` for none.
         time_conditioning (`bool`, defaults to `True`): `False` feeds sigma = 0 always, as MDLM's checkpoints want it.
         mlp_ratio (`int`, defaults to 4): Width of the MLP in units of `hidden_size`.
-        grid_shape (`tuple[int, int]`, *optional*): Rows and columns of an image's tokens, in row-major order. Attention then
-            sees rows and columns apart, and each place has a learned vector of its own: without it, an image that is all
-            masks would get the same logits everywhere. `None` for a sequence.
+        absolute_positions (`bool`, defaults to `False`): Add a learned vector for each of `max_length` positions. Rotary angles
+            know distances only: where all tokens are masks every position gets the same law, so a model whose sequences have
+            a beginning and an end, or images, need this. No published checkpoint has it.
+        grid_shape (`tuple[int, int]`, *optional*): Rows and columns of an image's tokens, in row-major order; rotary angles
+            then tell rows and columns apart. `None` for a sequence.
 
     Raises:
         ValueError: If `num_heads` does not divide `hidden_size`, `num_classes` is given without `cond_dim`, or the heads of a
@@ -233,6 +235,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
         num_classes: int | None = None,
         time_conditioning: bool = True,
         mlp_ratio: int = 4,
+        absolute_positions: bool = False,
         grid_shape: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
@@ -241,13 +244,13 @@ class DDiTModel(ModelMixin, ConfigMixin):
         if num_classes is not None and cond_dim is None:
             raise ValueError("`num_classes` needs `cond_dim`: a class is fed through the condition vector")
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
+        self.position_embed = TokenEmbedding(max_length, hidden_size) if absolute_positions else None
         self.sigma_map = None if cond_dim is None else TimestepEmbedder(cond_dim)
         self.cond_map = None if num_classes is None or cond_dim is None else LabelEmbedder(num_classes, cond_dim)
         if grid_shape is not None and hidden_size // num_heads % 4:
             raise ValueError(
                 f"`hidden_size` ({hidden_size}) over `num_heads` ({num_heads}) must be a multiple of 4 with `grid_shape`"
             )
-        self.position_embed = None if grid_shape is None else TokenEmbedding(grid_shape[0] * grid_shape[1], hidden_size)
         self.rotary_emb = Rotary(hidden_size // num_heads, None if grid_shape is None else grid_shape[1])
         self.blocks = nn.ModuleList(DDiTBlock(hidden_size, num_heads, cond_dim, mlp_ratio) for _ in range(num_blocks))
         self.output_layer = DDiTFinalLayer(hidden_size, vocab_size, cond_dim)
@@ -288,11 +291,10 @@ class DDiTModel(ModelMixin, ConfigMixin):
             attention_mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, L): nobody looks at padding
         x = self.vocab_embed(input_ids)
         if self.position_embed is not None:
-            if position_ids is None and length > len(self.position_embed.embedding):
-                rows, columns = self.config.grid_shape
-                raise ValueError(f"`input_ids` has {length} tokens, but the grid {rows} x {columns} has fewer places")
-            places = torch.arange(length, device=x.device) if position_ids is None else position_ids.to(x.device)
-            x = x + self.position_embed(places)
+            if position_ids is None and length > self.config.max_length:
+                raise ValueError(f"`input_ids` has {length} positions; this model has {self.config.max_length}")
+            place = torch.arange(length, device=x.device)[None] if position_ids is None else position_ids.to(x.device)
+            x = x + self.position_embed(place)
         for number, block in enumerate(self.blocks):
             x = block(x, cos, sin, condition, attention_mask, past_key_values, number)
         return self.output_layer(x, condition)
@@ -334,7 +336,8 @@ class DDiTModel(ModelMixin, ConfigMixin):
             [`DDiTOutput`] or `tuple`: `logits` first.
 
         Raises:
-            ValueError: If `sigma` or `class_labels` is missing, there are no classes to name, or more tokens than places.
+            ValueError: If `sigma` or `class_labels` is missing, there are no classes to name, or a model with
+                `absolute_positions` gets more of them than it has.
         """
         hidden = self.hidden(input_ids, sigma, class_labels, attention_mask, position_ids, past_key_values)
         logits = self.head(hidden if positions is None else hidden[positions])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,7 +159,7 @@ def state_of(path: Path, name: str, dtype: torch.dtype | None) -> dict[str, Tens
         ValueError: If the file is damaged, holds more than tensors and plain values, or has no such table.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, which is not read: a pickle can run code ({error})"
