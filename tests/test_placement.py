@@ -15,6 +15,7 @@ from test_ddit import published_shapes
 from test_families import IDS, MDLM, TIME, Tiny, causal_cases, ddit_cases
 
 from discrete_schedulers import DiscreteDiffusionPipeline
+from discrete_schedulers.models import loading
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ arguments = {"tokenizer": None, "torch_dtype": getattr(torch, dtype)}
 DiscreteDiffusionPipeline.from_pretrained(tiny, **arguments)  # all that is imported on the way
 before = peak()
 pipe = DiscreteDiffusionPipeline.from_pretrained(repository, **arguments)
-total = sum(parameter.float().sum().item() for parameter in pipe.model.parameters())  # every page has been read
+total = sum(parameter.sum().item() for parameter in pipe.model.parameters())  # every page has been read
 weights = sum(parameter.numel() * parameter.element_size() for parameter in pipe.model.parameters())
 print(json.dumps({"peak": peak() - before, "weights": weights, "parameters": sum(p.numel() for p in pipe.model.parameters())}))
 """
@@ -139,19 +140,40 @@ def write_repository(folder: Path, hidden: int, blocks: int, vocab_size: int, ki
     return folder
 
 
+def test_another_dtype_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers, however small the pieces; integers and what is as it should be stay."""
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "a": torch.randn(7, 5, generator=generator),
+        "b": torch.randn(13, generator=generator),
+        "c": torch.arange(9),
+    }
+    state |= {"d": torch.tensor(0.3), "e": torch.randn(4, 3, generator=generator).bfloat16()}
+    save_file(state, tmp_path / "some.safetensors")
+    torch.save(state, tmp_path / "some.bin")
+    for piece in (8, 50, 2**24):
+        monkeypatch.setattr(loading, "PIECE", piece)
+        for name in ("some.safetensors", "some.bin"):
+            found = dict(loading.tensors_of(tmp_path / name, torch.bfloat16))
+            assert {key: value.dtype for key, value in found.items()} == dict.fromkeys("abde", torch.bfloat16) | {
+                "c": torch.int64
+            }
+            for key, value in found.items():
+                assert torch.equal(value, state[key].to(value.dtype))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("safetensors", "float32"), ("safetensors", "bfloat16"), ("bin", "float32")]
 )
 def test_peak_memory(kind: str, dtype: str, tmp_path: Path) -> None:
-    """A model of 200 million parameters, loaded in a process of its own, takes 1.15 times its weights at most; and where it
-    gets another dtype, the largest tensor as it is in the file."""
+    """A model of 200 million parameters, loaded in a process of its own, takes 1.15 times its weights at most, also where it
+    gets another dtype than the file has."""
     tiny = write_repository(tmp_path / "tiny", 32, 1, 40, kind)
     large = write_repository(tmp_path / "large", 1024, 12, 20_000, kind)
     arguments = [sys.executable, "-c", PEAK, str(large), str(tiny), dtype]
     output = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
     measured = json.loads(output.splitlines()[-1])
     assert measured["parameters"] > 195e6
-    in_passing = 20_000 * 1024 * 4 if dtype != "float32" else 0
-    assert measured["peak"] <= 1.15 * measured["weights"] + in_passing, measured
+    assert measured["peak"] <= 1.15 * measured["weights"], measured
     assert measured["peak"] >= 0.9 * measured["weights"], measured

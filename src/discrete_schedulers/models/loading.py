@@ -35,6 +35,7 @@ WEIGHT_FILES = (
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 PREFIXES = ("_orig_mod.", "module.", "backbone.")  # of wrappers, taken off while the network does not know the key
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's, for several devices
+PIECE = 2**24  # bytes of a file that are changed to another dtype at once
 BUFFERS = (
     r"(^|\.)(inv_freq|position_ids|token_type_ids|sampling_eps_min|sampling_eps_max)$"  # recomputed, or not weights
 )
@@ -108,8 +109,12 @@ def weight_paths(source: str, hub: Mapping[str, Any]) -> list[Path]:
     return [path for _, path in found if path is not None]
 
 
-def tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(path: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one weight file, read when they are asked for.
+
+    Args:
+        path (`Path`): Safetensors or a pickle.
+        dtype (`torch.dtype`, *optional*): Of floating tensors; `None`: as in the file.
 
     Raises:
         ValueError: If the file is damaged, or holds more than tensors.
@@ -119,8 +124,7 @@ def tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
             with safe_open(path, framework="pt") as file:
                 keys = list(file.keys())
             for key in keys:
-                with safe_open(path, framework="pt") as file:  # anew: a mapping keeps all pages that were read from it
-                    yield key, file.get_tensor(key)
+                yield key, safe_tensor(path, key, dtype)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): delete it and download it again") from error
         return
@@ -134,7 +138,25 @@ def tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{path} is damaged ({error}): delete it and download it again") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is not a table of tensors: take the network's own state dict out of it and save that")
-    yield from state.items()
+    for key, value in state.items():
+        yield key, value.to(dtype if value.is_floating_point() else None)
+
+
+def safe_tensor(path: Path, key: str, dtype: torch.dtype | None) -> Tensor:
+    """One tensor of a safetensors file, changed to a dtype in pieces: a mapping keeps all pages that were read from it, so the
+    file is opened anew for each tensor and each piece."""
+    with safe_open(path, framework="pt") as file:
+        tensor = file.get_tensor(key)  # nothing is read yet
+        if dtype in (None, tensor.dtype) or not tensor.is_floating_point():
+            return tensor
+        if tensor.dim() == 0 or tensor.nbytes <= PIECE:
+            return tensor.to(dtype)
+    changed, rows = torch.empty(tensor.shape, dtype=dtype), max(1, PIECE * len(tensor) // tensor.nbytes)
+    del tensor
+    for start in range(0, len(changed), rows):
+        with safe_open(path, framework="pt") as file:
+            changed[start : start + rows] = file.get_slice(key)[start : start + rows]
+    return changed
 
 
 def build_network(family: Family, config: Mapping[str, Any]) -> Any:
@@ -262,17 +284,17 @@ def load_weights(
     state: dict[str, Tensor] = {}
     unexpected, misshapen = [], []
     for path in paths:
-        for published, tensor in tensors_of(path):
+        for published, tensor in tensors_of(path, dtype):
             key = network_key(published, family, wanted)
             if key in wanted:
                 if tuple(tensor.shape) != wanted[key]:
                     misshapen.append(f"{published} is {tuple(tensor.shape)}, the config says {wanted[key]}")
-                device, kind = device_of(key, places), dtype if tensor.is_floating_point() else None
+                device = device_of(key, places)
                 if device == "disk":
-                    on_disk = offload_weight(tensor.to(kind), key, str(offload_folder), on_disk)
-                    state[key] = torch.empty_like(tensor, dtype=kind, device="meta")
+                    on_disk = offload_weight(tensor, key, str(offload_folder), on_disk)
+                    state[key] = torch.empty_like(tensor, device="meta")
                 else:
-                    state[key] = tensor.to(device, kind)
+                    state[key] = tensor.to(device)
             elif key not in tied and not any(re.search(pattern, key) for pattern in (BUFFERS, *family.ignored)):
                 unexpected.append(published)
     faults = (
