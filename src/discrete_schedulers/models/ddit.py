@@ -291,7 +291,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
             attention_mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, L): nobody looks at padding
         x = self.vocab_embed(input_ids)
         if self.position_embed is not None:
-            if length > self.config.max_length:
+            if position_ids is None and length > self.config.max_length:
                 raise ValueError(f"`input_ids` has {length} positions; this model has {self.config.max_length}")
             place = torch.arange(length, device=x.device)[None] if position_ids is None else position_ids.to(x.device)
             x = x + self.position_embed(place)
