@@ -243,7 +243,7 @@ def tiny_image(content: dict[str, Any]) -> str:
             table("accuracy", 3),
             "**Frechet distance** of the classifier's features to those of the training images, the samples of all seeds.",
             table("frechet", 2),
-            folded("Distance to the nearest training image, in pixels", [table("nearest", 2)]),
+            folded("Euclidean distance to the nearest training image (pixels in [0, 1])", [table("nearest", 2)]),
         ]
     )
 
