@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from discrete_schedulers.blocks import BlockCache
-from discrete_schedulers.denoisers import Denoiser, GuidanceScale, GuidedDenoiser, NetworkDenoiser
+from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
+from discrete_schedulers.guidance import GuidanceScale, GuidedDenoiser
 from discrete_schedulers.models import DDiTModel
 from discrete_schedulers.models.checkpoints import denoiser_facts, end_token_ids, find_family
 from discrete_schedulers.models.loading import (

@@ -12,8 +12,9 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from discrete_schedulers.denoisers import GuidedDenoiser, NetworkDenoiser
-from discrete_schedulers.denoisers import guidance_schedule as scale_over_time
+from discrete_schedulers.denoisers import NetworkDenoiser
+from discrete_schedulers.guidance import GuidedDenoiser
+from discrete_schedulers.guidance import guidance_schedule as scale_over_time
 from discrete_schedulers.models.image_checkpoints import (
     HALTON_REPOSITORY,
     load_halton,

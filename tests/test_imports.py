@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
 
 CORE = {"sampling", "processes", "denoisers", "information", "evaluation", "likelihood", "exact", "scud", "molecules"}
-CORE |= {"blocks"}
+CORE |= {"blocks", "guidance"}
 SOURCE = CORE | {"models", "models/*", "schedulers", "schedulers/*"}
 SOURCE |= {"schedulers/scheduling_utils", "schedulers/order_utils", "schedulers/position_orders"}
 SOURCE |= {"schedulers/theta_utils", "schedulers/learned_utils", "interop"}
@@ -43,6 +43,7 @@ TABLE = {
     "processes": Part({"sampling"}, {"torch"}),
     "blocks": Part(set(), {"torch"}),
     "denoisers": Part({"blocks", "sampling", "processes"}, {"torch"}),
+    "guidance": Part({"denoisers", "sampling"}, {"torch"}),
     "information": Part({"sampling", "processes"}, {"torch"}),
     "evaluation": Part({"sampling", "processes"}, {"torch"}),
     "likelihood": Part({"sampling", "processes"}, {"torch"}),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers import SchedulerMixin  # diffusers looks it up here to load our schedulers
 
-from discrete_schedulers.denoisers import Denoiser, GuidedDenoiser, NetworkDenoiser, guidance_schedule
+from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
+from discrete_schedulers.guidance import GuidedDenoiser, guidance_schedule
 from discrete_schedulers.information import InformationCurve, information_curve, optimal_counts, optimal_times
 from discrete_schedulers.interop import BlockRefinementAdapter, ForeignScheduler
 from discrete_schedulers.likelihood import LikelihoodEstimate, conditional_nll, log_likelihood_ratio, nll
