@@ -1,7 +1,7 @@
 """All reported numbers, in one command:
 
     python benchmarks/run.py                  # everything, about 40 minutes on two cores; a killed run goes on
-    python benchmarks/run.py joints table     # parts: joints, tiny-text, tiny-image, antiberty, table
+    python benchmarks/run.py joints table     # parts: joints, tiny-text, tiny-image, antiberty, steps, table
     python benchmarks/run.py --quick          # tiny settings, to see that it runs; results in runs/benchmarks-quick
 
 Each part writes benchmarks/results/<part>.json; `table` writes the README's tables from these files. A part that is complete,
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import part_antiberty
 import part_joints
+import part_steps
 import part_tiny_image
 import part_tiny_text
 from store import write
@@ -26,6 +27,7 @@ PARTS = {
     "joints": part_joints.run,
     "tiny-text": part_tiny_text.run,
     "antiberty": part_antiberty.run,
+    "steps": part_steps.run,
     "tiny-image": part_tiny_image.run,
 }
 CARD = ROOT / "src" / "discrete_schedulers" / "assets" / "tiny-image" / "README.md"  # has the part's table too

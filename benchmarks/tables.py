@@ -192,6 +192,37 @@ def antiberty(content: dict[str, Any]) -> str:
     )
 
 
+def steps(content: dict[str, Any]) -> str:
+    """One step of each scheduler in units of one read, of the reference, and of diffusers' schedulers."""
+    settings, parts = content["settings"], []
+    for shape in settings["shapes"]:
+        result = content["x".join(map(str, shape))]
+        reference, theirs, ours = result["reference"]["seconds"], result["diffusers"], result["ours"]
+        head = ["one step", "rows it needs", "time / one read of them", "reference / time", "extra memory"]
+        head += [f"{name} / time" for name in theirs]
+        rows = []
+        for name, row in ours.items():
+            sampler, given = name.split("; ")
+            factors = [f"{item['seconds'] / row['seconds']:.1f}" for item in theirs.values()]
+            rows.append(
+                [
+                    sampler if given == "all" else f"{sampler} (given these rows only)",
+                    f"{row['rows']:.0f}",
+                    f"{row['seconds'] / row['read_seconds']:.1f}",
+                    f"{reference / row['seconds']:.0f}",
+                    f"{100 * row['extra_memory']:.1f} %",
+                    *factors,
+                ]
+            )
+        memory = ", ".join(f"{name} {100 * item['extra_memory']:.0f} %" for name, item in theirs.items())
+        parts.append(
+            f"**B = {shape[0]}, L = {shape[1]}, V = {shape[2]}, N = {settings['steps']}**, half of the positions masked, "
+            f"{settings['threads']} thread(s), medians. Extra memory in units of the logits; of diffusers' schedulers: "
+            f"{memory}.\n\n" + grid(head, rows)
+        )
+    return "\n\n".join(parts)
+
+
 def tiny_image(content: dict[str, Any]) -> str:
     """Accuracy of the classifier on samples, and the distances of their features and pixels from those of the data."""
     settings, reference = content["settings"], content["reference"]
@@ -220,6 +251,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "joints": joints,
     "tiny-text": tiny_text,
     "antiberty": antiberty,
+    "steps": steps,
     "tiny-image": tiny_image,
 }
 

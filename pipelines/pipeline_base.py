@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from discrete_schedulers.denoisers import GuidedDenoiser, NetworkDenoiser
+from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
 from discrete_schedulers.models import DDiTModel, HollowTransformerModel
 from discrete_schedulers.sampling import Generators
@@ -84,6 +84,19 @@ def network_facts(model: torch.nn.Module, scheduler: DiscreteScheduler) -> dict[
     return facts
 
 
+def one_device(name: str, device_map: Any) -> torch.device | str:
+    """Where the weights of a repository go that is not one of our own; the CPU where nobody says.
+
+    Raises:
+        ValueError: If `device_map` is not one device.
+    """
+    if device_map in ("auto", "balanced", "sequential") or isinstance(device_map, dict):
+        raise ValueError(
+            f"`device_map` is {device_map!r}; for {name!r}, which is not of this pipeline, name one device"
+        )
+    return "cpu" if device_map is None else device_map
+
+
 class DiscretePipeline(DiffusionPipeline):
     """Abstract: the components `model` and `scheduler`, the config `denoiser` (facts about the network), and the loop."""
 
@@ -108,7 +121,7 @@ class DiscretePipeline(DiffusionPipeline):
 
     def denoise(
         self,
-        denoiser: NetworkDenoiser | GuidedDenoiser,
+        denoiser: Denoiser,
         latents: Tensor,
         frozen: Tensor,
         num_inference_steps: int,
@@ -119,7 +132,7 @@ class DiscretePipeline(DiffusionPipeline):
         """The loop.
 
         Args:
-            denoiser (`NetworkDenoiser` or `GuidedDenoiser`): The network and its conditions.
+            denoiser (`Denoiser`): The network and its conditions.
             latents (`torch.Tensor` of shape `(B, L)`): Tokens to start from, int64.
             frozen (`torch.Tensor` of shape `(B, L)`): Bool; tokens that stay as they are.
             num_inference_steps (`int`): Steps.

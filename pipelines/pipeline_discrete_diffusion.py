@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,12 @@ import numpy as np
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
+from transformers import DynamicCache
 
-from discrete_schedulers.models.checkpoints import denoiser_facts, find_family
+from discrete_schedulers.blocks import BlockCache
+from discrete_schedulers.denoisers import Denoiser, GuidanceScale, GuidedDenoiser, NetworkDenoiser
+from discrete_schedulers.models import DDiTModel
+from discrete_schedulers.models.checkpoints import denoiser_facts, end_token_ids, find_family
 from discrete_schedulers.models.loading import (
     build_network,
     first_file,
@@ -29,11 +34,37 @@ from discrete_schedulers.pipelines.pipeline_base import (
     bundled_folder,
     is_bundled,
     network_facts,
+    one_device,
     require_ours,
 )
-from discrete_schedulers.pipelines.text import infill_template, prefix_template
+from discrete_schedulers.pipelines.text import (
+    Frame,
+    Message,
+    ProcessedDenoiser,
+    chat_rows,
+    end_ids,
+    end_of_text,
+    infill_template,
+    negative_ids,
+    prefix_frame,
+    prompt_rows,
+    special_ends,
+    takes_argument,
+    template_frame,
+)
 from discrete_schedulers.sampling import Generators
-from discrete_schedulers.schedulers import AncestralScheduler, DiscreteScheduler
+from discrete_schedulers.schedulers import AncestralScheduler, ConfidenceScheduler, DiscreteScheduler
+
+IMAGE_PIPELINES = ("AmusedPipeline", "DiscreteImagePipeline")
+
+
+def default_scheduler(facts: dict[str, Any]) -> DiscreteScheduler:
+    """A scheduler for these facts of a network that draws from its own law: blocks are filled one after the other where its
+    attention goes by blocks, and within them positions open in random order."""
+    known = {name: facts[name] for name in SCHEDULER_FACTS}
+    if facts.get("attention", "full") == "full":
+        return AncestralScheduler(**known)
+    return ConfidenceScheduler(**known, score="random", block_length=facts["block_size"])
 
 
 @dataclass
@@ -41,8 +72,9 @@ class DiscreteDiffusionPipelineOutput(BaseOutput):
     """Output of [`DiscreteDiffusionPipeline`].
 
     Args:
-        sequences (`torch.Tensor` or `np.ndarray` of shape `(B, L)`): Token ids.
-        texts (`list[str]`, *optional*): Decoded sequences, with `output_type="text"` and a tokenizer.
+        sequences (`torch.Tensor` or `np.ndarray` of shape `(B, L)`): Token ids, prompt included; padding behind shorter rows.
+        texts (`list[str]`, *optional*): Decoded sequences up to their end token, with `output_type="text"` and a tokenizer:
+            prompt and what was written, but for `messages` the reply alone.
         num_model_calls (`int`): Calls of the network that were made.
     """
 
@@ -61,6 +93,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         tokenizer (`PreTrainedTokenizerBase`, *optional*): For prompts and texts.
         denoiser (`dict`, *optional*): Facts about the network: the arguments of [`NetworkDenoiser`] that differ from what
             the scheduler's config and the config of a [`DDiTModel`] or [`HollowTransformerModel`] say.
+        eos_token_id (`int` or `list[int]`, *optional*): Ids by which the model ends a text. `None`: texts fill their length.
 
     Example:
 
@@ -84,12 +117,13 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         scheduler: DiscreteScheduler,
         tokenizer: Any = None,
         denoiser: dict[str, Any] | None = None,
+        eos_token_id: int | list[int] | None = None,
     ) -> None:
         super().__init__()
         require_ours(scheduler)
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
         facts = network_facts(model, scheduler)
-        self.register_to_config(denoiser=facts | dict(denoiser or {}))
+        self.register_to_config(denoiser=facts | dict(denoiser or {}), eos_token_id=eos_token_id)
 
     @classmethod
     def from_pretrained(
@@ -135,6 +169,11 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
                 return cls.from_family(name, read_config(first), declared, **kwargs)
             if declared:
                 raise ValueError(f"`{next(iter(declared))}` is not for {name!r}, whose model_index.json says it")
+            kind = read_config(first).get("_class_name")
+            if kind in IMAGE_PIPELINES:
+                raise ValueError(
+                    f"{name!r} is of {kind}, for images: load it with DiscreteImagePipeline.from_pretrained"
+                )
             return super().from_pretrained(name, **kwargs)
         with bundled_folder(name) as folder:
             pipe = super().from_pretrained(folder, **kwargs)
@@ -147,15 +186,11 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
     ) -> DiscreteDiffusionPipeline:
         """Load a repository that has a config.json and no `model_index.json`. Arguments as in `from_pretrained`."""
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        dtype, device = kwargs.pop("torch_dtype", None), kwargs.pop("device_map", None)
+        dtype, device = kwargs.pop("torch_dtype", None), one_device(name, kwargs.pop("device_map", None))
         dtype = kwargs.pop("dtype", dtype)
         unknown = kwargs.keys() - {"scheduler", "tokenizer", "denoiser"}
         if unknown:
             raise ValueError(f"`{min(unknown)}` is not an argument for {name!r}, which has no model_index.json")
-        if device in ("auto", "balanced", "sequential") or isinstance(device, dict):
-            raise ValueError(
-                f"`device_map` is {device!r}; for {name!r}, which has no model_index.json, name one device"
-            )
         row = find_family(name, config, declared.pop("family", None))
         network = build_network(row, config)
         tokenizer = kwargs["tokenizer"] if "tokenizer" in kwargs else load_tokenizer(row, name, hub)
@@ -163,27 +198,44 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             tokenizer = load_tokenizer(
                 row._replace(tokenizer=str(tokenizer), tokenizer_class="AutoTokenizer"), name, hub
             )
-        facts = denoiser_facts(row, config, network.config.vocab_size, tokenizer, **declared)
-        facts |= {"max_length": longest_sequence(network)} | dict(kwargs.get("denoiser") or {})
+        said = dict(kwargs.get("denoiser") or {})
+        block_size = said.get("block_size")
+        facts = denoiser_facts(row, config, network.config.vocab_size, tokenizer, **declared, block_size=block_size)
+        facts |= {"max_length": longest_sequence(network)} | said
         if row.mask == "config" and tokenizer is not None and tokenizer.mask_token is None:
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(facts["mask_token_id"])  # LLaDA's does not name it
-        load_weights(network, weight_paths(name, hub), row, dtype, "cpu" if device is None else device)
-        scheduler = kwargs.get("scheduler") or AncestralScheduler(**{fact: facts[fact] for fact in SCHEDULER_FACTS})
-        pipe = cls(network, scheduler, tokenizer, facts)
+        load_weights(network, weight_paths(name, hub), row, dtype, device)
+        scheduler = kwargs.get("scheduler") or default_scheduler(facts)
+        pipe = cls(network, scheduler, tokenizer, facts, end_token_ids(row, tokenizer))
         pipe.register_to_config(_name_or_path=name)
         return pipe
+
+    def denoiser_of_a_run(self, use_cache: bool) -> NetworkDenoiser:
+        """`denoiser` with the state of one run: a cache, where one is exact."""
+        denoiser = self.denoiser
+        if use_cache and denoiser.attention == "block_causal" and not denoiser.time_conditioned:
+            denoiser.cache = BlockCache(DynamicCache)
+        return denoiser
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
         *,
+        messages: list[Message] | list[list[Message]] | None = None,
         template: str | list[str] | Tensor | None = None,
+        negative_prompt: str | list[str] | None = None,
+        class_labels: int | list[int] | Tensor | None = None,
+        guidance_scale: GuidanceScale = 1.0,
         num_samples: int = 1,
         length: int | None = None,
+        max_new_tokens: int | None = None,
         num_inference_steps: int = 16,
+        use_cache: bool = True,
         generator: Generators = None,
         latents: Tensor | None = None,
+        logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
+        eos_token_id: int | list[int] | None = None,
         output_type: Literal["text", "pt", "np", "latent"] = "text",
         return_dict: bool = True,
         callback_on_step_end: StepCallback = None,
@@ -193,15 +245,34 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
 
         Args:
             prompt (`str` or `list[str]`, *optional*): Text that the samples begin with; a mask token in it is filled in.
+            messages (`list[dict]` or `list[list[dict]]`, *optional*): One or more conversations, `{"role": "user", "content":
+                "..."}`, through the tokenizer's chat template; the samples reply.
             template (`str`, `list[str]` or `torch.Tensor`, *optional*): What to fill in: text with the tokenizer's mask token
-                at each position to fill, or ids (P, L) with the mask id, or -1, there. All of one length.
+                at each position to fill, or ids (P, L) with the mask id, or -1, there. All of one length. Text gets start and
+                end tokens where the model never noises its tokenizer's; ids are taken as they are.
+            negative_prompt (`str` or `list[str]`, *optional*): What the unconditional branch sees in the place of the prompt,
+                not longer than it; the rest, or without one all, are masks.
+            class_labels (`int`, `list[int]` or `torch.Tensor`, *optional*): For a model with classes: one for all, or one for
+                each prompt or template; without these, `num_samples` for each. The model's number of classes, the
+                default, means any.
+            guidance_scale (`float` or `Callable`, defaults to 1.0): s in u + s (c - u), of raw logits, or a function of time;
+                1 is off. See [`GuidedDenoiser`]. Guides by `class_labels` where they are given, and by what is known, the
+                prompt or template, where they are not or there is a `negative_prompt`.
             num_samples (`int`, defaults to 1): Samples for each prompt or template.
-            length (`int`, *optional*): Tokens L of a sample, prompt included. Defaults to the model's longest. Not with a
-                template, which has its own.
-            num_inference_steps (`int`, defaults to 16): Calls of the network.
+            length (`int`, *optional*): Tokens L of a sample, prompt and special tokens included. Defaults to the model's
+                longest. Not with a template, which has its own.
+            max_new_tokens (`int`, *optional*): Instead of `length`: tokens to write in each sample. Behind shorter prompts
+                there is padding then, which needs a network that takes `attention_mask`.
+            num_inference_steps (`int`, defaults to 16): Steps; most schedulers call the network once in each.
+            use_cache (`bool`, defaults to `True`): Where the attention goes by blocks: keep keys and values of finished blocks,
+                which changes nothing but time and memory. Not with guidance; elsewhere there is nothing to keep.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One, or one per sample: then a sample does
-                not depend on its batch.
+                not depend on its batch (its law never does; the draws are for the whole width, padding included).
             latents (`torch.Tensor` of shape `(B, L)`, *optional*): Tokens to start from instead of the prior.
+            logits_processor (`Callable`, *optional*): A transformers `LogitsProcessorList`, or one processor. What it sees:
+                [`~pipelines.text.ProcessedDenoiser`].
+            eos_token_id (`int` or `list[int]`, *optional*): Texts are cut at the first of these that was written; an empty
+                list: nowhere. Defaults to the pipeline's own. `sequences` are whole.
             output_type (`str`, defaults to `"text"`): `"text"` decodes as well; `"np"` returns a NumPy array.
             return_dict (`bool`, defaults to `True`): Return [`DiscreteDiffusionPipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `f(pipe, step, timestep, kwargs)` after each step; may
@@ -216,42 +287,92 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         """
         tensor_inputs = self.tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_scheduler()
-        self.check_inputs(prompt, template, num_samples, length, output_type)
-        known = self.prepare_template(prompt, template, num_samples, length, latents)
-        latents, frozen = self.prepare_latents(known, latents, generator, self._execution_device)
+        self.check_inputs(prompt, messages, template, num_samples, length, max_new_tokens, output_type)
+        end_ids(eos_token_id, None)
+        labels = self.prepare_labels(class_labels)
+        frame = self.prepare_frame(prompt, messages, template, labels, length, max_new_tokens, latents)
+        self.check_blocks(frame, num_inference_steps)
+        denoiser = self.prepare_denoiser(
+            frame, labels, guidance_scale, negative_prompt, logits_processor, num_samples, use_cache
+        )
+        frame = frame.repeated(num_samples)
+        latents, frozen = self.prepare_latents(frame.known, latents, generator, self._execution_device)
         latents, num_model_calls = self.denoise(
-            self.denoiser, latents, frozen, num_inference_steps, generator, callback_on_step_end, tensor_inputs
+            denoiser, latents, frozen, num_inference_steps, generator, callback_on_step_end, tensor_inputs
         )
         self.maybe_free_model_hooks()
         sequences = latents.cpu().numpy() if output_type == "np" else latents
-        output = DiscreteDiffusionPipelineOutput(sequences, self.decode(latents, output_type), num_model_calls)
+        texts = self.decode(latents, frame, eos_token_id, messages is not None) if output_type == "text" else None
+        output = DiscreteDiffusionPipelineOutput(sequences, texts, num_model_calls)
         return output if return_dict else (output.sequences, output.texts, output.num_model_calls)
 
     def check_inputs(
         self,
         prompt: str | list[str] | None,
+        messages: list | None,
         template: str | list[str] | Tensor | None,
         num_samples: int,
         length: int | None,
+        max_new_tokens: int | None,
         output_type: str,
     ) -> None:
         """Raises `ValueError` if arguments of the call do not fit each other or the model."""
-        if prompt is not None and template is not None:
-            raise ValueError("`prompt` and `template` cannot both be given: a template holds its own known tokens")
-        if length is not None and template is not None:
-            raise ValueError("`length` and `template` cannot both be given: a template has its own length")
+        texts = {"prompt": prompt, "messages": messages, "template": template}
+        given = [f"`{name}`" for name, value in texts.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} cannot both be given: each says what is known of the samples")
+        sizes = {"length": length, "max_new_tokens": max_new_tokens}
+        size = [f"`{name}`" for name, value in sizes.items() if value is not None]
+        if len(size) > 1:
+            raise ValueError(f"{' and '.join(size)} cannot both be given: prompt and all, or what is written")
+        if size and template is not None:
+            raise ValueError(f"{size[0]} and `template` cannot both be given: a template has its own length")
         if isinstance(template, Tensor):
             self.check_template(template)
         if not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"`num_samples` is {num_samples!r}; it must be an integer of at least 1")
         longest = self.config.denoiser.get("max_length")
-        if length is not None and (length < 1 or (longest is not None and length > longest)):
-            raise ValueError(f"`length` is {length}; allowed are 1 to {longest or 'any'}")
+        for name, value in sizes.items():
+            if value is not None and (value < 1 or (longest is not None and value > longest)):
+                raise ValueError(f"`{name}` is {value}; allowed are 1 to {longest or 'any'}")
         if output_type not in ("text", "pt", "np", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}; allowed: 'text', 'pt', 'np', 'latent'")
         if self.tokenizer is None and (prompt is not None or isinstance(template, str | list)):
             raise ValueError(
                 "`prompt` or `template` is text, but this pipeline has no tokenizer: pass ids as `template`"
+            )
+
+    def check_blocks(self, frame: Frame, num_inference_steps: int) -> None:
+        """Raises `ValueError` if the attention goes by blocks, and the scheduler or what is known does not."""
+        size = self.config.denoiser.get("block_size")
+        if size is None:
+            return
+        frozen, is_padding = frame.known >= 0, frame.is_padding
+        has_free = torch.stack([(~block).any(1) for block in frozen.split(size, dim=1)], dim=1)  # (B, blocks)
+        known = torch.stack([block.any(1) for block in (frozen & ~is_padding).split(size, dim=1)], dim=1)
+        after_free = has_free.cumsum(1) - has_free.long() > 0
+        if (known & after_free).any():
+            raise ValueError(
+                "tokens are known in a block after one that is to be filled: this model's attention goes by blocks of "
+                f"{size}, and no block sees a later one"
+            )
+        if int(has_free.sum(1).max()) <= 1:
+            return
+        scheduler, name = self.scheduler, type(self.scheduler).__name__
+        if not scheduler.goes_by_blocks(size):
+            raise ValueError(
+                f"`scheduler` is a {name} with block_length {scheduler.config.get('block_length')}, but this model's attention "
+                f"goes by blocks of {size}: each has to be finished and final before the next one begins. Take one that does "
+                f"not revise tokens with a `block_length` that divides {size}, such as ConfidenceScheduler.from_config("
+                f"pipe.scheduler.config, block_length={size}), or fill no more than one block"
+            )
+        scheduler.set_timesteps(num_inference_steps)
+        parts = frozen.split(scheduler.config["block_length"], dim=1)
+        blocks = int(torch.stack([(~part).any(1) for part in parts]).sum(0).max())
+        if blocks > len(scheduler.timesteps):
+            raise ValueError(
+                f"`num_inference_steps` is {scheduler.num_inference_steps}, but {blocks} blocks of "
+                f"{scheduler.config['block_length']} are to be filled one after the other: at least a call each"
             )
 
     def check_template(self, template: Tensor) -> None:
@@ -266,36 +387,136 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
                 f"`template` has ids from {template.min()} to {template.max()}; allowed are -1 to {width - 1}"
             )
 
-    def prepare_template(
+    def prepare_labels(self, class_labels: int | list[int] | Tensor | None) -> Tensor | None:
+        """Classes, int64, one or more; `None` for a model without, or whose `call_arguments` name one.
+
+        Raises:
+            ValueError: If the model has no classes, or not these.
+        """
+        number = self.model.config.num_classes if isinstance(self.model, DDiTModel) else None
+        if class_labels is None:
+            fixed = "class_labels" in self.config.denoiser.get("call_arguments", {})
+            return None if number is None or fixed else torch.tensor([number])
+        if number is None:
+            raise ValueError("`class_labels` were passed, but this model has no classes")
+        labels = torch.as_tensor(class_labels, dtype=torch.int64).reshape(-1).cpu()
+        if not len(labels) or not 0 <= int(labels.min()) <= int(labels.max()) <= number:
+            raise ValueError(f"`class_labels` is {labels.tolist()}; allowed are 0 to {number}, the last one for any")
+        return labels
+
+    def prepare_frame(
         self,
         prompt: str | list[str] | None,
+        messages: list | None,
         template: str | list[str] | Tensor | None,
-        num_samples: int,
+        labels: Tensor | None,
         length: int | None,
+        max_new_tokens: int | None,
         latents: Tensor | None,
-    ) -> Tensor:
-        """What is known of each sample: ids (B, L), -1 where nothing is."""
-        facts = self.config.denoiser
-        length = length or (latents.shape[1] if latents is not None else facts.get("max_length"))
+    ) -> Frame:
+        """What is known of each sample before `num_samples` multiplies them."""
+        facts, tokenizer = self.config.denoiser, self.tokenizer
+        mask, longest, frozen = facts["mask_token_id"], facts.get("max_length"), facts.get("frozen_token_ids", ())
+        ends = special_ends(tokenizer, frozen)
+        if max_new_tokens is None:
+            length = length or (latents.shape[1] if latents is not None else longest)
         if isinstance(template, Tensor):
-            known = template
+            frame = template_frame(template.cpu())
         elif template is not None:
-            known = infill_template(self.tokenizer, template, facts["mask_token_id"])
-        elif length is None:
+            frame = template_frame(infill_template(tokenizer, template, mask, ends))
+        elif length is None and max_new_tokens is None:
             raise ValueError("`length` is required: this model does not say how long its sequences are")
-        elif prompt is not None:
-            known = prefix_template(self.tokenizer, prompt, length)
         else:
-            known = torch.full((1, length), -1, dtype=torch.int64)
-        longest = facts.get("max_length")
-        if longest is not None and known.shape[1] > longest:
-            raise ValueError(f"the samples would have {known.shape[1]} tokens; this model takes at most {longest}")
+            rows: list[list[int]] = [[]] * (1 if labels is None else len(labels))
+            if messages is not None:
+                rows = chat_rows(tokenizer, messages)
+            elif prompt is not None:
+                rows = prompt_rows(tokenizer, prompt)
+            specials = [] if tokenizer is None else [tokenizer.pad_token_id, tokenizer.eos_token_id]
+            padding = next(i for i in [*specials, 0, 1] if i is not None and i != mask)
+            frame = prefix_frame(rows, length, max_new_tokens, ends, padding)
+        if longest is not None and frame.known.shape[1] > longest:
+            raise ValueError(
+                f"the samples would have {frame.known.shape[1]} tokens; this model takes at most {longest}"
+            )
         if facts["process"] == "absorbing":
-            known = known.masked_fill(known == facts["mask_token_id"], -1)
-        return known.repeat_interleave(num_samples, 0)
+            frame.known = frame.known.masked_fill(frame.known == mask, -1)
+        return frame
 
-    def decode(self, sequences: Tensor, output_type: str) -> list[str] | None:
-        """Texts of token ids (B, L), special tokens left out."""
-        if output_type != "text" or self.tokenizer is None:
+    def prepare_denoiser(
+        self,
+        frame: Frame,
+        labels: Tensor | None,
+        guidance_scale: GuidanceScale,
+        negative_prompt: str | list[str] | None,
+        logits_processor: Callable[[Tensor, Tensor], Tensor] | None,
+        num_samples: int = 1,
+        use_cache: bool = False,
+    ) -> Denoiser:
+        """The network with its conditions, one row for each sample: padding, classes, guidance, logits processors."""
+        facts, ids = self.config.denoiser, None
+        is_guided = callable(guidance_scale) or guidance_scale != 1
+        if negative_prompt is not None and not is_guided:
+            raise ValueError("`negative_prompt` is for guidance: pass `guidance_scale`, which is 1 and so off")
+        conditions = self.prepare_padding(frame)
+        negative, is_labelled = dict(conditions), False
+        if labels is not None:
+            number, count = self.model.config.num_classes, len(frame.known)
+            if len(labels) not in (1, count):
+                raise ValueError(
+                    f"`class_labels` has {len(labels)} entries; it must have one, or one for each prompt or template, "
+                    f"here {count}"
+                )
+            is_labelled = bool((labels != number).any())
+            conditions["class_labels"] = labels.expand(count)
+            negative["class_labels"] = torch.full((count,), number)
+        if is_guided and (negative_prompt is not None or not is_labelled):
+            rows = None if negative_prompt is None else prompt_rows(self.tokenizer, negative_prompt)
+            ids = negative_ids(frame, rows, facts["mask_token_id"], facts.get("frozen_token_ids", ()))
+
+        def batch(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(num_samples, 0).to(self._execution_device)
+
+        denoiser: Denoiser = GuidedDenoiser(
+            self.denoiser_of_a_run(use_cache and not is_guided),
+            guidance_scale,
+            {name: batch(value) for name, value in conditions.items()},
+            {name: batch(value) for name, value in negative.items()},
+            None if ids is None else batch(ids),
+        )
+        return denoiser if logits_processor is None else ProcessedDenoiser(denoiser, logits_processor)
+
+    def prepare_padding(self, frame: Frame) -> dict[str, Tensor]:
+        """What hides the padding of a frame from the network: nothing where there is none.
+
+        Raises:
+            ValueError: If the network cannot be told.
+        """
+        if not frame.is_padding.any():
+            return {}
+        if not takes_argument(self.model, "attention_mask"):
+            raise ValueError(
+                f"prompts of unequal lengths leave padding with `max_new_tokens`, and a {type(self.model).__name__} takes "
+                "no `attention_mask` to hide it: pass `length` instead, or call once for each prompt"
+            )
+        return {"attention_mask": (~frame.is_padding).long()}
+
+    def decode(
+        self, sequences: Tensor, frame: Frame, eos_token_id: int | list[int] | None, is_reply: bool
+    ) -> list[str] | None:
+        """Texts of token ids (B, L) up to the first end token that was written, special tokens left out.
+
+        Args:
+            sequences (`torch.Tensor` of shape `(B, L)`): Token ids.
+            frame (`Frame`): What was known of them.
+            eos_token_id (`int` or `list[int]`, *optional*): Ids of end tokens; `None`: the pipeline's own.
+            is_reply (`bool`): Leave the prompt out.
+        """
+        if self.tokenizer is None:
             return None
-        return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        ends = end_ids(eos_token_id, self.config.get("eos_token_id"))
+        texts = []
+        for ids, begin, length in zip(sequences.tolist(), frame.prompt_ends, frame.lengths, strict=True):
+            end = end_of_text(ids[: int(length)], int(begin), ends)
+            texts.append(ids[int(begin) if is_reply else 0 : end])
+        return self.tokenizer.batch_decode(texts, skip_special_tokens=True)

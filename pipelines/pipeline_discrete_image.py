@@ -14,6 +14,13 @@ from torch import Tensor
 
 from discrete_schedulers.denoisers import GuidedDenoiser, NetworkDenoiser
 from discrete_schedulers.denoisers import guidance_schedule as scale_over_time
+from discrete_schedulers.models.image_checkpoints import (
+    HALTON_REPOSITORY,
+    load_halton,
+    load_text_to_image,
+    text_to_image_class,
+)
+from discrete_schedulers.models.loading import first_file, read_config
 from discrete_schedulers.pipelines.images import (
     decode,
     encode,
@@ -23,15 +30,17 @@ from discrete_schedulers.pipelines.images import (
     tokens_to_paint,
 )
 from discrete_schedulers.pipelines.pipeline_base import (
+    HUB_ARGUMENTS,
     DiscretePipeline,
     StepCallback,
     bundled_folder,
     is_bundled,
     network_facts,
+    one_device,
     require_ours,
 )
 from discrete_schedulers.sampling import Generators
-from discrete_schedulers.schedulers import DiscreteScheduler
+from discrete_schedulers.schedulers import DiscreteScheduler, MaskGITScheduler, SpreadScheduler
 
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
@@ -116,25 +125,75 @@ class DiscreteImagePipeline(DiscretePipeline):
         super().__setattr__(name, value)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> DiscreteImagePipeline:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, weight_name: str | None = None, **kwargs: Any
+    ) -> DiscreteImagePipeline:
         """Load a pipeline from a folder, the Hub, or this package.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder written by `save_pretrained`, a Hub id, or the bundled
-                id `"discrete-schedulers/tiny-image"`, which needs no network.
-            **kwargs: As in `diffusers.DiffusionPipeline.from_pretrained`.
+                id `"discrete-schedulers/tiny-image"`, which needs no network. Repositories of aMUSEd (`amused/amused-256`),
+                Meissonic (`MeissonFlow/Meissonic`) and Halton-MaskGIT (`llvictorll/Halton-MaskGIT`) are read as they were
+                published.
+            weight_name (`str`, *optional*): Which file of a Halton-MaskGIT repository, such as `"ImageNet_256_tiny.pth"`.
+            **kwargs: As in `diffusers.DiffusionPipeline.from_pretrained`; for repositories that are not of this pipeline these:
+                `scheduler`, `denoiser` (facts that differ), `torch_dtype` or `dtype`, `device_map` (one device), `revision`,
+                `token`, `cache_dir`, `force_download`, `local_files_only`; aMUSEd and Meissonic: `variant`; Halton-MaskGIT:
+                `decoder` (a module, or the folder, file or repository of LlamaGen's `vq_ds16_c2i.pt`).
 
         Raises:
-            ValueError: If a bundled id is not one of this package's.
+            ValueError: If a bundled id is not one of this package's, or a repository is of no known family or does not fit it.
             OSError: As `huggingface_hub` raises it: no such repository, no access, no connection.
         """
         name = str(pretrained_model_name_or_path)
         if not is_bundled(name):
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+            index = first_file(name, ("model_index.json",), hub)
+            held = {} if index is None else read_config(index)
+            if held.get("_class_name") not in (cls.__name__, "DiscreteImagePipeline"):
+                return cls.from_published(name, held, weight_name, **kwargs)
             return super().from_pretrained(name, **kwargs)
         with bundled_folder(name) as folder:
             pipe = super().from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=name)
         return pipe
+
+    @classmethod
+    def from_published(
+        cls, name: str, index: dict[str, Any], weight_name: str | None, **kwargs: Any
+    ) -> DiscreteImagePipeline:
+        """Load a repository of somebody else's pipeline, with this model_index.json or none. Arguments as in
+        `from_pretrained`."""
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", dtype)
+        device = one_device(name, kwargs.pop("device_map", None))
+        scheduler, facts = kwargs.pop("scheduler", None), kwargs.pop("denoiser", None)
+        network_class = text_to_image_class(name, index, hub)
+        if network_class is not None:
+            parts = load_text_to_image(name, network_class, dtype, kwargs.pop("variant", None), hub)
+        elif not index and (weight_name is not None or name.lower() == HALTON_REPOSITORY.lower()):
+            parts = load_halton(name, weight_name, kwargs.pop("decoder", None), dtype, hub)
+        else:
+            held = f"a model_index.json of {index.get('_class_name')}" if index else "no model_index.json"
+            raise ValueError(
+                f"{name!r} has {held}; known are this pipeline's own, those of aMUSEd and Meissonic, and Halton-MaskGIT's "
+                "files, which `weight_name` names"
+            )
+        if kwargs:
+            raise ValueError(f"`{min(kwargs)}` is not an argument for {name!r}, which is not of this pipeline")
+        facts = parts.facts | dict(facts or {})
+        if scheduler is None:
+            states = {"vocab_size": facts["vocab_size"], "mask_token_id": facts["mask_token_id"]}
+            if network_class is not None:
+                scheduler = MaskGITScheduler(**states, choice_temperature=2.0)
+            else:
+                scheduler = SpreadScheduler(**states, pattern="halton", grid="cosine", grid_shape=facts["grid_shape"])
+        pipe = cls(
+            parts.model, scheduler, parts.decoder, parts.tokenizer, parts.text_encoder, facts, parts.signed_pixels
+        )
+        pipe.register_to_config(_name_or_path=name)
+        return pipe.to(device)
 
     @torch.no_grad()
     def __call__(
@@ -221,7 +280,8 @@ class DiscreteImagePipeline(DiscretePipeline):
         elif labels is not None:
             positive = {"class_labels": rows(labels, batch)}
             negative = {"class_labels": torch.full_like(positive["class_labels"], self.model.config.num_classes)}
-        denoiser = self.denoiser_for(grid, positive, negative, guidance_scale, guidance_schedule)
+        guidance = (guidance_scale, guidance_schedule)
+        denoiser = self.denoiser_for(grid, num_inference_steps, positive, negative, *guidance)
         latents, frozen = self.prepare_latents(rows(known, batch), latents, generator, self._execution_device)
         latents, num_model_calls = self.denoise(
             denoiser, latents, frozen, num_inference_steps, generator, callback_on_step_end, tensor_inputs
@@ -232,6 +292,11 @@ class DiscreteImagePipeline(DiscretePipeline):
         self.maybe_free_model_hooks()
         output = DiscreteImagePipelineOutput(images, latents, num_model_calls)
         return output if return_dict else (output.images, output.sequences, output.num_model_calls)
+
+    @property
+    def guidance_scale(self) -> float:
+        """That of the last call; a callback changes it by `pipe._guidance_scale`."""
+        return self._guidance_scale
 
     @property
     def num_classes(self) -> int | None:
@@ -339,19 +404,23 @@ class DiscreteImagePipeline(DiscretePipeline):
     def denoiser_for(
         self,
         grid: tuple[int, int],
+        num_steps: int,
         positive: dict[str, Tensor],
         negative: dict[str, Tensor],
         guidance_scale: float,
         schedule: GuidanceSchedule,
     ) -> NetworkDenoiser | GuidedDenoiser:
-        """The network with its conditions, for images of this grid."""
-        denoiser = NetworkDenoiser(self.model, **(self.config.denoiser | {"grid_shape": grid}))
+        """The network with its conditions, for images of this grid in this many steps."""
+        self._guidance_scale = guidance_scale
+        denoiser = NetworkDenoiser(self.model, **(self.config.denoiser | {"grid_shape": grid, "num_steps": num_steps}))
         if schedule not in GUIDANCE_SCHEDULES:
             allowed = ", ".join(map(repr, GUIDANCE_SCHEDULES))
             raise ValueError(f"`guidance_schedule` is {schedule!r}; allowed: {allowed}")
         if positive:
-            scale = guidance_scale if schedule == "constant" else scale_over_time(schedule, guidance_scale)
-            return GuidedDenoiser(denoiser, scale, positive, negative)
+            # read in each step: a callback may change it
+            return GuidedDenoiser(
+                denoiser, lambda t: scale_over_time(schedule, self._guidance_scale)(t), positive, negative
+            )
         if guidance_scale != 1:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but this model has neither classes nor text: it must be 1"

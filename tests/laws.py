@@ -227,6 +227,17 @@ def spread_scheduler_law(
         scheduler.noise_process.unmask_probability(scheduler.times[index], scheduler.times[index + 1])
     )
     left = math.ceil(due - 1e-9) if config.rounding == "up" else math.floor(due + 1e-9)
+    if (
+        config.block_length is not None and masked
+    ):  # the current block, shared out evenly; whole, if no call is to spare
+        current = [i for i in masked if i // config.block_length == masked[0] // config.block_length]
+        even = len(current) / max(1, math.ceil(len(current) / due - 1e-9)) if due else 0
+        left = math.ceil(even - 1e-9) if config.rounding == "up" else math.floor(even + 1e-9)
+        blocks, calls = sorted({i // config.block_length for i in masked}), len(scheduler.calls) - index
+        if len(blocks) >= calls:
+            current = [i for i in masked if i // config.block_length in blocks[: math.ceil(len(blocks) / calls)]]
+            left = len(current)
+        masked = current
     law = {frozenset[int](): 1.0}
     for start in range(0, length, config.block_length or length):
         size = min(config.block_length or length, length - start)

@@ -358,7 +358,7 @@ class TestRun:
     def test_unknown_part(self, capsys):
         with pytest.raises(SystemExit):
             run.main(["joint"])
-        assert "allowed: joints, tiny-text, antiberty, tiny-image, table" in capsys.readouterr().err
+        assert "allowed: joints, tiny-text, antiberty, steps, tiny-image, table" in capsys.readouterr().err
 
 
 def test_optimal_grids_take_the_curve():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from pathlib import Path
 
@@ -119,8 +120,10 @@ def reference(
     sigma: Tensor | None = None,
     labels: Tensor | None = None,
     columns: int | None = None,
+    block_size: int | None = None,
 ) -> Tensor:
-    """Logits in float64 from the state dict alone. With `sigma=None` the model has no time."""
+    """Logits in float64 from the state dict alone. With `sigma=None` the model has no time, with `block_size=None` every
+    position sees every other one."""
     state = {key: value.double() for key, value in state.items()}
     condition = None
     if sigma is not None:
@@ -147,6 +150,9 @@ def reference(
         packed = linear(state, f"{block}.attn_qkv", inner).reshape(batch, length, 3, heads, hidden // heads)
         query, key, value = turned(packed[:, :, 0], columns), turned(packed[:, :, 1], columns), packed[:, :, 2]
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(hidden // heads)
+        for q, k in itertools.product(range(length), repeat=2):
+            if block_size is not None and k // block_size > q // block_size:
+                scores[..., q, k] = -math.inf
         weights = torch.exp(scores) / torch.exp(scores).sum(-1, keepdim=True)
         mixed = torch.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, length, hidden)
         x = x + gate_a * linear(state, f"{block}.attn_out", mixed)

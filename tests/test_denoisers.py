@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LENGTH, MASK, WORDS, seeded, tiny_model
+from tiny import LENGTH, MASK, WORDS, randomised, seeded, tiny_model
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from discrete_schedulers import NetworkDenoiser, RowLogits
+from discrete_schedulers.models.checkpoints import HEADS
 
 K, L = 3, 3  # tokens and positions of the enumerated joint; the mask is K
 INF = math.inf
@@ -314,6 +316,8 @@ def tokens() -> Tensor:
         {"split_head": True, "process": "uniform", "mask_token_id": None},
         {"split_head": False, "process": "uniform", "mask_token_id": None, "parametrization": "leave_one_out"},
         {"split_head": True, "vocab_size": len(WORDS) + 2},
+        {"split_head": True, "shift": 1, "shift_first": "copy", "vocab_size": len(WORDS) + 2},
+        {"head": "output_layer.linear", "suppress_token_ids": (1, 3)},
     ],
     ids=str,
 )
@@ -346,6 +350,75 @@ def test_only_what_is_needed_is_run(split_head: bool) -> None:
     assert empty.logits.shape == (0, len(WORDS))
 
 
+# The head of published networks at chosen positions
+
+
+def published(kind: str) -> torch.nn.Module:
+    """transformers' network of a model_type, as `from_pretrained` builds it, with random weights."""
+    config = CONFIG_MAPPING[kind](**TINY, **({"n_embd": 32, "n_head": 4, "n_layer": 2} if kind == "gpt2" else {}))
+    is_causal = kind in ("llama", "qwen2", "qwen3", "gpt2")
+    config.is_causal = not is_causal
+    kinds = AutoModelForCausalLM if is_causal else AutoModelForMaskedLM
+    model = randomised(kinds.from_config(config, attn_implementation="eager"))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(4)
+    return model
+
+
+TINY = {"vocab_size": len(WORDS) + 3, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40, "pad_token_id": 0}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", list(HEADS))
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"shift": 1}, {"shift": 1, "shift_first": "copy"}, {"process": "uniform", "mask_token_id": None}],
+    ids=str,
+)
+def test_head_of_a_published_network_at_chosen_positions(kind: str, facts: dict) -> None:
+    """The logits are those of the whole head, which sees R rows, once; afterwards the network is as it was."""
+    model, x_t, seen = published(kind), tokens(), []
+    wide = TINY["vocab_size"]
+    plain = {"vocab_size": wide, "mask_token_id": MASK, "suppress_token_ids": (1, wide - 1)} | facts
+    dense = NetworkDenoiser(model, **plain)(x_t, 0.5)
+    denoiser = NetworkDenoiser(model, **plain, head=HEADS[kind])
+    assert torch.equal(denoiser(x_t, 0.5), dense)
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    edges = torch.zeros_like(POSITIONS)
+    edges[0, [0, 1]] = edges[1, [1, LENGTH - 1]] = edges[3, 0] = (
+        True  # the first position, with and without its neighbour
+    )
+    x_t[0, 0], x_t[3, 0] = MASK, 3
+    dense = NetworkDenoiser(model, **plain)(x_t, 0.5)
+    for positions in (POSITIONS, edges, torch.ones_like(POSITIONS)):
+        seen.clear()
+        rows = denoiser(x_t, 0.5, positions)
+        torch.testing.assert_close(rows.logits, dense[positions], rtol=0, atol=2e-5)
+        assert len(seen) == 1
+        assert seen[0] <= int(positions.sum())
+    handle.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_the_hook_goes_when_the_network_fails() -> None:
+    model = published("bert")
+    handle = model.cls.register_forward_hook(lambda *_: 1 / 0)
+    denoiser = NetworkDenoiser(model, TINY["vocab_size"], MASK, head="cls")
+    with pytest.raises(ZeroDivisionError):
+        denoiser(tokens(), 0.5, POSITIONS)
+    handle.remove()
+    assert not model.cls._forward_pre_hooks
+    wrong = NetworkDenoiser(model, TINY["vocab_size"], MASK, head="bert.embeddings.LayerNorm")
+    broken = NetworkDenoiser(model, TINY["vocab_size"], MASK, head="bert.embeddings.word_embeddings")
+    with pytest.raises((ValueError, RuntimeError, IndexError)):
+        wrong(tokens(), 0.5, POSITIONS)
+    with pytest.raises(ValueError, match="`head` gets a tensor of shape"):
+        broken(tokens(), 0.5, POSITIONS)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 # Errors
 
 
@@ -359,8 +432,10 @@ def test_only_what_is_needed_is_run(split_head: bool) -> None:
         ({"process": "gaussian"}, "`process` is 'gaussian'; allowed: 'absorbing', 'uniform'"),
         ({"parametrization": "epsilon"}, "`parametrization` is 'epsilon'; allowed: 'x0', 'score', 'leave_one_out'"),
         ({"shift": 2}, "`shift` is 2; allowed: 0, 1"),
+        ({"head": "lm_head"}, "`head` is 'lm_head'; Network has no submodule of this name"),
+        ({"head": "", "split_head": True}, "`head` and `split_head` cannot both be given"),
         ({"shift": 1, "shift_first": "drop"}, "`shift_first` is 'drop'; allowed: 'keep', 'copy'"),
-        ({"time_input": "step"}, "`time_input` is 'step'; allowed: 'sigma', 't', None"),
+        ({"time_input": "step"}, "`time_input` is 'step'; allowed: 'sigma', 't', 'steps_left', None"),
         ({"noise_schedule": "quadratic"}, "`noise_schedule` is 'quadratic'"),
         ({"time_input": "sigma", "noise_schedule": "linear"}, "`time_input='sigma'` is infinite at t = 1"),
         (

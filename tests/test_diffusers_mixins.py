@@ -21,11 +21,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_image_pipeline import CODES, GRID, tiny_network, tiny_vq
 from tiny import LENGTH, MASK, WORDS, tiny_model, tiny_tokenizer
 
 from discrete_schedulers import (
     AncestralScheduler,
     DiscreteDiffusionPipeline,
+    DiscreteImagePipeline,
     EulerScheduler,
     LSDScheduler,
     TauLeapingScheduler,
@@ -210,3 +212,42 @@ class TestPipelineUnittestWithoutPrompt(WithoutPrompt, pipelines_unittest.Pipeli
 
     @unittest.skip(NO_BATCH)
     def test_inference_batch_single_identical(self) -> None: ...
+
+
+class ImageJudge:
+    pipeline_class = DiscreteImagePipeline
+    required_input_params_in_call_signature = frozenset(["class_labels", "guidance_scale"])
+    batch_input_params = frozenset(["class_labels"])
+    optional_input_params = frozenset(
+        ["num_inference_steps", "num_images_per_prompt", "generator", "latents", "output_type", "return_dict"]
+    )
+    output_shape = (3, 2 * GRID[0], 2 * GRID[1])
+
+    def get_dummy_components(self) -> dict[str, Any]:
+        scheduler = AncestralScheduler(vocab_size=CODES + 1, mask_token_id=CODES)
+        parts = {"model": tiny_network(grid_shape=GRID), "scheduler": scheduler, "decoder": tiny_vq()}
+        return parts | {"tokenizer": None, "text_encoder": None}
+
+    def get_dummy_inputs(self, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+        return {
+            "class_labels": 1,
+            "guidance_scale": 2.0,
+            "num_inference_steps": 3,
+            "generator": torch.Generator().manual_seed(seed),
+            "output_type": "pt",
+        }
+
+
+class TestImagePipeline(ImageJudge, pipelines.BasePipelineTesterConfig, pipelines.PipelineTesterMixin):
+    pass
+
+
+class TestImagePipelineMemory(ImageJudge, pipelines.BasePipelineTesterConfig, pipelines.MemoryTesterMixin):
+    pass
+
+
+class TestImagePipelineUnittest(ImageJudge, pipelines_unittest.PipelineTesterMixin, unittest.TestCase):
+    test_attention_slicing = False
+    params = ImageJudge.required_input_params_in_call_signature
+    batch_params = ImageJudge.batch_input_params
+    required_optional_params = ImageJudge.optional_input_params

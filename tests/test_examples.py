@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
+from test_image_pipeline import pipeline
 
 from discrete_schedulers import AncestralScheduler, LSDScheduler
 
@@ -24,7 +26,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"compare_schedulers", "demo", "sample"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"compare_schedulers", "demo", "image_grid", "sample"}
 
 
 def test_sample() -> None:
@@ -33,6 +35,21 @@ def test_sample() -> None:
     assert texts["prompt"][0].startswith("The king said to")
     assert texts["infilling"][0].startswith("In the beginning God created the")
     assert texts["unconditional"] != texts["Euler"]
+
+
+def test_image_grid(tmp_path: Path) -> None:
+    """A grid for each scheduler at each number of steps, a row for each class; the same seed gives the same pictures."""
+    pipeline().save_pretrained(tmp_path / "model")
+    example = load("image_grid")
+    arguments = ["--model", str(tmp_path / "model"), "--num_inference_steps", "2", "4", "--images_per_class", "2"]
+    written = example.main([*arguments, "--output_dir", str(tmp_path / "a"), "--guidance_scale", "2"])
+    assert set(written) == {f"{name}_{steps}" for name in example.SCHEDULERS for steps in (2, 4)}
+    sizes = {Image.open(path).size for path in written.values()}
+    assert sizes == {(2 * 2 * 12, 3 * 2 * 8)}  # two images of 12 x 8 pixels in a row, three classes, doubled
+    pictures = {path.read_bytes() for path in written.values()}
+    assert len(pictures) > len(written) // 2
+    again = example.main([*arguments, "--output_dir", str(tmp_path / "b"), "--guidance_scale", "2"])
+    assert {path.read_bytes() for path in again.values()} == pictures
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from tiny import LENGTH, MASK, WORDS, seeded, tiny_model, tiny_pipeline
 from torch import Tensor, nn
 
 from discrete_schedulers import GuidedDenoiser, NetworkDenoiser, RowLogits, guidance_schedule
+from discrete_schedulers.blocks import BlockCache
 from discrete_schedulers.processes import AbsorbingProcess, UniformProcess
 
 K, L = 3, 3  # tokens and positions of the enumerated joint; the mask is K
@@ -181,7 +182,10 @@ SHAPES: list[dict] = [
     {"split_head": True, "suppress_token_ids": (1, 3)},
     {"split_head": False},
     {"split_head": True, "shift": 1},
+    {"head": "output_layer.linear", "shift": 1, "shift_first": "copy"},
     {"split_head": False, "shift": 1, "shift_first": "copy"},
+    {"split_head": True, "attention": "block_causal", "block_size": 4},
+    {"split_head": False, "attention": "block_causal", "block_size": 4, "shift": 1},
     {"split_head": True, "parametrization": "score"},
     {"split_head": True, "revealed_logits": "shadow"},
     {"split_head": False, "process": "uniform", "mask_token_id": None, "parametrization": "leave_one_out"},
@@ -303,6 +307,14 @@ def test_facts_that_are_not_allowed(arguments: dict, message: str) -> None:
     facts = {"guidance_scale": 2.0, "negative_conditions": {"flag": True}}
     with pytest.raises(ValueError, match=message):
         GuidedDenoiser(NetworkDenoiser(Network(None), 5, 4), **(facts | arguments))
+
+
+def test_a_cache_is_for_one_branch() -> None:
+    facts = {"attention": "block_causal", "block_size": 4, "cache": BlockCache(dict)}
+    denoiser = NetworkDenoiser(tiny_model(num_classes=ANY, cond_dim=16), len(WORDS), MASK, **facts)
+    labels = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="`denoiser` has a cache, which is for one branch"):
+        GuidedDenoiser(denoiser, 2.0, {"class_labels": labels}, {"class_labels": labels + ANY})
 
 
 def test_calls_that_are_not_allowed() -> None:

@@ -38,7 +38,7 @@ def shades() -> PatchCodebook:
     return decoder
 
 
-def tiny_network(num_classes: int | None = CLASSES, seed: int = 0) -> DDiTModel:
+def tiny_network(num_classes: int | None = CLASSES, seed: int = 0, **changes: Any) -> DDiTModel:
     model = DDiTModel(
         vocab_size=CODES + 1,
         hidden_size=32,
@@ -47,6 +47,7 @@ def tiny_network(num_classes: int | None = CLASSES, seed: int = 0) -> DDiTModel:
         cond_dim=16,
         max_length=LENGTH,
         num_classes=num_classes,
+        **changes,
     )
     return randomised(model, seed)
 
@@ -92,6 +93,20 @@ def test_loop_with_guidance_written_out(schedule: str) -> None:
         x = scheduler.step(logits, t, x, generator=generator).prev_sample
     assert torch.equal(output.sequences, x)
     assert output.num_model_calls == 2 * steps - (schedule != "constant")  # at t = 1 the scale is 1: one branch
+
+
+def test_a_callback_changes_the_guidance() -> None:
+    """As in diffusers' pipelines. From scale 1 to 3 after the first step: one call, then two in each."""
+
+    def more(pipe: Any, step: int, t: Tensor, kwargs: dict) -> dict:
+        pipe._guidance_scale = 3.0
+        return {}
+
+    pipe = pipeline()
+    output = pipe(class_labels=1, num_inference_steps=4, generator=seeded(), callback_on_step_end=more)
+    assert (output.num_model_calls, pipe.guidance_scale, pipe.num_timesteps) == (7, 3.0, 4)
+    with pytest.raises(ValueError, match="it must give finite numbers"):
+        pipe(class_labels=1, guidance_scale=math.nan)
 
 
 def test_without_a_class_it_samples_from_all() -> None:

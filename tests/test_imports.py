@@ -28,7 +28,8 @@ class Part(NamedTuple):
     third_party: set[str]
 
 
-CORE = {"sampling", "processes", "denoisers", "information", "evaluation", "likelihood", "exact", "scud", "molecules"}
+CORE = {"blocks", "sampling", "processes", "denoisers", "information", "evaluation", "likelihood", "exact", "scud"}
+CORE |= {"molecules"}
 SOURCE = CORE | {"models", "models/*", "schedulers", "schedulers/*"}
 SOURCE |= {"schedulers/scheduling_utils", "schedulers/order_utils", "schedulers/position_orders"}
 SOURCE |= {"schedulers/theta_utils", "schedulers/learned_utils", "interop"}
@@ -40,7 +41,8 @@ TABLE = {
     "registration": Part(set(), set()),
     "sampling": Part(set(), {"torch"}),
     "processes": Part({"sampling"}, {"torch"}),
-    "denoisers": Part({"sampling", "processes"}, {"torch"}),
+    "blocks": Part(set(), {"torch"}),
+    "denoisers": Part({"blocks", "sampling", "processes"}, {"torch"}),
     "information": Part({"sampling", "processes"}, {"torch"}),
     "evaluation": Part({"sampling", "processes"}, {"torch"}),
     "likelihood": Part({"sampling", "processes"}, {"torch"}),
@@ -72,6 +74,7 @@ TABLE = {
 }
 EXTRA = {
     "evaluation": {"sacrebleu"},  # self-BLEU
+    "models/image_checkpoints": {"accelerate"},  # networks without weights
     "molecules": {"rdkit"},  # their judge
     "models/loading": {"accelerate", "huggingface_hub", "safetensors"},  # weights of the Hub
     "pipelines/pipeline_discrete_diffusion": {"numpy"},  # output_type="np", as diffusers has it

@@ -70,10 +70,7 @@ OPTIMA = [
     ("ising", 5, 2, "grid+temp+conf", 0.0296, slow),
     ("ising", 4, 1, "grid+mix4", 0.0, slow),
     ("random", 4, 1, "grid+mix4", 0.0, slow),
-    ("ising", 4, 2, "grid+temp+mix2", 0.0003, slow),
     ("random", 4, 2, "grid+temp+mix2", 0.0014, slow),
-    ("ising", 4, 4, "grid+temp+mix2", 0.0, slow),
-    ("random", 4, 4, "grid+temp+mix2", 0.0002, slow),
     ("ising", 4, 4, "grid+mix2", 0.0671, slow),
     ("random", 4, 4, "grid+mix2", 0.0336, slow),
 ]

@@ -109,7 +109,13 @@ def test_the_positions_that_open(score: str, settings: dict, block_length: int |
                 if scheduler.config.score_law == "tempered":
                     p = sharpened(p, scheduler.config.temperature, scheduler.config.top_p)
                 scores[i] = score_of(score, p, int(drawn[row, i]))
-            ranked = sorted(masked, key=lambda i: (i // (block_length or length), -round(scores[i], 10), i))
+            if block_length is not None and masked:  # the current block only, shared out evenly
+                blocks, calls = sorted({i // block_length for i in masked}), num_steps - index
+                masked = [i for i in masked if i // block_length in blocks[: math.ceil(len(blocks) / calls)]]
+                even = len(masked) / math.ceil(len(masked) / exact)
+                due = math.floor(even) if scheduler.config.rounding == "down" else math.ceil(even)
+                due = len(masked) if len(blocks) >= calls else due  # no call to spare
+            ranked = sorted(masked, key=lambda i: (-round(scores[i], 10), i))
             opened = ranked[:due]
             expected = [int(drawn[row, i]) if i in opened else int(x[row, i]) for i in range(length)]
             assert after[row].tolist() == expected
@@ -134,10 +140,13 @@ def llada(logits_of: ExactDenoiser, x: Tensor, num_steps: int, block_length: int
     return history
 
 
-@pytest.mark.parametrize(("length", "num_steps", "block_length"), [(12, 6, 4), (12, 3, 4), (12, 5, 12), (16, 12, 8)])
+@pytest.mark.parametrize(
+    ("length", "num_steps", "block_length"),
+    [(12, 6, 4), (12, 3, 4), (12, 5, 12), (16, 12, 8), (64, 10, 32), (24, 15, 8)],
+)
 def test_llada(length: int, num_steps: int, block_length: int) -> None:
-    """12 tokens, blocks of 4, 6 steps: two steps of two tokens in each block, from left to right. With 16 tokens in 12 steps
-    and two blocks LLaDA has counts 2, 2, 1, 1, 1, 1 in each block and ours are 2, 2, 2, 2, 1, ...: the same for two steps."""
+    """12 tokens, blocks of 4, 6 steps: two steps of two tokens in each block, from left to right. 16 tokens in 12 steps and two
+    blocks: counts 2, 2, 1, 1, 1, 1 in each block."""
     denoiser = random_denoiser(7, seed=5)
     scheduler = ConfidenceScheduler(vocab_size=7, mask_token_id=MASK, temperature=0.0, block_length=block_length)
     scheduler.set_timesteps(num_steps)
@@ -149,9 +158,50 @@ def test_llada(length: int, num_steps: int, block_length: int) -> None:
             block = index // 2 * 4
             assert chosen[0].nonzero().flatten().tolist() == [i for i in range(block, block + 4) if x[0, i] == MASK]
         x = scheduler.step(denoiser(x, 1.0, chosen), index, x).prev_sample
-        if length == 12 or index < 2:
-            assert x[0].tolist() == expected[index]
+        assert x[0].tolist() == expected[index]
     assert (x != MASK).all()
+
+
+@pytest.mark.parametrize("rounding", ["up", "down"])
+@pytest.mark.parametrize("grid", ["uniform", "cosine"])
+@pytest.mark.parametrize("num_steps", [3, 4, 5, 7, 12, 40])
+def test_one_block_a_call(num_steps: int, grid: str, rounding: str) -> None:
+    """Rows with masks anywhere and a last block that is shorter: no call opens a block while an earlier one has masks, whatever
+    the counts; the last call finds one block at most, unless there are more blocks than calls."""
+    scheduler = ConfidenceScheduler(
+        vocab_size=7, mask_token_id=MASK, block_length=4, grid=grid, rounding=rounding, score="random"
+    )
+    denoiser, x = random_denoiser(7, seed=5), torch.full((20, 18), MASK)
+    x = torch.where(torch.rand(x.shape, generator=seeded(1)) < torch.linspace(0, 1, 20)[:, None], 0, x)
+    x[0] = MASK
+    scheduler.set_timesteps(num_steps)
+    enough = torch.stack([(part == MASK).any(1) for part in x.split(4, 1)]).sum(0) <= num_steps  # (B,)
+    assert enough.any()
+    for index in range(num_steps):
+        chosen = scheduler.positions(index, x)
+        after = scheduler.step(denoiser(x, 1.0, chosen), index, x, generator=seeded(index)).prev_sample
+        for row in range(20):
+            changed = {i // 4 for i in range(18) if after[row, i] != x[row, i]}
+            first = min((i // 4 for i in range(18) if x[row, i] == MASK), default=None)
+            if enough[row]:
+                assert changed <= {first}
+                assert {i // 4 for i in chosen[row].nonzero().flatten().tolist()} <= {first}
+        x = after
+    assert (x != MASK).all()
+
+
+def test_fewer_calls_than_blocks() -> None:
+    """Five blocks in three calls: two, two, one, each opened whole."""
+    scheduler = ConfidenceScheduler(vocab_size=7, mask_token_id=MASK, block_length=4)
+    scheduler.set_timesteps(3)
+    denoiser, x = random_denoiser(7, seed=5), torch.full((1, 18), MASK)
+    left = []
+    for index in range(3):
+        x = scheduler.step(
+            denoiser(x, 1.0, scheduler.positions(index, x)), index, x, generator=seeded(index)
+        ).prev_sample
+        left.append((x[0] == MASK).nonzero().flatten().tolist())
+    assert left == [list(range(8, 18)), list(range(16, 18)), []]
 
 
 def test_counts_rounded_up_are_lladas() -> None:
@@ -336,17 +386,19 @@ def test_counts_with_known_tokens_are_within_a_few(schedule: str) -> None:
 
 
 def test_maskgit_fills_blocks_from_left_to_right() -> None:
-    """The counts are those of one block, and every block is full before the next one begins."""
+    """The counts are those of one block as far as the current block goes: every block is full before the next one begins."""
     settings = {"vocab_size": 7, "mask_token_id": 6, "mask_schedule": "linear"}
     scheduler = MaskGITScheduler(**settings, block_length=4)
     denoiser = random_denoiser(7, seed=5)
     scheduler.set_timesteps(5)
-    x = torch.full((8, 12), 6)
+    x, opened = torch.full((8, 12), 6), 0
+    assert planned("linear", 5, 12) == [12, 9, 7, 4, 2, 0]
     for k, t in enumerate(scheduler.timesteps):
         positions = scheduler.positions(t, x)
-        assert not positions[:, 4 * math.ceil((12 - planned("linear", 5, 12)[k + 1]) / 4) :].any()  # read no farther
+        end = 4 * (opened // 4 + 1)
+        assert not positions[:, end:].any()  # read no farther
         x = scheduler.step(denoiser(x, t, positions), t, x, generator=seeded(k)).prev_sample
-        opened = 12 - planned("linear", 5, 12)[k + 1]
+        opened = min(end, 12 - planned("linear", 5, 12)[k + 1])
         in_blocks = (x != 6).view(8, 3, 4).sum(2)
         assert in_blocks.tolist() == [[min(4, max(0, opened - 4 * block)) for block in range(3)]] * 8
 

@@ -463,7 +463,7 @@ def test_masked_language_model(tmp_path: Path) -> None:
         ),
         ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
         ({"num_samples": 3, "generator": [seeded()]}, "`generator` is a list of 1, but 3 samples are wanted"),
-        ({"prompt": "the old cat", "length": 3}, "`prompt` 'the old cat' has 3 tokens; `length` 3 leaves nothing"),
+        ({"prompt": "the old cat", "length": 3}, "`prompt` has 3 tokens; `length` 3 leaves nothing"),
         ({"template": "the cat"}, "`template` has a text without mask tokens"),
         ({"template": ["the [MASK]", "[MASK]"]}, r"`template` has texts of \[1, 2\] tokens"),
         ({"template": " ".join(["[MASK]"] * 33)}, "would have 33 tokens; this model takes at most 32"),

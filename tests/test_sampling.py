@@ -13,7 +13,7 @@ from laws import chi_square_z, spread_subset_law, torus_gap
 from scipy.stats import binom, norm
 from torch import Tensor
 
-from discrete_schedulers import AncestralScheduler, RowLogits
+from discrete_schedulers import AncestralScheduler, RowLogits, sampling
 from discrete_schedulers.sampling import (
     bernoulli_subset,
     categorical,
@@ -139,6 +139,41 @@ def test_categorical_small_law_by_chi_square() -> None:
     assert chi_square_z(torch.bincount(drawn, minlength=6), law) < 4.5
 
 
+def interval_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """P(token) by the inversion itself, for each row its token: bisection finds the first u that draws it, and the last."""
+    ends = []
+    for end in (tokens, tokens + 1):
+        low, high = torch.zeros(len(tokens), dtype=torch.float64), torch.ones(len(tokens), dtype=torch.float64)
+        for _ in range(53):
+            middle = (low + high) / 2
+            is_below = categorical(logits, middle) < end
+            low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
+        ends.append(high)
+    return ends[1] - ends[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_states", [200, 6001])
+def test_law_of_the_inversion_in_single_precision(num_states: int, dtype: torch.dtype) -> None:
+    """Each token's probability, to 4e-6 of itself, that of these logits in float64: also of tokens with p = 1e-9."""
+    logits = (torch.randn(num_states, generator=seeded(), dtype=torch.float64) * 4).to(dtype)
+    logits[7] = -math.inf
+    law = logits.double().softmax(0)
+    rare = law.argsort()[[5, 20, num_states // 4, num_states // 2, -3, -2, -1]]
+    tokens = torch.cat([rare, torch.arange(120, 136), torch.tensor([0, num_states - 2, num_states - 1])])
+    found = interval_of(logits.expand(len(tokens), -1), tokens)
+    assert law[tokens].min() < 1e-6
+    # 2^-50: u itself has steps of 2^-53, and bisection ends within one of them
+    assert ((found - law[tokens]).abs() <= 4e-6 * law[tokens] + 2.0**-50).all()
+
+
+def test_law_of_the_inversion_in_double_precision() -> None:
+    logits = torch.randn(3000, generator=seeded(), dtype=torch.float64) * 4
+    tokens = torch.tensor([0, 127, 128, 1500, 2815, 2816, 2943, 2944, 2999])
+    found = interval_of(logits.expand(len(tokens), -1), tokens)
+    assert (found - logits.softmax(0)[tokens]).abs().max() < 1e-14
+
+
 # Categorical: the edges
 
 
@@ -182,6 +217,64 @@ def test_bad_logits_are_refused() -> None:
     nothing[0] = -math.inf
     with pytest.raises(ValueError, match="no finite entry in 1 of 3 rows"):
         categorical(nothing, u)
+
+
+def test_a_wide_row_ends_where_it_ends() -> None:
+    """Wide rows go by blocks: states of weight 0 at both ends, and a last block that is not whole."""
+    for width in (4 * 128, 4 * 128 + 1, 700):
+        logits = torch.full((4, width), -math.inf)
+        logits[0, [0, 5]] = 0.0
+        logits[1, width - 1] = -60.0
+        logits[2, [127, 128, width - 1]] = torch.tensor(
+            [0.0, 0.0, -100.0]
+        )  # 4e-44, which float32 has no normal number for
+        logits[3, 300] = 1e4
+        first, last = (categorical(logits, torch.full((4,), u, dtype=torch.float64)).tolist() for u in (0.0, LAST_U))
+        assert first == [0, width - 1, 127, 300]
+        assert last[:2] == [5, width - 1]
+        assert last[2] in (128, width - 1)
+        assert last[3] == 300
+        for bad in (math.nan, math.inf):
+            broken = logits.clone()
+            broken[2, 600 if width > 600 else 400] = bad
+            with pytest.raises(ValueError, match="in 1 of 4 rows"):
+                categorical(broken, torch.zeros(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("width", [9, 600])
+def test_rows_are_the_same_wherever_they_stand(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows by themselves, among all logits (with strides of any kind), a few at a time, and one for every position."""
+    logits, generator = torch.randn(3, 7, width, generator=seeded()), seeded(1)
+    positions = torch.rand(3, 7, generator=generator) < 0.6
+    tokens = torch.arange(21).view(3, 7)
+    rows = RowLogits(logits[positions], positions)
+    expected = draw_tokens(rows, seeded(2))
+    put = tokens.masked_scatter(positions, expected)
+    strided = torch.randn(7, 3, width).copy_(logits.transpose(0, 1)).transpose(0, 1)
+    for size in (2**19, 2 * width):
+        monkeypatch.setattr(sampling, "CPU_CHUNK", size)
+        for dense in (logits, strided):
+            among = RowLogits.chosen(dense, positions)
+            assert torch.equal(among.logits, logits[positions])
+            assert len(among) == int(positions.sum())
+            assert torch.equal(among.pick(tokens), tokens[positions])
+            assert torch.equal(draw_tokens(among, seeded(2)), expected)
+            for shaped in (
+                lambda some, _: some,
+                lambda some, part: some.add_(part.start),
+            ):  # may overwrite what it gets
+                assert torch.equal(draw_tokens(among, seeded(2), shaped), expected)
+                assert torch.equal(draw_tokens(rows, seeded(2), shaped), expected)
+            assert torch.equal(rows.logits, logits[positions])
+            fewer = positions & (tokens % 2 == 0)
+            for part in (among.among(fewer), rows.among(fewer), among.among(positions).among(fewer)):
+                assert torch.equal(part.logits, logits[fewer])
+                assert torch.equal(part.put(draw_tokens(part, seeded(2)), tokens), torch.where(fewer, put, tokens))
+            with monkeypatch.context() as patch:
+                patch.setattr(sampling, "needs_fixed_shapes", lambda _: True)
+                fixed = RowLogits.chosen(dense, positions)
+            assert fixed.is_fixed
+            assert torch.equal(fixed.put(draw_tokens(fixed, seeded(2)), tokens), put)
 
 
 def test_no_rows_draw_nothing() -> None:

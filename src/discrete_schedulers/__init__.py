@@ -52,7 +52,13 @@ from discrete_schedulers.scud import ScheduleConditionedProcess
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-    from discrete_schedulers.models import DDiTModel, HollowTransformerModel, PatchCodebook
+    from discrete_schedulers.models import (
+        DDiTModel,
+        HaltonMaskGITModel,
+        HollowTransformerModel,
+        MeissonicTransformerModel,
+        PatchCodebook,
+    )
     from discrete_schedulers.pipelines import (
         DiscreteDiffusionPipeline,
         DiscreteDiffusionPipelineOutput,
@@ -69,7 +75,9 @@ LAZY = {
     "DiscreteDiffusionPipelineOutput": "discrete_schedulers.pipelines",
     "DiscreteImagePipeline": "discrete_schedulers.pipelines",
     "DiscreteImagePipelineOutput": "discrete_schedulers.pipelines",
+    "HaltonMaskGITModel": "discrete_schedulers.models",
     "HollowTransformerModel": "discrete_schedulers.models",
+    "MeissonicTransformerModel": "discrete_schedulers.models",
     "ModelMixin": "diffusers",
     "PatchCodebook": "discrete_schedulers.models",
 }
@@ -97,6 +105,7 @@ __all__ = [
     "GibbsCorrectorScheduler",
     "GillespieScheduler",
     "GuidedDenoiser",
+    "HaltonMaskGITModel",
     "HollowTransformerModel",
     "InformationCurve",
     "InformedCorrectorScheduler",
@@ -105,6 +114,7 @@ __all__ = [
     "LearnedScheduler",
     "LikelihoodEstimate",
     "MaskGITScheduler",
+    "MeissonicTransformerModel",
     "ModelMixin",
     "NetworkDenoiser",
     "PCSamplerScheduler",

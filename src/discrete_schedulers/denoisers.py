@@ -12,13 +12,16 @@ the time input. Conversions, with K states and survival alpha (Lou et al. 2024; 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
 
+from discrete_schedulers.blocks import BlockCache, run_by_blocks
 from discrete_schedulers.processes import NoiseSchedule, UniformProcess, as_time, survival
 from discrete_schedulers.sampling import RowLogits
 
@@ -29,22 +32,32 @@ CHOICES = {
     "parametrization": ("x0", "score", "leave_one_out"),
     "shift": (0, 1),
     "shift_first": ("keep", "copy"),
-    "time_input": ("sigma", "t", None),
+    "time_input": ("sigma", "t", "steps_left", None),
     "revealed_logits": ("none", "leave_one_out", "shadow"),
+    "attention": ("full", "block_causal"),
 }
 
 
 class Denoiser(Protocol):
     """What the pipeline, the information curve and the trainer call."""
 
-    vocab_size: int
-    mask_token_id: int | None
+    @property
+    def vocab_size(self) -> int:
+        """Width V of the state space."""
+        ...
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """The mask's id; `None` for the uniform process."""
+        ...
 
     @overload
-    def __call__(self, x_t: Tensor, t: Tensor | float, positions: None = None) -> Tensor: ...
+    def __call__(self, x_t: Tensor, t: Tensor | float, positions: None = None, **conditions: Any) -> Tensor: ...
     @overload
-    def __call__(self, x_t: Tensor, t: Tensor | float, positions: Tensor) -> RowLogits: ...
-    def __call__(self, x_t: Tensor, t: Tensor | float, positions: Tensor | None = None) -> Tensor | RowLogits:
+    def __call__(self, x_t: Tensor, t: Tensor | float, positions: Tensor, **conditions: Any) -> RowLogits: ...
+    def __call__(
+        self, x_t: Tensor, t: Tensor | float, positions: Tensor | None = None, **conditions: Any
+    ) -> Tensor | RowLogits:
         """Logits of p(x_0 | x_t): (B, L, V), or those of the chosen `positions`, bool (B, L), only."""
         ...
 
@@ -68,23 +81,34 @@ class NetworkDenoiser:
         shift (`int`, defaults to 0): 1 where the logits at i - 1 predict position i.
         shift_first (`str`, defaults to `"keep"`): With `shift`, position 0 keeps its own logits (`"keep"`, Dream) or its
             token (`"copy"`, DiffuGPT).
-        time_input (`str`, *optional*): `"sigma"` (total noise), `"t"`, or `None` for a network without time.
+        time_input (`str`, *optional*): `"sigma"` (total noise), `"t"`, `"steps_left"` (N t - 1 in a run of N steps: Meissonic),
+            or `None` for a network without time.
         noise_schedule (`str`, defaults to `"loglinear"`): Turns t into sigma and alpha.
         suppress_token_ids (`tuple[int, ...]`): Ids that are never drawn, beside the mask.
         frozen_token_ids (`tuple[int, ...]`): Ids that are never noised (start, end, padding).
         split_head (`bool`, defaults to `False`): The network takes `positions`, bool (B, L), and then returns logits (R, V)
             of these positions only, in row-major order.
+        head (`str`, *optional*): For a network that does not: the name of the submodule that makes logits of hidden states
+            (B, L, H), each position by itself (`"lm_head"`, `"cls"`). It is then run at the wanted positions only, as (R, H),
+            by a hook that is there during the call. Not for calls of one network from several threads at once.
         revealed_logits (`str`, defaults to `"none"`): What the logits at revealed positions are, absorbing process: nothing of
             use (`"none"`: a network that sees the token copies it, or was not trained there), the law of the token given all
             others (`"leave_one_out"`: a hollow network), or an estimate of that law by shadow masks (`"shadow"`, see
             `raw_with_shadows`),
             for networks that take `attention_mask`, bool (1, 1, K, K), and `position_ids` (1, K).
+        attention (`str`, defaults to `"full"`): `"block_causal"`: a position sees its own block and those before it, see
+            `blocks.py`. The network has to take `attention_mask`, bool (1, 1, W, K), and `position_ids` (1, W).
+        block_size (`int`, *optional*): Positions of a block, with `attention="block_causal"`.
         max_length (`int`, *optional*): Longest sequence the network takes.
         grid_shape (`tuple[int, int]`, *optional*): (height, width) where tokens form an image.
         codebook_size (`int`, *optional*): Number of ids that decode, for image models.
         grid_input (`bool`, defaults to `False`): The network takes ids (B, height, width) of `grid_shape`, and returns logits
             (B, width of the logits, height, width), channels first.
-        call_arguments (`dict`): Passed to the network in every call, the same for all rows of a batch.
+        num_steps (`int`, *optional*): Steps N of the run, for `time_input="steps_left"`.
+        call_arguments (`dict`): Passed to the network in every call, the same for all rows of a batch. Conditions of a call
+            with the same names take their place.
+        cache (`BlockCache`, *optional*): With `attention="block_causal"`: keeps keys and values between the calls of one run,
+            for networks that take `past_key_values` of transformers.
 
     Raises:
         ValueError: If a fact is not allowed, or the facts contradict each other.
@@ -97,17 +121,22 @@ class NetworkDenoiser:
     parametrization: Literal["x0", "score", "leave_one_out"] = "x0"
     shift: int = 0
     shift_first: Literal["keep", "copy"] = "keep"
-    time_input: Literal["sigma", "t"] | None = None
+    time_input: Literal["sigma", "t", "steps_left"] | None = None
     noise_schedule: NoiseSchedule = "loglinear"
     suppress_token_ids: tuple[int, ...] = ()
     frozen_token_ids: tuple[int, ...] = ()
     split_head: bool = False
+    head: str | None = None
     revealed_logits: Literal["none", "leave_one_out", "shadow"] = "none"
+    attention: Literal["full", "block_causal"] = "full"
+    block_size: int | None = None
     max_length: int | None = None
     grid_shape: tuple[int, int] | None = None
     codebook_size: int | None = None
     grid_input: bool = False
+    num_steps: int | None = None
     call_arguments: dict[str, Any] = field(default_factory=dict)
+    cache: BlockCache | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -123,10 +152,18 @@ class NetworkDenoiser:
             )
         if self.process == "uniform" and self.revealed_logits != "none":
             raise ValueError(f"`revealed_logits={self.revealed_logits!r}` is for the absorbing process")
+        if self.head is not None and self.head not in dict(self.model.named_modules()):
+            raise ValueError(f"`head` is {self.head!r}; {type(self.model).__name__} has no submodule of this name")
+        if self.head is not None and self.split_head:
+            raise ValueError(
+                "`head` and `split_head` cannot both be given: the network splits its head itself, or is made to"
+            )
         if self.shift and self.revealed_logits == "shadow":
             raise ValueError("`revealed_logits='shadow'` needs `shift` 0: a shadow stands at its own position")
-        if self.grid_input and (self.grid_shape is None or self.split_head or self.revealed_logits != "none"):
-            raise ValueError("`grid_input` needs `grid_shape`, and neither `split_head` nor `revealed_logits`")
+        splits = self.split_head or self.head is not None
+        if self.grid_input and (self.grid_shape is None or splits or self.revealed_logits != "none"):
+            raise ValueError("`grid_input` needs `grid_shape`, and neither `split_head`, `head` nor `revealed_logits`")
+        self.check_attention()
         survives = survival(torch.tensor(1.0, dtype=torch.float64), self.noise_schedule) > 0
         if not survives and self.time_input == "sigma":
             raise ValueError(f"`time_input='sigma'` is infinite at t = 1 for `noise_schedule={self.noise_schedule!r}`")
@@ -139,6 +176,24 @@ class NetworkDenoiser:
             raise ValueError(
                 f"`suppress_token_ids` and `frozen_token_ids` must lie in [0, {self.vocab_size}), got {ids}"
             )
+
+    def check_attention(self) -> None:
+        """Raises `ValueError` if what is said of the attention contradicts itself or the rest."""
+        if self.attention == "full" and (self.block_size is not None or self.cache is not None):
+            name = "block_size" if self.block_size is not None else "cache"
+            raise ValueError(f"`{name}` is for `attention='block_causal'`, but `attention` is 'full'")
+        if self.attention == "full":
+            return
+        if not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ValueError(
+                f"`block_size` is {self.block_size!r}; `attention='block_causal'` needs a number of at least 1"
+            )
+        if self.revealed_logits == "shadow":
+            raise ValueError(
+                "`revealed_logits='shadow'` is for `attention='full'`: shadows stand behind the last block"
+            )
+        if self.cache is not None and self.time_conditioned:
+            raise ValueError("`cache` is for networks without time: keys and values of another time do not hold")
 
     @property
     def time_conditioned(self) -> bool:
@@ -178,17 +233,47 @@ class NetworkDenoiser:
         active = positions.any(1)
         if not active.any():
             return RowLogits(torch.empty(0, self.vocab_size, device=x_t.device), positions)
+        if self.cache is not None:
+            if self.process == "absorbing":  # a row that is done does not come back
+                active = active | self.is_masked(x_t).any(1)
+            self.cache.follow(active)
         some = {name: rows_of(value, active) for name, value in conditions.items()}
         t_some = t[active] if isinstance(t, Tensor) and t.dim() == 1 else t
         x_some, wanted = x_t[active], positions[active]
-        if self.split_head and self.shift == 0 and self.process == "absorbing":
-            return RowLogits(self.restrict(raw(x_some, t_some, wanted, positions=wanted, **some)), positions)
+        if self.attention == "block_causal":
+            return RowLogits(self.block_logits(raw, x_some, t_some, wanted, **some), positions)
+        if self.can_split(x_some, wanted):
+            return RowLogits(self.restrict(self.raw_rows(raw, x_some, t_some, wanted, **some)), positions)
         dense = self.clean_logits(raw(x_some, t_some, wanted, **some), x_some, t_some)
         return RowLogits(dense[wanted], positions)
 
     def calls_at(self, t: Tensor | float) -> int:
         """Calls of the network in one call at time t."""
         return 1
+
+    def block_logits(
+        self, raw: Callable[..., Tensor], x_t: Tensor, t: Tensor | float, wanted: Tensor, **conditions: Any
+    ) -> Tensor:
+        """Logits (R, V) at the `wanted` positions, bool (B, L), of a network whose attention goes by blocks."""
+        self.check(x_t)
+        columns = wanted.any(0).nonzero()
+        first, last = int(columns[0]), int(columns[-1]) + 1
+        if self.split_head and self.shift == 0 and self.process == "absorbing":
+            return self.restrict(raw(x_t, t, wanted, window=(first, last), positions=wanted, **conditions))
+        begin = max(first - self.shift, 0)  # the logits of a position may stand in the block before
+        output = raw(x_t, t, wanted, window=(begin, last), **conditions)
+        logits = self.clean_logits(output, x_t[:, begin:last], t)[:, first - begin :]
+        return logits[wanted[:, first:last]]
+
+    def raw_by_blocks(self, x_t: Tensor, t: Tensor | float, first: int, last: int, **conditions: Any) -> Tensor:
+        """The network's output from the position `first` to `last` - 1, see `run_by_blocks`."""
+        assert self.block_size is not None
+        times = self.time_arguments(x_t, t)
+
+        def network(ids: Tensor, **arguments: Any) -> Tensor:
+            return logits_of(self.model(ids, *times, **(self.call_arguments | arguments)))
+
+        return run_by_blocks(network, x_t, first, last, self.block_size, conditions, self.cache)
 
     def log_p_0(self, x_t: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
         """Normalised log p(x_0 | x_t), shape (B, L, V), float32 or wider; a token that is not masked predicts itself."""
@@ -220,19 +305,51 @@ class NetworkDenoiser:
             x_t (`torch.Tensor` of shape `(B, L)`): Tokens now, int64.
             t (`float` or `torch.Tensor` of shape `(B,)`): Time in (0, 1].
             asked (`torch.Tensor` of shape `(B, L)`, *optional*): Bool; the positions whose output will be read. `None`: all.
-            **conditions: Passed to the network.
+            **conditions: Passed to the network. With attention by blocks `window` is not: the first position that is asked
+                for and one after the last; the output is that of these positions.
         """
         self.check(x_t)
         if self.revealed_logits == "shadow":
             revealed = ~self.is_masked(x_t) if asked is None else asked & ~self.is_masked(x_t)
             if revealed.any():
                 return self.raw_with_shadows(x_t, t, revealed, **conditions)
-        arguments = self.time_arguments(x_t, t)
+        if self.attention == "block_causal":
+            return self.raw_by_blocks(x_t, t, *conditions.pop("window", (0, x_t.shape[1])), **conditions)
+        time, told = self.time_arguments(x_t, t), self.call_arguments | conditions
         if self.grid_input:
             assert self.grid_shape is not None
-            sheet = x_t.view(len(x_t), *self.grid_shape)  # (B, h, w)
-            return logits_of(self.model(sheet, *arguments, **self.call_arguments, **conditions)).flatten(2).mT
-        return logits_of(self.model(x_t, *arguments, **self.call_arguments, **conditions))
+            return logits_of(self.model(x_t.view(-1, *self.grid_shape), *time, **told)).flatten(2).mT
+        if self.head is None or "positions" not in told:
+            return logits_of(self.model(x_t, *time, **told))
+        with head_at(self.model.get_submodule(self.head), told.pop("positions")):
+            return logits_of(self.model(x_t, *time, **told))
+
+    def can_split(self, x_t: Tensor, wanted: Tensor) -> bool:
+        """Whether the head can run at the wanted positions only, bool (B, L)."""
+        if self.process == "uniform" and self.parametrization != "x0":
+            return False  # what a row means depends on the time of its sample
+        if self.split_head or self.head is None:
+            return self.split_head
+        return self.revealed_logits != "shadow" or not bool((wanted & ~self.is_masked(x_t)).any())
+
+    def raw_rows(
+        self, raw: Callable[..., Tensor], x_t: Tensor, t: Tensor | float, wanted: Tensor, **conditions: Any
+    ) -> Tensor:
+        """As `raw`, at the wanted positions, bool (B, L), with a head that runs there only: (R, width)."""
+        asked = wanted
+        if self.shift:  # the position before speaks, and the first one for itself
+            asked = torch.cat([wanted[:, 1:], torch.zeros_like(wanted[:, :1])], dim=1)
+            asked[:, 0] |= wanted[:, 0]
+        output = raw(x_t, t, asked, positions=asked, **conditions)
+        if not self.shift:
+            return output
+        sample, place = wanted.nonzero(as_tuple=True)
+        number = (asked.flatten().cumsum(0) - 1).view(asked.shape)  # the row of each position that was asked
+        rows = self.widen(output[number[sample, (place - 1).clamp(min=0)]])
+        if self.shift_first == "copy":
+            itself = torch.full_like(rows, -math.inf).scatter(-1, x_t[wanted][:, None], 0.0)
+            rows = torch.where(((place == 0) & ~self.is_masked(x_t[wanted]))[:, None], itself, rows)
+        return rows
 
     def raw_with_shadows(self, x_t: Tensor, t: Tensor | float, revealed: Tensor, **conditions: Any) -> Tensor:
         """As `raw`, with the output of shadows at the `revealed` positions, bool (B, L), in one call.
@@ -248,11 +365,15 @@ class NetworkDenoiser:
         is_real = torch.arange(len(place), device=x_t.device) < length
         sees = torch.where(is_real[:, None], is_real, is_real & (place[:, None] != place))  # (L + S, L + S)
         sees |= torch.eye(len(place), dtype=torch.bool, device=x_t.device)
-        conditions = conditions | {"attention_mask": sees[None, None], "position_ids": place[None]}
+        mask = sees[None, None]  # (1, 1, L + S, L + S)
+        if "attention_mask" in conditions:  # (B, L), 0 at padding
+            is_token = conditions["attention_mask"].bool()
+            mask = mask & torch.cat([is_token, is_token[:, columns]], dim=1)[:, None, None]
+        conditions = conditions | {"attention_mask": mask, "position_ids": place[None]}
         wanted = conditions.pop("positions", None)
         if wanted is not None:
             conditions["positions"] = torch.cat([wanted & ~revealed, revealed[:, columns]], dim=1)
-        output = logits_of(self.model(extended, *self.time_arguments(x_t, t), **self.call_arguments, **conditions))
+        output = logits_of(self.model(extended, *self.time_arguments(x_t, t), **(self.call_arguments | conditions)))
         if wanted is None:
             raw = output[:, :length].clone()
             raw[:, columns] = torch.where(revealed[:, columns, None], output[:, length:], raw[:, columns])
@@ -273,6 +394,10 @@ class NetworkDenoiser:
         if self.time_input is None:
             return ()
         t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
+        if self.time_input == "steps_left":
+            if self.num_steps is None:
+                raise ValueError("`num_steps` is missing: this network is told how many steps are left")
+            return ((self.num_steps * t - 1).clamp(min=0).float(),)
         value = t if self.time_input == "t" else -torch.log(survival(t, self.noise_schedule))
         return (value.float(),)
 
@@ -324,6 +449,26 @@ class NetworkDenoiser:
         return logits.index_fill(-1, torch.tensor(never, device=logits.device), -math.inf)
 
 
+@contextmanager
+def head_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
+    """As long as it is open the module gets hidden states (B, L, H) at these positions only, bool (B, L), as (R, H)."""
+
+    def gather(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *others = arguments
+        if hidden.shape[:-1] != positions.shape:
+            shapes = tuple(hidden.shape), tuple(positions.shape)
+            raise ValueError(
+                f"`head` gets a tensor of shape {shapes[0]}; hidden states of {shapes[1]} positions are needed"
+            )
+        return hidden[positions.to(hidden.device)], *others
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits in what a network returns: a tensor, a tuple that starts with it, or an object with `.logits`."""
     if isinstance(output, Tensor):
@@ -344,8 +489,9 @@ class GuidedDenoiser:
 
         logits = u + s (c - u)          p_0(v) proportional to p(v | x_t, y)^s p(v | x_t)^(1 - s)
 
-    With s = 1 there is no guidance, and the unconditional branch is not run. Other sources write w = s - 1 (LLaDA, MaskGIT).
-    For networks that are exact, p(v | x_t, y) / p(v | x_t) is proportional to p(y | x_0^i = v, x_t) at each position i, hence
+    With s = 1 there is no guidance, the unconditional branch is not run, and only `conditions` are of use. Other sources
+    write w = s - 1 (LLaDA, MaskGIT). For networks that are exact, p(v | x_t, y) / p(v | x_t) is proportional to
+    p(y | x_0^i = v, x_t) at each position i, hence
 
         p_0^i(v) proportional to p(x_0^i = v | x_t) p(y | x_0^i = v, x_t)^s
 
@@ -369,7 +515,7 @@ class GuidedDenoiser:
             those of x_t do: masks in the place of a prompt, or a negative prompt.
 
     Raises:
-        ValueError: If there is nothing that the branches differ in, or the scale or the ids are not what they must be.
+        ValueError: If s is not 1 and the branches do not differ, or the scale or the ids are not what they must be.
     """
 
     denoiser: NetworkDenoiser
@@ -379,14 +525,16 @@ class GuidedDenoiser:
     negative_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.guidance_scale) and not math.isfinite(self.guidance_scale):
-            raise ValueError(
-                f"`guidance_scale` is {self.guidance_scale}; it must be a finite number, or a function of t"
-            )
-        if not self.negative_conditions and self.negative_ids is None:
+        scale = self.guidance_scale
+        if not callable(scale) and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+            raise ValueError(f"`guidance_scale` is {scale!r}; it must be a finite number, or a function of t")
+        is_guided = callable(self.guidance_scale) or self.guidance_scale != 1
+        if is_guided and not self.negative_conditions and self.negative_ids is None:
             raise ValueError(
                 "guidance needs an unconditional branch that differs: pass `negative_conditions` or `negative_ids`"
             )
+        if is_guided and self.denoiser.cache is not None:
+            raise ValueError("`denoiser` has a cache, which is for one branch: guidance goes without")
         ids = self.negative_ids
         if ids is None:
             return

@@ -5,8 +5,13 @@ each of them takes, by inverting the cumulative law in float64 with one 53-bit u
 
     token = min { v : sum_{w <= v} p_w > u }
 
-Both stages are exact up to float64 rounding. Uniforms are always drawn for the whole (B, L) sheet, so that the stream of a
-generator does not depend on what was drawn with it, and with one generator per row a row does not depend on its batch.
+Uniforms are always drawn for the whole (B, L) sheet, so that the stream of a generator does not depend on what was drawn with
+it, and with one generator per row a row does not depend on its batch.
+
+Rows are read once, a few at a time, so that no copy of all logits is ever made. Weights are those of the logits' own precision
+(float32 for half precision); sums are float64, but for neighbouring weights in float32, `BLOCK` of them. For float64 logits
+the law is exact up to float64 rounding; for others each token's probability is within a few times 1e-6 of itself, which is
+what rounding the logits to float32 does to it anyway.
 
 The popular one-stage alternative, `argmin_v E_v / p_v` with exponential noise E over all states *and* "stay", has the same
 law in exact arithmetic but not in float32, where E cannot fall below 2^-24 (Zheng et al. 2024, arXiv 2409.02908): rare
@@ -16,16 +21,24 @@ tokens lose, and the more so the more steps there are. It is here as `one_stage`
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 Draw: TypeAlias = Literal["exact", "one_stage_float32", "one_stage_1e-6"]
+RowFunction: TypeAlias = Callable[
+    [Tensor, slice], Tensor
+]  # of some rows (r, V), which it may overwrite, and their places
+
+BLOCK = 128  # neighbouring weights that are summed as they are, before float64 takes over
+CPU_CHUNK = 2**19  # numbers that are worked on at once: 2 MB of float32 stay in the cache
+DEVICE_CHUNK = 2**25  # on other devices, where starting a kernel costs more than its memory
 
 
-class RowLogits(NamedTuple):
+class RowLogits:
     """Logits of chosen positions only.
 
     Args:
@@ -33,8 +46,85 @@ class RowLogits(NamedTuple):
         positions (`torch.Tensor` of shape `(B, L)`): Bool, with R entries true.
     """
 
-    logits: Tensor
-    positions: Tensor
+    def __init__(self, logits: Tensor, positions: Tensor) -> None:
+        self.source, self.positions = logits, positions
+        self.places: tuple[Tensor, ...] | None = (
+            None  # of the rows in `source`; `None`: all of its rows, one after the other
+        )
+        self.is_fixed = False  # there is a row for every position, chosen or not
+
+    @classmethod
+    def chosen(cls, logits: Tensor, positions: Tensor) -> RowLogits:
+        """Rows of all logits (B, L, V), which are read where they stand. Where shapes must not depend on values (see
+        `needs_fixed_shapes`) there is a row for each position, and those that are not chosen come to nothing."""
+        rows = cls(logits, positions)
+        if needs_fixed_shapes(logits):
+            rows.source, rows.is_fixed = logits.flatten(0, 1), True
+        else:
+            rows.places = positions.nonzero(as_tuple=True)
+        return rows
+
+    @classmethod
+    def everywhere(cls, logits: Tensor) -> RowLogits:
+        """All rows of all logits (B, L, V)."""
+        rows = cls(logits.flatten(0, 1), torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device))
+        rows.is_fixed = True
+        return rows
+
+    @property
+    def logits(self) -> Tensor:
+        """The rows, (R, V): a copy where they stand among others."""
+        return self.source if self.places is None else self.source[self.places]
+
+    def __len__(self) -> int:
+        return len(self.source) if self.places is None else len(self.places[0])
+
+    def among(self, chosen: Tensor) -> RowLogits:
+        """The rows at some of these positions, bool (B, L)."""
+        rows, kept = RowLogits(self.source, chosen), self.pick(chosen)
+        rows.places = kept.nonzero(as_tuple=True) if self.places is None else tuple(p[kept] for p in self.places)
+        return rows
+
+    def pick(self, sheet: Tensor) -> Tensor:
+        """What stands at the rows' positions of a sheet (B, L), (R,)."""
+        return sheet.flatten() if self.is_fixed else sheet[self.positions]
+
+    def put(self, values: Tensor, sheet: Tensor) -> Tensor:
+        """The sheet (B, L) with values (R,) at the chosen positions."""
+        if self.is_fixed:
+            return torch.where(self.positions, values.view(sheet.shape), sheet)
+        return sheet.masked_scatter(self.positions, values)
+
+    def chunks(self, size: int | None = None, writable: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """A few rows (r, V) at a time, and their places among all.
+
+        Args:
+            size (`int`, *optional*): Numbers in each of them, about.
+            writable (`bool`, defaults to `False`): Whether they must be copies.
+        """
+        width = self.source.shape[-1]
+        if size is None:
+            size = CPU_CHUNK if self.source.device.type == "cpu" else DEVICE_CHUNK
+        # a compiler finds its own chunks, and would write a loop out
+        each = max(len(self), 1) if torch.compiler.is_compiling() else max(size // width, 1)
+        for start in range(0, len(self), each):
+            part = slice(start, start + each)
+            if self.places is None:
+                yield part, self.source[part].clone() if writable else self.source[part]
+            else:
+                yield part, self.source[tuple(place[part] for place in self.places)]
+
+
+def on_host(values: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device, and without breaking a compiled graph."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def needs_fixed_shapes(values: Tensor) -> bool:
+    """Whether no shape may depend on values: in a compiled graph, while a CUDA graph is captured, and on the meta device."""
+    if torch.compiler.is_compiling() or values.device.type == "meta":
+        return True
+    return values.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def uniforms(
@@ -79,15 +169,57 @@ def gumbels(shape: tuple[int, ...], generator: Generators, device: torch.device 
 
 
 def check_finite(total: Tensor) -> None:
-    """Raises `ValueError` if the total weight of a row is NaN or infinite."""
-    bad = int((~torch.isfinite(total)).sum())
-    if bad:
-        rows = total.numel()
+    """Raises `ValueError` if the total weight of a row is NaN or infinite. Where the host would have to wait for the answer the
+    device itself fails, with a `RuntimeError`, and nothing waits."""
+    finite = torch.isfinite(total)
+    if not on_host(total):
+        torch._assert_async(finite.all(), "`model_output` has NaN, +inf or no finite entry in a row to draw from")
+    elif not finite.all():
+        bad, rows = int((~finite).sum()), total.numel()
         raise ValueError(f"`model_output` has NaN, +inf or no finite entry in {bad} of {rows} rows to draw from")
 
 
+def positive_weights(logits: Tensor) -> Tensor:
+    """Weights (r, V) in proportion to exp(logits), finite, in float32 or wider; NaN in rows that have no law."""
+    if logits.dtype == torch.float64:
+        return (logits - logits.amax(-1, keepdim=True)).exp_()  # several times as fast as float64's softmax
+    return torch.softmax(logits, -1, dtype=torch.float32)
+
+
+def invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact draw by inversion.
+
+    Args:
+        weights (`torch.Tensor` of shape `(r, V)`): Not negative, in float32 or float64.
+        u (`torch.Tensor` of shape `(r,)`): Uniforms in [0, 1), float64.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Drawn states (r,), int64, and the sum of the weights (r,), float64.
+    """
+    width = weights.shape[1]
+    if width < 4 * BLOCK:
+        cumulative = weights.double().cumsum(-1)
+        total = cumulative[:, -1:]
+        # `right=True` finds the first entry *above* the target, so a state of weight 0 is passed over.
+        return torch.searchsorted(cumulative, u[:, None] * total, right=True).squeeze(-1), total.squeeze(-1)
+    whole = width // BLOCK * BLOCK
+    sums = weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
+    rest = weights[:, whole:].sum(-1, keepdim=True)  # 0 where all blocks are whole, and then never drawn
+    upper = torch.cat([sums, rest], dim=1).double().cumsum_(-1)  # (r, blocks)
+    total = upper[:, -1:]
+    target = u[:, None] * total
+    block = torch.searchsorted(upper, target, right=True).clamp_(max=upper.shape[1] - 1)  # beyond it: NaN
+    lower = torch.where(block > 0, upper.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    # What is left of u in the block is a uniform number too. It is below 1 but for rounding.
+    left = ((target - lower) / (upper.gather(1, block) - lower)).clamp_(max=1 - 2**-53)
+    place = block * BLOCK + torch.arange(BLOCK, device=weights.device)  # (r, BLOCK)
+    inside = weights.gather(1, place.clamp(max=width - 1)).double().masked_fill_(place >= width, 0.0).cumsum_(-1)
+    token = torch.searchsorted(inside, left * inside[:, -1:], right=True)
+    return (block * BLOCK + token).squeeze(-1), total.squeeze(-1)
+
+
 def categorical(logits: Tensor, u: Tensor) -> Tensor:
-    """Exact draw from softmax(logits) by inversion in float64.
+    """Exact draw from softmax(logits) by inversion: see the head of this file for the precision.
 
     Args:
         logits (`torch.Tensor` of shape `(R, V)`): Unnormalised log-probabilities; `-inf` is allowed, NaN is not.
@@ -99,27 +231,53 @@ def categorical(logits: Tensor, u: Tensor) -> Tensor:
     Raises:
         ValueError: If a row has NaN or `+inf`, or no state with positive probability.
     """
-    weights = logits.double()
-    weights = (weights - weights.amax(-1, keepdim=True)).exp_()  # (R, V), largest 1: cannot overflow
-    cumulative = weights.cumsum_(-1)
-    total = cumulative[:, -1:]
-    check_finite(total)
-    # `right=True` finds the first entry *above* the target, so a state of weight 0 is passed over.
-    return torch.searchsorted(cumulative, u[:, None] * total, right=True).squeeze(-1)
+    rows = RowLogits(logits, torch.ones(1, len(logits), dtype=torch.bool, device=logits.device))
+    return drawn(((part, positive_weights(some)) for part, some in rows.chunks()), u)
 
 
-def draw_tokens(rows: RowLogits, generator: Generators) -> Tensor:
-    """One token for each chosen position, from its own law.
+def drawn(weights: Iterator[tuple[slice, Tensor]], u: Tensor) -> Tensor:
+    """A state for each row (R,), int64, given the weights of a few rows (r, V) at a time and their places."""
+    found = [invert(some, u[part]) for part, some in weights]
+    if not found:
+        return torch.empty(0, dtype=torch.int64, device=u.device)
+    tokens, totals = (torch.cat(parts) for parts in zip(*found, strict=True))
+    check_finite(totals)
+    return tokens
+
+
+def draw_tokens(rows: RowLogits, generator: Generators, shaped: RowFunction | None = None) -> Tensor:
+    """One token for each row, from its own law.
 
     Args:
         rows (`RowLogits`): Laws of R positions, as logits.
         generator (`torch.Generator`, `list[torch.Generator]` or `None`): Source of randomness.
+        shaped (`Callable`, *optional*): Makes of some rows of logits (r, V), which it may overwrite, and their places (a slice
+            of R) the logits to draw from. `None`: these logits.
 
     Returns:
         `torch.Tensor` of shape `(R,)`: Drawn states, int64.
     """
-    sheet = uniforms(tuple(rows.positions.shape), generator, rows.positions.device)  # (B, L)
-    return categorical(rows.logits, sheet[rows.positions])
+    u = rows.pick(uniforms(tuple(rows.positions.shape), generator, rows.positions.device))
+    if shaped is None:
+        return drawn(((part, positive_weights(logits)) for part, logits in rows.chunks()), u)
+    return drawn(((part, positive_weights(shaped(logits, part))) for part, logits in rows.chunks(writable=True)), u)
+
+
+def draw_from_law(logits: Tensor, generator: Generators, law: RowFunction) -> Tensor:
+    """One state for every position, from a law that is worked out for a few positions at a time.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, L, V)`): Logits, of all positions.
+        generator (`torch.Generator`, `list[torch.Generator]` or `None`): Source of randomness.
+        law (`Callable`): Makes of some rows of logits (r, V) and their places (a slice of B * L) probabilities (r, V).
+
+    Returns:
+        `torch.Tensor` of shape `(B, L)`: Drawn states, int64.
+    """
+    rows = RowLogits.everywhere(logits)
+    u = uniforms(tuple(logits.shape[:2]), generator, logits.device).flatten()
+    size = CPU_CHUNK // 4 if logits.device.type == "cpu" else DEVICE_CHUNK // 4  # laws are float64, and several
+    return drawn(((part, law(some, part)) for part, some in rows.chunks(size)), u).view(logits.shape[:2])
 
 
 def draw_states(law: Tensor, generator: Generators, draw: Draw = "exact") -> Tensor:
@@ -134,8 +292,7 @@ def draw_states(law: Tensor, generator: Generators, draw: Draw = "exact") -> Ten
         `torch.Tensor` of shape `(B, L)`: Drawn states, int64.
     """
     if draw == "exact":
-        everywhere = torch.ones(law.shape[:2], dtype=torch.bool, device=law.device)
-        return draw_tokens(RowLogits(law.double().log().flatten(0, 1), everywhere), generator).view(law.shape[:2])
+        return draw_from_law(law, generator, lambda weights, _: weights.double())
     check_finite(law.sum(-1))
     noise = uniforms(tuple(law.shape), generator, law.device, torch.float32)
     return one_stage(law, noise, draw)
@@ -175,9 +332,10 @@ def bernoulli_subset(is_eligible: Tensor, probability: Tensor | float, generator
 
 
 def check_count(is_eligible: Tensor, count: Tensor) -> None:
-    """Raises `ValueError` if a count is negative or larger than the number of eligible positions of its row."""
+    """Raises `ValueError` if a count is negative or larger than the number of eligible positions of its row; nothing where the
+    host would have to wait for the answer."""
     available = is_eligible.sum(1)
-    if ((count < 0) | (count > available)).any():
+    if on_host(count) and ((count < 0) | (count > available)).any():
         raise ValueError(f"`count` is {count.tolist()}, allowed are 0 to {available.tolist()} in these rows")
 
 

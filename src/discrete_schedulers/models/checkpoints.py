@@ -63,12 +63,29 @@ LLADA_KEYS = (  # published key -> key of LlamaForCausalLM, as regular expressio
     (r"^(model\.layers\.\d+)\.up_proj\.", r"\1.mlp.up_proj."),
     (r"^(model\.layers\.\d+)\.ff_out\.", r"\1.mlp.down_proj."),
 )
+SEDD_UNIFORM_KEYS = (  # of its training; the repaired file has the later names
+    (r"(^|\.)cond_map\.mlp\.", r"\1sigma_map.mlp."),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+    (r"\.mlp\.fc2\.", ".mlp.2."),
+)
 DIFFUGPT_KEYS = (
     (r"^embed_tokens\.", "transformer.wte."),
     (r"^denoise_model\.", "transformer."),
 )
 MASKED_KEYS = ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))  # BERT's files are older than PyTorch's names
 MASKED_IGNORED = (r"^cls\.seq_relationship\.", r"^\w+\.pooler\.", r"^esm\.contact_head\.", r"\.position_embeddings\.")
+
+
+HEADS = {  # transformers' submodule that makes logits of hidden states, each position by itself, by model_type
+    "llama": "lm_head",
+    "qwen2": "lm_head",
+    "qwen3": "lm_head",
+    "gpt2": "lm_head",
+    "esm": "lm_head",
+    "roberta": "lm_head",
+    "bert": "cls",
+    "modernbert": "head",
+}
 
 
 class Family(NamedTuple):
@@ -88,9 +105,12 @@ class Family(NamedTuple):
         ignored (`tuple[str, ...]`): Keys of the file that the network does not have, as regular expressions.
         extra_states (`int`, defaults to 0): States beyond the number of tokens in config.json.
         parametrization, shift, shift_first, noise_schedule: As in [`NetworkDenoiser`].
+        block_size (`int` or `str`, *optional*): Positions of a block where the attention goes by blocks: a number, or its
+            name in config.json. `None`: every position sees every other.
         suppress (`str` or `tuple[int, ...]`): Ids that are never drawn: these, or `"specials"`: the tokenizer's special tokens,
             or `"padding"`: ids that the tokenizer does not have.
         frozen (`tuple[int, ...]`): Ids that are never noised; with `suppress="specials"` these too.
+        ends (`tuple[str, ...]`): Tokens by which texts end, beside the tokenizer's eos; empty: texts fill their length.
         tokenizer (`str`, defaults to `""`): Where the tokenizer is; empty: in the repository.
         tokenizer_class (`str`, defaults to `"AutoTokenizer"`): transformers' class for it.
     """
@@ -110,11 +130,25 @@ class Family(NamedTuple):
     shift: int = 0
     shift_first: Literal["keep", "copy"] = "keep"
     noise_schedule: NoiseSchedule = "linear"
+    block_size: int | str | None = None
     suppress: Literal["specials", "padding"] | tuple[int, ...] = ()
     frozen: tuple[int, ...] = ()
+    ends: tuple[str, ...] = ()
     tokenizer: str = ""
     tokenizer_class: str = "AutoTokenizer"
 
+
+SDAR = Family(
+    name="SDAR",
+    architecture="causal",
+    mask="config",
+    repositories=("JetLM/SDAR-*", "Gen-Verse/TraDo-*"),
+    marks={"model_type": ("sdar",)},
+    model_type="qwen3",
+    block_size="block_size",
+    suppress="padding",
+    tokenizer_class="Qwen2Tokenizer",
+)
 
 # SEDD's and RADD's files say less at masks than a score (SEDD's lacks -log(expm1(sigma)) and -log(V - 1), constants there)
 # or a log-probability (RADD's is not normalised): the softmax over the tokens is the same.
@@ -131,6 +165,18 @@ FAMILIES = (
         extra_states=1,
         parametrization="score",
         noise_schedule="loglinear",
+        tokenizer=GPT2_TOKENIZER,
+    ),
+    Family(
+        name="SEDD-uniform",
+        architecture="DDiT",
+        mask=None,
+        repositories=("HuanranChen/SEDD-uniform-*",),
+        marks={"graph.type": ("uniform", "simplex"), "noise.type": ("geometric",), "noise.sigma_max": (20,)},
+        config_names=HYDRA_NAMES,
+        keys=SEDD_UNIFORM_KEYS,
+        parametrization="score",
+        noise_schedule="geometric",
         tokenizer=GPT2_TOKENIZER,
     ),
     Family(
@@ -190,6 +236,17 @@ FAMILIES = (
         tokenizer="google-bert/bert-base-uncased",
     ),
     Family(
+        name="BD3-LM",
+        architecture="DDiT",
+        mask="last",
+        repositories=("kuleshov-group/bd3lm-*",),
+        marks={"model_type": ("bd3lm",)},
+        config_names=DDIT_NAMES,
+        noise_schedule="loglinear",
+        block_size="block_size",
+        tokenizer=GPT2_TOKENIZER,
+    ),
+    Family(
         name="LLaDA",
         architecture="causal",
         mask="config",
@@ -197,6 +254,18 @@ FAMILIES = (
         marks={"model_type": ("llada",), "d_model": ()},  # LLaDA-MoE has the model_type, but `hidden_size`
         model_type="llama",
         config_names=LLADA_NAMES,
+        keys=LLADA_KEYS,
+        suppress="padding",
+        ends=("<|endoftext|>", "<|eot_id|>"),
+    ),
+    Family(
+        name="MMaDA",  # its text: codes of images are ids that the tokenizer does not have
+        architecture="causal",
+        mask=126336,
+        repositories=("Gen-Verse/MMaDA-8B-*",),
+        marks={"model_type": ("mmada",), "d_model": ()},
+        model_type="llama",
+        config_names=LLADA_NAMES | {"vocab_size": "new_vocab_size"},
         keys=LLADA_KEYS,
         suppress="padding",
     ),
@@ -209,6 +278,7 @@ FAMILIES = (
         model_type="qwen2",
         shift=1,
         suppress="padding",
+        ends=("<|endoftext|>", "<|im_end|>"),
         tokenizer_class="Qwen2Tokenizer",
     ),
     Family(
@@ -247,7 +317,33 @@ FAMILIES = (
         repositories=("dllm-hub/*-diffusion-mdlm-*", "dllm-collection/*-diffusion-mdlm-*"),
         marks={"model_type": ("a2d-qwen3", "a2d-qwen2", "a2d-llama")},
         suppress="padding",
+        ends=("<|endoftext|>", "<|im_end|>", "<|eot_id|>"),
     ),
+    Family(
+        name="A2D-BD3LM",
+        architecture="causal",
+        mask="tokenizer",
+        repositories=("dllm-hub/*-diffusion-bd3lm-*", "dllm-collection/*-diffusion-bd3lm-*"),
+        block_size=32,  # of the training; config.json is that of A2D
+        suppress="padding",
+    ),
+    Family(
+        name="Fast-dLLM-v2",
+        architecture="causal",
+        mask=151665,
+        repositories=("Efficient-Large-Model/Fast_dLLM_v2_*",),
+        marks={"model_type": ("Fast_dLLM_Qwen",)},
+        model_type="qwen2",
+        shift=1,
+        block_size="bd_size",
+        suppress="padding",
+        tokenizer_class="Qwen2Tokenizer",
+    ),
+    *(
+        SDAR._replace(name=f"SDAR-b{size}", repositories=(f"JetLM/SDAR-*-b{size}",), marks={}, block_size=size)
+        for size in (8, 16, 32, 64)
+    ),
+    SDAR,
     Family(
         name="DPLM",
         architecture="masked",
@@ -273,10 +369,17 @@ FAMILIES = (
 
 # Repositories that look like a family and are not of it: loaded as it they would sample, and badly.
 OTHERS = {
-    "dllm-hub/*bd3lm*": "its attention goes block by block",
-    "dllm-collection/*bd3lm*": "its attention goes block by block",
-    "Dream-org/DreamReasoner*": "its attention goes block by block",
+    "Dream-org/DreamReasoner*": "its attention goes by blocks and its logits are not shifted, unlike Dream's",
+    "JetLM/SDAR-30B-A3B*": "it is a mixture of experts",
     "airkingbd/dplm2*": "it has structure tokens beside residues",
+    "tyfeld/MMaDA-Parallel-*": "it writes text and image side by side",
+}
+OTHER_TYPES = {  # model_type in config.json -> what there is for it
+    "llada2_moe": "transformers has no class for it. Where its remote code runs, diffusers' LLaDA2Pipeline takes our "
+    "schedulers as BlockRefinementAdapter(scheduler), see discrete_schedulers.interop",
+    "diffusion_gemma": "it keeps an encoder's state and its last prediction between calls. diffusers' DiffusionGemmaPipeline "
+    "runs it, with our schedulers for the uniform process in the place of its own: pipe.scheduler = AncestralScheduler("
+    "vocab_size=..., process='uniform'); methods with several calls in a step as BlockRefinementAdapter(scheduler)",
 }
 
 
@@ -308,6 +411,8 @@ def find_family(name: str, config: Mapping[str, Any], family: str | None = None)
     for pattern, reason in OTHERS.items():
         if fnmatch.fnmatch(name.lower(), pattern.lower()):
             raise ValueError(f"{name!r} is not supported: {reason}. To load it all the same, pass `family`")
+    if config.get("model_type") in OTHER_TYPES:
+        raise ValueError(f"{name!r} is not supported: {OTHER_TYPES[config['model_type']]}")
     for row in FAMILIES:
         if any(fnmatch.fnmatch(name.lower(), pattern.lower()) for pattern in row.repositories):
             return row
@@ -338,6 +443,7 @@ def network_arguments(family: Family, config: Mapping[str, Any]) -> dict[str, An
             "dtype",
             "torch_dtype",
             "quantization_config",
+            "attn_implementation",  # a file's wish for a kernel
         }
         return {name: value for name, value in config.items() if name not in ours} | dict(family.config_values)
     found = {name: value_of(config, dotted) for name, dotted in family.config_names.items()}
@@ -359,6 +465,11 @@ def network_arguments(family: Family, config: Mapping[str, Any]) -> dict[str, An
     return {name: value for name, value in found.items() if value is not None} | dict(family.config_values)
 
 
+def network_type(family: Family, config: Mapping[str, Any]) -> str:
+    """transformers' name of the architecture."""
+    return family.model_type or str(config.get("model_type")).removeprefix("a2d-")
+
+
 def denoiser_facts(
     family: Family,
     config: Mapping[str, Any],
@@ -366,6 +477,7 @@ def denoiser_facts(
     tokenizer: Any = None,
     mask_token_id: int | None = None,
     shift: int | None = None,
+    block_size: int | None = None,
 ) -> dict[str, Any]:
     """Arguments of [`NetworkDenoiser`] for a checkpoint, but for the network and what its class knows itself.
 
@@ -376,9 +488,10 @@ def denoiser_facts(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer.
         mask_token_id (`int`, *optional*): Instead of the family's.
         shift (`int`, *optional*): Instead of the family's.
+        block_size (`int`, *optional*): Instead of the family's.
 
     Raises:
-        ValueError: If the mask is nowhere, or the family has none.
+        ValueError: If the mask is nowhere, or the family has none; if the size of blocks is nowhere.
     """
     if family.mask is None and mask_token_id is not None:
         raise ValueError(
@@ -397,6 +510,13 @@ def denoiser_facts(
         )
     if mask is not None and not 0 <= int(mask) < vocab_size:
         raise ValueError(f"`mask_token_id` is {mask}; allowed are 0 to {vocab_size - 1}, the states of this network")
+    if block_size is None:
+        block_size = value_of(config, family.block_size) if isinstance(family.block_size, str) else family.block_size
+    if block_size is None and family.block_size is not None:
+        raise ValueError(
+            f"config.json lacks {family.block_size}, the size of the blocks of family {family.name!r}: pass "
+            "denoiser={'block_size': ...}"
+        )
     suppress, frozen = family.suppress, family.frozen
     if isinstance(suppress, str):
         specials = [] if tokenizer is None else tokenizer.all_special_ids
@@ -412,6 +532,23 @@ def denoiser_facts(
         "shift": family.shift if shift is None else shift,
         "shift_first": family.shift_first,
         "noise_schedule": family.noise_schedule,
+        "attention": "full" if block_size is None else "block_causal",
+        "block_size": block_size,
         "suppress_token_ids": list(suppress),
         "frozen_token_ids": list(frozen),
+        "head": None if family.architecture == "DDiT" else HEADS.get(network_type(family, config)),
     }
+
+
+def end_token_ids(family: Family, tokenizer: Any) -> list[int] | None:
+    """Ids by which a family's texts end, of those that the tokenizer has; `None` where texts fill their length.
+
+    Args:
+        family (`Family`): Its row.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer.
+    """
+    if tokenizer is None or not family.ends:
+        return None
+    known = tokenizer.get_vocab()
+    ids = {known[token] for token in family.ends if token in known} | {tokenizer.eos_token_id}
+    return sorted(ids - {None}) or None

@@ -1,4 +1,4 @@
-r"""The diffusion transformer that SEDD, MDLM, SDTT, DUO, UDLM and RADD share.
+r"""The diffusion transformer that SEDD, MDLM, SDTT, DUO, UDLM, BD3-LM and RADD share.
 
     x   = E[ids] (+ P[places])                                only where positions are absolute
     c   = silu(MLP(sinusoid(sigma))) (+ silu(C[y]))          only where the model is conditioned
@@ -17,6 +17,7 @@ Sources: Peebles and Xie 2023 (DiT), Lou et al. 2024 (SEDD), Sahoo et al. 2024 (
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,20 +150,34 @@ class DDiTBlock(nn.Module):
         )
         self.adaLN_modulation = None if cond_dim is None else nn.Linear(cond_dim, 6 * hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, condition: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        condition: Tensor | None,
+        mask: Tensor | None,
+        past: Any = None,
+        number: int = 0,
+    ) -> Tensor:
         if self.adaLN_modulation is None:
-            x = x + self.attention(self.norm1(x), cos, sin, mask)
+            x = x + self.attention(self.norm1(x), cos, sin, mask, past, number)
             return x + self.mlp(self.norm2(x))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=-1)
-        attended = self.attention(modulate(self.norm1(x), shift_a, scale_a), cos, sin, mask)
+        attended = self.attention(modulate(self.norm1(x), shift_a, scale_a), cos, sin, mask, past, number)
         x = x + gate_a[:, None] * attended
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def attention(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, past: Any = None, number: int = 0
+    ) -> Tensor:
         batch, length, width = x.shape
         packed = self.attn_qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = packed.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
-        out = F.scaled_dot_product_attention(rotate(query, cos, sin), rotate(key, cos, sin), value, attn_mask=mask)
+        key = rotate(key, cos, sin)
+        if past is not None:  # keys and values of earlier tokens come before these, which join them
+            key, value = past.update(key, value, number)
+        out = F.scaled_dot_product_attention(rotate(query, cos, sin), key, value, attn_mask=mask)
         return self.attn_out(out.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -265,6 +280,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        past_key_values: Any = None,
     ) -> Tensor:
         """What the head reads, shape (B, L, H). Arguments as in `forward`."""
         batch, length = input_ids.shape
@@ -278,8 +294,8 @@ class DDiTModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"`input_ids` has {length} positions; this model has {self.config.max_length}")
             place = torch.arange(length, device=x.device)[None] if position_ids is None else position_ids.to(x.device)
             x = x + self.position_embed(place)
-        for block in self.blocks:
-            x = block(x, cos, sin, condition, attention_mask)
+        for number, block in enumerate(self.blocks):
+            x = block(x, cos, sin, condition, attention_mask, past_key_values, number)
         return self.output_layer(x, condition)
 
     def head(self, rows: Tensor) -> Tensor:
@@ -296,6 +312,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
         output_hidden_states: bool = False,
         return_dict: bool = True,
         position_ids: Tensor | None = None,
+        past_key_values: Any = None,
     ) -> DDiTOutput | tuple:
         """Logits of the clean tokens.
 
@@ -304,12 +321,15 @@ class DDiTModel(ModelMixin, ConfigMixin):
             sigma (`torch.Tensor` of shape `(B,)`, *optional*): Total noise, -log(alpha_t).
             class_labels (`torch.Tensor` of shape `(B,)`, *optional*): Classes, for class-conditional models; a list of one
                 for all rows.
-            attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding, or broadcastable to (B, heads, L, L).
+            attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding, or broadcastable to (B, heads, L, K), with the
+                keys of `past_key_values` first.
             positions (`torch.Tensor` of shape `(B, L)`, *optional*): Bool. The head is then run at these R positions only,
                 and `logits` has shape (R, V), in row-major order.
             output_hidden_states (`bool`, defaults to `False`): Return what the head reads as well.
             return_dict (`bool`, defaults to `True`): Return [`DDiTOutput`] instead of a tuple.
             position_ids (`torch.Tensor` of shape `(B, L)` or `(1, L)`, *optional*): Where tokens stand; `None`: 0 to L - 1.
+            past_key_values (`transformers.Cache`, *optional*): Keys and values of tokens before these; a `DynamicCache`. Those
+                of these tokens are added to it.
 
         Returns:
             [`DDiTOutput`] or `tuple`: `logits` first.
@@ -318,7 +338,7 @@ class DDiTModel(ModelMixin, ConfigMixin):
             ValueError: If `sigma` or `class_labels` is missing, there are no classes to name, or a model with
                 `absolute_positions` gets more of them than it has.
         """
-        hidden = self.hidden(input_ids, sigma, class_labels, attention_mask, position_ids)
+        hidden = self.hidden(input_ids, sigma, class_labels, attention_mask, position_ids, past_key_values)
         logits = self.head(hidden if positions is None else hidden[positions])
         output = DDiTOutput(logits=logits, hidden_states=hidden if output_hidden_states else None)
         return output if return_dict else output.to_tuple()

@@ -22,7 +22,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundE
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from discrete_schedulers.models.checkpoints import Family, network_arguments
+from discrete_schedulers.models.checkpoints import Family, network_arguments, network_type
 from discrete_schedulers.models.ddit import DDiTModel
 
 WEIGHT_FILES = (
@@ -149,7 +149,7 @@ def build_network(family: Family, config: Mapping[str, Any]) -> Any:
             return DDiTModel(**arguments)
         from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 
-        model_type = family.model_type or str(config.get("model_type")).removeprefix("a2d-")
+        model_type = network_type(family, config)
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"config.json has model_type {model_type!r}, which transformers does not have")
         if family.architecture == "masked":

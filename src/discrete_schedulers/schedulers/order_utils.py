@@ -7,28 +7,76 @@ How many are due in a step is share * masks, with share = (alpha_s - alpha_t) / 
 its base count and one more in the first steps) or down (Dream). The last step opens all that is left. These samplers do
 not draw from the model's joint law, whatever the number of steps: which position opens depends on its token.
 
+A call opens masks of one block only, so that every token is drawn with all blocks before it finished (a network whose
+attention goes by blocks knows nothing else). What is due is spread evenly over the calls that the block takes at this
+pace: with masks everywhere, and a multiple of the blocks for steps, these are LLaDA's counts. A block is opened whole
+where as many blocks as calls are left; only where there are fewer calls than blocks a call opens several.
+
 Sources: Nie et al. 2025 (LLaDA), Ye et al. 2025 (Dream); blocks: Arriola et al. 2025 (BD3-LM) and LLaDA.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from discrete_schedulers.sampling import Generators, RowLogits, draw_tokens, top_subset
-from discrete_schedulers.schedulers.scheduling_utils import DiscreteScheduler
+from discrete_schedulers.sampling import (
+    BLOCK,
+    Generators,
+    RowLogits,
+    check_finite,
+    invert,
+    positive_weights,
+    top_subset,
+    uniforms,
+)
+from discrete_schedulers.schedulers.scheduling_utils import DiscreteScheduler, without_column_
 
 Rounding: TypeAlias = Literal["up", "down"]
+Measure: TypeAlias = Literal["token_probability", "max_probability", "margin", "entropy", "law"]
 
 
-def due_counts(is_masked: Tensor, share: float, rounding: Rounding) -> Tensor:
-    """A share of the masks (B, L) of each row as a whole number, int64 (B,)."""
+def due_counts(is_masked: Tensor, share: float, rounding: Rounding, current: Tensor | None = None) -> Tensor:
+    """A share of the masks (B, L) of each row as a whole number, int64 (B,).
+
+    With `current`, bool (B, L), the masks of the current block: these are shared out evenly over the calls that they take at
+    this pace.
+    """
     expected = is_masked.sum(1, dtype=torch.float64) * share
     # 1e-9: what is a whole number but for rounding in float64 is meant to be one
+    if current is not None:
+        masks = current.sum(1, dtype=torch.float64)
+        expected = masks / (masks / expected.clamp(min=1e-300) - 1e-9).ceil().clamp(min=1)
     return ((expected - 1e-9).ceil() if rounding == "up" else (expected + 1e-9).floor()).long()
+
+
+def open_blocks(is_masked: Tensor, block_length: int | None, calls_left: int) -> tuple[Tensor, Tensor]:
+    """Where masks may open in a call that goes by blocks from left to right.
+
+    Args:
+        is_masked (`torch.Tensor` of shape `(B, L)`): Bool.
+        block_length (`int`, *optional*): Positions of a block; `None`: one block.
+        calls_left (`int`): Calls of the run, this one included.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: The masks of the leftmost block that has any, bool (B, L), or of more blocks where
+            there are more blocks than calls; and the rows that have no call to spare, bool (B,): there they all open.
+    """
+    length = is_masked.shape[1]
+    width = block_length or max(length, 1)
+    block = torch.arange(length, device=is_masked.device) // width
+    masks = is_masked.new_zeros(len(is_masked), -(-length // width), dtype=torch.int64)
+    masks = masks.index_add(1, block, is_masked.long())  # (B, blocks)
+    blocks_left = (masks > 0).sum(1)  # (B,)
+    number = (masks > 0).cumsum(1)[
+        :, block
+    ]  # (B, L), of each position's block among those with masks: 1 is the leftmost
+    now = (blocks_left + calls_left - 1) // calls_left
+    return is_masked & (number <= now[:, None]), blocks_left >= calls_left
 
 
 def check_block_length(block_length: int | None) -> None:
@@ -37,34 +85,93 @@ def check_block_length(block_length: int | None) -> None:
         raise ValueError(f"`block_length` is {block_length}; it must be at least 1, or None for one block")
 
 
+def top_two(law: Tensor) -> tuple[Tensor, Tensor]:
+    """The two largest of each row (r, V): the second is among the other blocks' largest, or in the block of the first."""
+    width = law.shape[1]
+    if width < 4 * BLOCK:
+        few = law.topk(2, -1).values
+        return few[:, 0], few[:, 1]
+    whole = width // BLOCK * BLOCK
+    best = [law[:, :whole].unflatten(1, (-1, BLOCK)).amax(-1)]
+    best += [law[:, whole:].amax(-1, keepdim=True)] if whole < width else []
+    largest, block = torch.cat(best, dim=1).topk(2, -1)
+    place = block[:, :1] * BLOCK + torch.arange(BLOCK, device=law.device)  # (r, BLOCK)
+    inside = law.gather(1, place.clamp(max=width - 1)).masked_fill_(place >= width, 0.0).topk(2, -1).values
+    return inside[:, 0], torch.maximum(inside[:, 1], largest[:, 1])
+
+
+def entropy_of(logits: Tensor, law: Tensor) -> Tensor:
+    """Entropy (r,) in nats of laws (r, V) = softmax(logits), without a logarithm for each of their numbers:
+
+    H = log Z - sum_v p(v) d(v),  d = logits - max,  log Z = -log max p
+    """
+    below = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-800.0)  # where p is 0; 0 * inf is NaN
+    return -below.mul_(law).sum(-1) - law.amax(-1).log()
+
+
+def measured(name: Measure, logits: Tensor, law: Tensor, tokens: Tensor) -> Tensor:
+    """One of the measures for a few rows: logits and laws (r, V), tokens (r,)."""
+    if name == "token_probability":
+        return law.gather(-1, tokens[:, None]).squeeze(-1)
+    if name == "max_probability":
+        return law.amax(-1)
+    if name == "margin":
+        best, second = top_two(law)
+        return best - second
+    return entropy_of(logits, law) if name == "entropy" else law
+
+
+def token_probabilities(rows: RowLogits, mask_token_id: int, tokens: Tensor) -> Tensor:
+    """p(token | x_t) for a token (R,) of each row as the network has it: no mask, no temperature; float32 or wider."""
+    found = [torch.empty(0, device=tokens.device)]
+    for part, logits in rows.chunks(writable=True):
+        law = normalised(positive_weights(without_column_(logits, mask_token_id)))
+        found.append(measured("token_probability", logits, law, tokens[part]))
+    return torch.cat(found)
+
+
+def normalised(weights: Tensor) -> Tensor:
+    """Weights (r, V) as probabilities: those of float32 already are."""
+    return weights / weights.sum(-1, keepdim=True) if weights.dtype == torch.float64 else weights
+
+
 class Prediction(NamedTuple):
-    """What the network says at the eligible positions.
+    """What the network says at the eligible positions. What is measured is what the class `reads`.
 
     Args:
         is_eligible (`torch.Tensor` of shape `(B, L)`): Bool, with R entries true.
         tokens (`torch.Tensor` of shape `(R,)`): A token drawn for each, int64.
-        law (`torch.Tensor` of shape `(R, V)`): p(x_0 | x_t) of each before temperature and top-p, float32 or wider.
+        measures (`dict[str, torch.Tensor]`): By their names, (R,), or (R, V) for the law itself; float32 or wider.
     """
 
     is_eligible: Tensor
     tokens: Tensor
-    law: Tensor
+    measures: Mapping[Measure, Tensor]
 
     @property
     def token_probability(self) -> Tensor:
         """The probability of the drawn tokens, (R,)."""
-        return self.law.gather(-1, self.tokens[:, None]).squeeze(-1)
+        return self.measures["token_probability"]
+
+    @property
+    def max_probability(self) -> Tensor:
+        """The largest probability, (R,)."""
+        return self.measures["max_probability"]
 
     @property
     def margin(self) -> Tensor:
         """Difference of the two largest probabilities, (R,)."""
-        best = self.law.topk(2, -1).values
-        return best[:, 0] - best[:, 1]
+        return self.measures["margin"]
 
     @property
     def entropy(self) -> Tensor:
         """Entropy in nats, (R,)."""
-        return -torch.xlogy(self.law, self.law).sum(-1)
+        return self.measures["entropy"]
+
+    @property
+    def law(self) -> Tensor:
+        """The law itself, (R, V)."""
+        return self.measures["law"]
 
     def sheet(self, values: Tensor, elsewhere: Any = 0) -> Tensor:
         """Values (R,) at their positions, (B, L), and `elsewhere` at the others."""
@@ -92,33 +199,23 @@ class OrderScheduler(DiscreteScheduler):
 
     def due(self, sample: Tensor, index: int) -> Tensor:
         """How many masks of each row are to open, int64 (B,): by the time grid, where a class has no counts of its own."""
+        is_masked = sample == self.config.mask_token_id
         share = float(self.absorbing_process.unmask_probability(self.times[index], self.times[index + 1]))
-        return due_counts(sample == self.config.mask_token_id, share, self.config.rounding)
+        current = None if self.config.get("block_length") is None else self.eligible(sample, index)
+        return due_counts(is_masked, share, self.config.rounding, current)
 
     def eligible(self, sample: Tensor, index: int) -> Tensor:
-        """Masks that may open now, bool (B, L): all of them, or those of the leftmost blocks that hold the number due."""
-        is_masked = sample == self.config.mask_token_id
-        if self.config.get("block_length") is None or index == len(self.calls) - 1:
-            return is_masked
-        before = self.masks_in_blocks_before(is_masked)
-        return is_masked & (before < self.due(sample, index).clamp(min=1)[:, None])
+        """Masks that may open now, bool (B, L): all of them, or those of the leftmost block that has any."""
+        return self.blocks_now(sample, index)[0]
 
-    def masks_in_blocks_before(self, is_masked: Tensor) -> Tensor:
-        """For each position the masks of its row that stand in earlier blocks, int64 (B, L)."""
-        up_to = torch.nn.functional.pad(is_masked.cumsum(1), (1, 0))  # (B, L + 1), masks before each place
-        place = torch.arange(is_masked.shape[1], device=is_masked.device)
-        return up_to[:, place - place % self.config.block_length]
+    def blocks_now(self, sample: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Eligible masks (B, L), and rows (B,) in which they all open: see `open_blocks`. In the last call all do."""
+        is_masked = sample == self.config.mask_token_id
+        return open_blocks(is_masked, self.config.get("block_length"), len(self.calls) - index)
 
     def take(self, score: Tensor, count: Tensor, is_eligible: Tensor) -> Tensor:
-        """The `count` (B,) best eligible positions of each row by score (B, L), earlier blocks first, bool (B, L)."""
-        count = torch.minimum(count, is_eligible.sum(1))
-        if self.config.get("block_length") is not None:
-            length = score.shape[1]
-            ranked = score.masked_fill(~is_eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
-            rank = ranked.argsort(1)
-            block = torch.arange(length, device=score.device) // self.config.block_length
-            score = -(block * length + rank).double()
-        return top_subset(is_eligible, count, score)
+        """The `count` (B,) best eligible positions of each row by score (B, L), bool (B, L); all where these are fewer."""
+        return top_subset(is_eligible, torch.minimum(count, is_eligible.sum(1)), score)
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor:
         """The positions to choose from, see [`DiscreteScheduler.positions`]."""
@@ -130,24 +227,49 @@ class OrderScheduler(DiscreteScheduler):
         Raises:
             ValueError: If the rows are not those that `positions` names.
         """
-        is_eligible = self.eligible(sample, index)
+        is_eligible, opens_all = self.blocks_now(sample, index)
         if not torch.equal(rows.positions, is_eligible):
             raise ValueError("`model_output.positions` are not those that `positions` named for this step and sample")
-        logits = self.token_logits(rows.logits)
-        tokens = draw_tokens(RowLogits(logits, is_eligible), generator)
-        filled = sample.masked_scatter(is_eligible, tokens)
+        prediction = self.predict(rows, () if index == len(self.calls) - 1 else self.reads(), generator)
+        filled = rows.put(prediction.tokens, sample)
         if index == len(self.calls) - 1:
             return filled
-        prediction = Prediction(is_eligible, tokens, self.model_law(rows.logits))
-        return torch.where(self.choose(prediction, index, sample, generator), filled, sample)
+        chosen = self.choose(prediction, index, sample, generator)
+        return torch.where(chosen | opens_all[:, None], filled, sample)  # the same as before where nothing is eligible
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """As `move_rows`, see [`DiscreteScheduler.move_all`]."""
-        is_eligible = self.eligible(sample, index)
-        return self.move_rows(RowLogits(logits[is_eligible], is_eligible), index, sample, generator)
+        return self.move_rows(RowLogits.chosen(logits, self.eligible(sample, index)), index, sample, generator)
 
-    def model_law(self, logits: Tensor) -> Tensor:
-        """p(x_0 | x_t) as the network has it, (R, V): no mask, no temperature, no top-p; float32 or wider."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).clone()
-        logits[:, self.config.mask_token_id] = -torch.inf
-        return logits.softmax(-1)
+    def reads(self) -> tuple[Measure, ...]:
+        """What `choose` reads of a prediction, beside its tokens."""
+        return ("token_probability",)
+
+    def scored_logits(self, logits: Tensor) -> Tensor:
+        """Logits of the law that is measured, from logits (r, V) without a mask: p(x_0 | x_t) as the network has it, no
+        temperature, no top-p, where a class does not say otherwise."""
+        return logits
+
+    def predict(self, rows: RowLogits, reads: tuple[Measure, ...], generator: Generators) -> Prediction:
+        """Tokens and measures in one pass: a few rows at a time, and their weights once where both laws are the network's."""
+        u = rows.pick(uniforms(tuple(rows.positions.shape), generator, rows.positions.device))  # (R,)
+        is_shaped = self.config.temperature != 1 or self.config.top_p != 1
+        tokens, totals = [u.new_empty(0, dtype=torch.int64)], [u.new_empty(0)]
+        found: dict[Measure, list[Tensor]] = {name: [] for name in reads}
+        for part, logits in rows.chunks(writable=True):
+            without_column_(logits, self.absorbing_process.mask_token_id)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            weights = positive_weights(self.token_logits(logits) if is_shaped else logits)
+            token, total = invert(weights, u[part])
+            tokens.append(token)
+            totals.append(total)
+            if reads:
+                scored = self.scored_logits(logits)
+                shared = scored is logits and not is_shaped
+                law = normalised(weights if shared else positive_weights(scored))
+                for name in reads:
+                    found[name].append(measured(name, scored, law, token))
+        check_finite(torch.cat(totals))
+        nothing = {"law": rows.source.new_empty(0, rows.source.shape[-1])}
+        measures = {name: torch.cat(parts or [nothing.get(name, u.new_empty(0))]) for name, parts in found.items()}
+        return Prediction(rows.positions, torch.cat(tokens), measures)

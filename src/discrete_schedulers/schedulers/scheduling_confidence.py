@@ -28,7 +28,7 @@ from torch import Tensor
 
 from discrete_schedulers.processes import NoiseSchedule
 from discrete_schedulers.sampling import Generators, gumbels, uniforms
-from discrete_schedulers.schedulers.order_utils import OrderScheduler, Prediction, Rounding
+from discrete_schedulers.schedulers.order_utils import Measure, OrderScheduler, Prediction, Rounding
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
     Grid,
@@ -95,13 +95,19 @@ class ConfidenceScheduler(OrderScheduler):
         """Score of each eligible position, (B, L), float64."""
         if self.config.score == "random":
             return uniforms(tuple(prediction.is_eligible.shape), generator, prediction.is_eligible.device)
-        if self.config.score_law == "tempered":
-            prediction = prediction._replace(law=self.tempered(prediction.law))
         if self.config.score == "confidence":
             return prediction.sheet(prediction.token_probability.double())
         return prediction.sheet((prediction.margin if self.config.score == "margin" else -prediction.entropy).double())
 
-    def tempered(self, law: Tensor) -> Tensor:
-        """A law (R, V) after temperature (1 instead of 0) and top-p."""
-        logits = law.log() / (self.config.temperature or 1.0)
-        return (keep_top_p(logits, self.config.top_p) if self.config.top_p < 1 else logits).softmax(-1)
+    def reads(self) -> tuple[Measure, ...]:
+        """See [`OrderScheduler.reads`]."""
+        names: dict[str, tuple[Measure, ...]] = {"confidence": ("token_probability",), "random": ()}
+        names |= {"margin": ("margin",), "entropy": ("entropy",)}
+        return names[self.config.score]
+
+    def scored_logits(self, logits: Tensor) -> Tensor:
+        """With `score_law="tempered"` after temperature (1 instead of 0) and top-p. See [`OrderScheduler.scored_logits`]."""
+        if self.config.score_law == "model":
+            return logits
+        logits = logits / (self.config.temperature or 1.0)
+        return keep_top_p(logits, self.config.top_p) if self.config.top_p < 1 else logits

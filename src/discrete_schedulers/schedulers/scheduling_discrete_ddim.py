@@ -24,7 +24,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from discrete_schedulers.processes import NoiseSchedule
-from discrete_schedulers.sampling import Generators, RowLogits, bernoulli_subset, draw_tokens
+from discrete_schedulers.sampling import Generators, RowLogits, bernoulli_subset
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
     FactorisedScheduler,
@@ -101,8 +101,7 @@ class DiscreteDDIMScheduler(FactorisedScheduler):
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """Tokens from p_0 at the chosen positions, noise at some of the others. See [`DiscreteScheduler.move_rows`]."""
         carried, _, noised = self.routes(index)
-        logits = self.shaped_logits(rows.logits, index, sample[rows.positions])
-        tokens = draw_tokens(RowLogits(logits, rows.positions), generator)
+        tokens = self.clean_tokens(rows, index, sample, generator)
         is_noised = bernoulli_subset(~rows.positions, noised / max(carried + noised, 1e-300), generator)
         noise = self.noise_process.prior(tuple(sample.shape), generator, sample.device)
-        return torch.where(is_noised, noise, sample).masked_scatter(rows.positions, tokens)
+        return rows.put(tokens, torch.where(is_noised, noise, sample))

@@ -27,8 +27,10 @@ from torch import Tensor
 
 from discrete_schedulers.processes import NoiseSchedule
 from discrete_schedulers.sampling import Generators, top_subset
-from discrete_schedulers.schedulers.order_utils import OrderScheduler, Prediction, Rounding
+from discrete_schedulers.schedulers.order_utils import Measure, OrderScheduler, Prediction, Rounding
 from discrete_schedulers.schedulers.scheduling_utils import Coefficients, Grid, ProcessName
+
+PROXIES: dict[str, Measure] = {"confidence": "max_probability", "margin": "margin"}
 
 
 class EntropyBoundScheduler(OrderScheduler):
@@ -74,11 +76,15 @@ class EntropyBoundScheduler(OrderScheduler):
         if not entropy_bound >= 0:
             raise ValueError(f"`entropy_bound` is {entropy_bound}; it cannot be negative")
 
+    def reads(self) -> tuple[Measure, ...]:
+        """See [`OrderScheduler.reads`]."""
+        return ("entropy",) if self.config.proxy == "entropy" else ("entropy", PROXIES[self.config.proxy])
+
     def choose(self, prediction: Prediction, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """The masks within the bound, or the first ones where fewer than are due. See [`OrderScheduler.choose`]."""
         eligible, entropy = prediction.is_eligible, prediction.entropy.double()  # (B, L), (R,)
-        certainty = {"entropy": -entropy, "confidence": prediction.law.amax(-1), "margin": prediction.margin}
-        score = prediction.sheet(certainty[self.config.proxy].double(), -torch.inf)  # (B, L)
+        certainty = -entropy if self.config.proxy == "entropy" else prediction.measures[PROXIES[self.config.proxy]]
+        score = prediction.sheet(certainty.double(), -torch.inf)  # (B, L)
         ranked = score.argsort(dim=1, descending=True, stable=True)
         sheet = prediction.sheet(entropy).gather(1, ranked)
         excess = sheet.cumsum(1) - sheet.cummax(1).values  # grows along the row: those within the bound come first

@@ -142,7 +142,7 @@ class GibbsCorrectorScheduler(DiscreteScheduler):
         step, is_correction = self.place(index)
         if is_correction:
             chosen = self.least_confident(self.conditional(logits, index, sample), step, sample, generator)
-            return self.move_rows(RowLogits(logits[chosen], chosen), index, sample, generator)
+            return self.move_rows(RowLogits.chosen(logits, chosen), index, sample, generator)
         t, s = self.times[step], self.times[step + 1]
         p_0 = self.shaped_law(logits, index, sample)
         return draw_states(self.noise_process.posterior(sample, p_0, t, s), generator)

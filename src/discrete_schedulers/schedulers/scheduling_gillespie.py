@@ -97,8 +97,7 @@ class GillespieScheduler(DiscreteScheduler):
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """`sample` with a token from p_0 at each of the chosen masks, see [`DiscreteScheduler.move_rows`]."""
-        tokens = draw_tokens(RowLogits(self.token_logits(rows.logits), rows.positions), generator)
-        return sample.masked_scatter(rows.positions, tokens)
+        return rows.put(draw_tokens(rows, generator, lambda logits, _: self.token_logits(logits)), sample)
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """A jump at each of the k positions whose clocks ring first, uniform noise. See [`DiscreteScheduler.move_all`]."""

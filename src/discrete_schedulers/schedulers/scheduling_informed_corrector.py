@@ -28,7 +28,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from discrete_schedulers.processes import NoiseSchedule
-from discrete_schedulers.sampling import Generators, RowLogits, draw_tokens, gumbels, top_subset, uniform_subset
+from discrete_schedulers.sampling import Generators, RowLogits, gumbels, top_subset, uniform_subset
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
     DiscreteScheduler,
@@ -145,10 +145,9 @@ class InformedCorrectorScheduler(DiscreteScheduler):
         chosen, (step, is_correction) = rows.positions, self.place(index)
         if is_correction and self.config.selection != "random":
             chosen = self.least_confident(rows, step, sample, generator)
-        logits = self.token_logits(rows.logits[chosen[rows.positions]])
-        return sample.masked_scatter(chosen, draw_tokens(RowLogits(logits, chosen), generator))
+        return rows.among(chosen).put(self.clean_tokens(rows.among(chosen), index, sample, generator), sample)
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """As `move_rows`, see [`DiscreteScheduler.move_all`]."""
         chosen = self.positions(index, sample, generator)
-        return self.move_rows(RowLogits(logits[chosen], chosen), index, sample, generator)
+        return self.move_rows(RowLogits.chosen(logits, chosen), index, sample, generator)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from discrete_schedulers.processes import NoiseSchedule
 from discrete_schedulers.sampling import Generators
-from discrete_schedulers.schedulers.order_utils import OrderScheduler, Prediction, Rounding
+from discrete_schedulers.schedulers.order_utils import Measure, OrderScheduler, Prediction, Rounding
 from discrete_schedulers.schedulers.scheduling_utils import Coefficients, Grid, ProcessName
 
 
@@ -93,6 +93,10 @@ class KLASSScheduler(OrderScheduler):
         """See [`DiscreteScheduler.set_grid`]; forgets what was remembered."""
         super().set_grid(times, device)
         self.memory: dict[int, Memory] = {}  # by call
+
+    def reads(self) -> tuple[Measure, ...]:
+        """See [`OrderScheduler.reads`]."""
+        return ("token_probability", "law")
 
     def choose(self, prediction: Prediction, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """The stable masks, or the most confident ones. See [`OrderScheduler.choose`]."""

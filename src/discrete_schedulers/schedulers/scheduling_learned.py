@@ -248,7 +248,7 @@ class LearnedScheduler(FactorisedScheduler):
             )
             opens = gated(torch.tensor(self.open_probability(index), dtype=torch.float64), log_odds)
             chosen = self.opening(sample, opens, generator, log_odds)
-            rows = RowLogits(rows.logits[chosen[is_masked]], chosen)
+            rows = rows.among(chosen)
         moved = super().move_rows(rows, index, sample, generator)
         t, s = self.times[index], self.times[index + 1]
         falls = float(remask_probability(self.absorbing_process, t, s, coefficients))

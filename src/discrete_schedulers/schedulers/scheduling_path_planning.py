@@ -31,8 +31,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from discrete_schedulers.processes import NoiseSchedule
-from discrete_schedulers.sampling import Generators, RowLogits, check_finite, draw_tokens, top_subset
-from discrete_schedulers.schedulers.order_utils import check_block_length
+from discrete_schedulers.sampling import Generators, RowLogits, check_finite, top_subset
+from discrete_schedulers.schedulers.order_utils import check_block_length, token_probabilities
 from discrete_schedulers.schedulers.scheduling_utils import Coefficients, DiscreteScheduler, Grid, ProcessName
 
 
@@ -101,19 +101,16 @@ class PathPlanningScheduler(DiscreteScheduler):
         is_masked = sample == self.config.mask_token_id
         if self.num_masks(index, sample.shape[1]) or not torch.equal(rows.positions, is_masked):
             raise ValueError("`model_output.positions` are not those that `positions` named for this step and sample")
-        return sample.masked_scatter(
-            is_masked, draw_tokens(RowLogits(self.token_logits(rows.logits), is_masked), generator)
-        )
+        return rows.put(self.clean_tokens(rows, index, sample, generator), sample)
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """The best positions, and masks elsewhere, see [`DiscreteScheduler.move_all`]."""
         mask, length = self.config.mask_token_id, sample.shape[1]
         is_masked = sample == mask
-        drawn = draw_tokens(RowLogits(self.token_logits(logits[is_masked]), is_masked), generator)
-        tokens = sample.masked_scatter(is_masked, drawn)
-        law = logits.to(torch.promote_types(logits.dtype, torch.float32)).clone()
-        law[..., mask] = -torch.inf
-        belief = law.softmax(-1).gather(-1, tokens[..., None]).squeeze(-1).double()  # (B, L)
+        rows = RowLogits.chosen(logits, is_masked)
+        tokens = rows.put(self.clean_tokens(rows, index, sample, generator), sample)
+        everywhere, column = RowLogits.everywhere(logits), self.absorbing_process.mask_token_id
+        belief = token_probabilities(everywhere, column, tokens.flatten()).view(tokens.shape).double()  # (B, L)
         check_finite(belief)
         score = torch.where(is_masked, self.per_step("stochasticity", index) * belief, belief)
         count = length - self.num_masks(index, length)

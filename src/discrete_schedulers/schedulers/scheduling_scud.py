@@ -227,4 +227,4 @@ class SCUDScheduler(DiscreteScheduler):
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """As `move_rows`, see [`DiscreteScheduler.move_all`]."""
         chosen = self.positions(index, sample, generator)
-        return self.move_rows(RowLogits(logits[chosen], chosen), index, sample, generator)
+        return self.move_rows(RowLogits.chosen(logits, chosen), index, sample, generator)

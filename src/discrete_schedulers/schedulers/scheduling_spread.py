@@ -31,7 +31,7 @@ from torch import Tensor
 
 from discrete_schedulers.processes import NoiseSchedule
 from discrete_schedulers.sampling import Generators, spread_subset
-from discrete_schedulers.schedulers.order_utils import Rounding, check_block_length, due_counts
+from discrete_schedulers.schedulers.order_utils import Rounding, check_block_length, due_counts, open_blocks
 from discrete_schedulers.schedulers.position_orders import Pattern, ordered_subset, pattern_ranks
 from discrete_schedulers.schedulers.scheduling_utils import Coefficients, FactorisedScheduler, Grid, ProcessName
 
@@ -104,10 +104,14 @@ class SpreadScheduler(FactorisedScheduler):
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor:
         """Masks that open in this step, see [`DiscreteScheduler.positions`]."""
-        is_masked = sample == self.config.mask_token_id
-        left = due_counts(is_masked, self.open_probability(self.step_index(timestep)), self.config.rounding)  # (B,)
+        index, length = self.step_index(timestep), max(sample.shape[1], 1)
+        is_masked, share = sample == self.config.mask_token_id, self.open_probability(index)
+        current, opens_all = open_blocks(is_masked, self.config.block_length, len(self.calls) - index)
+        by_blocks = None if self.config.block_length is None else current
+        left = due_counts(is_masked, share, self.config.rounding, by_blocks)  # (B,)
+        left = torch.where(opens_all, current.sum(1), left)
         chosen = []
-        for block in is_masked.split(self.config.block_length or max(sample.shape[1], 1), dim=1):
+        for block in current.split(self.config.block_length or length, dim=1):
             count = torch.minimum(left, block.sum(1))
             chosen.append(self.spread(block, count, generator))
             left = left - count

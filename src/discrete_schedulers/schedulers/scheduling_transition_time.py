@@ -121,14 +121,13 @@ class TransitionTimeScheduler(DiscreteScheduler):
             # a call that is made again forgets what it and later ones have moved
             before = before.masked_fill(self.still_to_move(sample, index), NEVER)
             self.moved_in = before.masked_fill(rows.positions, index)
-        return sample.masked_scatter(
-            rows.positions, draw_tokens(RowLogits(self.token_logits(rows.logits), rows.positions), generator)
-        )
+        tokens = draw_tokens(rows, generator, lambda logits, _: self.token_logits(logits))
+        return sample.masked_scatter(rows.positions, tokens)
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """As `move_rows`, see [`DiscreteScheduler.move_all`]."""
         chosen = self.positions(index, sample, generator)
-        return self.move_rows(RowLogits(logits[chosen], chosen), index, sample, generator)
+        return self.move_rows(RowLogits.chosen(logits, chosen), index, sample, generator)
 
 
 def beta_cdf(x: float, a: float, b: float) -> float:

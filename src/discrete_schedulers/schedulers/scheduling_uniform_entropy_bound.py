@@ -22,7 +22,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from discrete_schedulers.processes import NoiseSchedule
-from discrete_schedulers.sampling import Generators, RowLogits, draw_tokens, top_subset
+from discrete_schedulers.sampling import Generators, RowLogits, draw_tokens, positive_weights, top_subset
+from discrete_schedulers.schedulers.order_utils import entropy_of, normalised
 from discrete_schedulers.schedulers.scheduling_utils import Coefficients, DiscreteScheduler, Grid, ProcessName
 
 
@@ -86,8 +87,9 @@ class UniformEntropyBoundScheduler(DiscreteScheduler):
         everywhere = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
         if index == len(self.calls) - 1:
             return everywhere
-        law = self.annealed(logits, index).double().softmax(-1)
-        entropy = -torch.xlogy(law, law).sum(-1)  # (B, L)
+        rows = (self.annealed(some, index) for _, some in RowLogits.everywhere(logits).chunks())
+        entropies = [entropy_of(some, normalised(positive_weights(some))).double() for some in rows]
+        entropy = torch.cat(entropies).view(logits.shape[:2])
         ranked = entropy.sort(dim=1, stable=True).values
         count = (ranked.cumsum(1) - ranked <= self.per_step("entropy_bound", index)).sum(1)
         return top_subset(everywhere, count, -entropy)
@@ -107,7 +109,7 @@ class UniformEntropyBoundScheduler(DiscreteScheduler):
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """Tokens where accepted, noise elsewhere, see [`DiscreteScheduler.move_all`]."""
-        rows = self.shaped_logits(logits, index, sample).flatten(0, 1)
-        tokens = draw_tokens(RowLogits(rows, torch.ones_like(sample, dtype=torch.bool)), generator)
+        everywhere = RowLogits.everywhere(logits)
+        tokens = draw_tokens(everywhere, generator, lambda some, _: self.token_logits(self.annealed(some, index)))
         noise = self.noise_process.prior(tuple(sample.shape), generator, sample.device)
         return torch.where(self.accepted(logits, index), tokens.view(sample.shape), noise)

@@ -34,8 +34,10 @@ from discrete_schedulers.sampling import (
     RowLogits,
     bernoulli_subset,
     check_finite,
+    draw_from_law,
     draw_states,
     draw_tokens,
+    on_host,
     spread_subset,
     uniform_subset,
     uniforms,
@@ -360,6 +362,12 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             raise ValueError(f"{type(self).__name__} has the uniform process: there are no masks to open")
         return self.noise_process
 
+    def goes_by_blocks(self, block_size: int) -> bool:
+        """Whether blocks of this size are filled from left to right, each after all before it are finished and final: what a
+        network needs whose attention goes by blocks. Holds for runs with at least as many calls as blocks of `block_length`."""
+        block_length = self.config.get("block_length")
+        return block_length is not None and block_size % block_length == 0 and not self.revises_tokens
+
     # The step
 
     def model_inputs(
@@ -437,7 +445,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
                 guess = logits.argmax(-1)
                 prev_sample = self.move_all(model_output, index, sample, generator)
             else:
-                prev_sample = self.move_rows(RowLogits(model_output[chosen], chosen), index, sample, generator)
+                prev_sample = self.move_rows(RowLogits.chosen(model_output, chosen), index, sample, generator)
         self.last_call = index
         output = DiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=guess, pred_logits=logits)
         return output if return_dict else (output.prev_sample, output.pred_original_sample, output.pred_logits)
@@ -451,15 +459,26 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             if model_output.positions.shape != sample.shape:
                 shapes = tuple(model_output.positions.shape), tuple(sample.shape)
                 raise ValueError(f"`model_output.positions` has shape {shapes[0]}, but `sample` has {shapes[1]}")
-            logits, expected = model_output.logits, (int(model_output.positions.sum()), width)
+            number = int(model_output.positions.sum()) if on_host(sample) else len(model_output)
+            shape: tuple[int, ...] = (len(model_output), model_output.source.shape[-1])
+            expected: tuple[int, ...] = (number, width)
         else:
-            logits, expected = model_output, (*sample.shape, width)
-        if tuple(logits.shape) != expected:
-            raise ValueError(
-                f"`model_output` has shape {tuple(logits.shape)}, but {expected} is needed: (..., vocab_size)"
-            )
-        if sample.numel() and not 0 <= int(sample.min()) <= int(sample.max()) < width:
+            shape, expected = tuple(model_output.shape), (*sample.shape, width)
+        if shape != expected:
+            raise ValueError(f"`model_output` has shape {shape}, but {expected} is needed: (..., vocab_size)")
+        if on_host(sample) and sample.numel() and not 0 <= int(sample.min()) <= int(sample.max()) < width:
             raise ValueError(f"`sample` has ids from {sample.min()} to {sample.max()}; allowed are 0 to {width - 1}")
+
+    def clean_tokens(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
+        """A token for each row, (R,), from the clean law that the call `index` draws from: see `shaped_logits`."""
+        tokens, mask = rows.pick(sample), self.config.mask_token_id
+
+        def shaped(logits: Tensor, part: slice) -> Tensor:
+            if self.is_shaped(index):
+                return self.shaped_logits(logits, index, tokens[part])
+            return logits if mask is None else without_column_(logits, mask)
+
+        return draw_tokens(rows, generator, shaped)
 
     def is_shaped(self, index: int) -> bool:
         """Whether the call `index` draws from another law than the network's own."""
@@ -532,12 +551,25 @@ class FactorisedScheduler(DiscreteScheduler):
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """`sample` with a token drawn from the clean law at each of the chosen positions."""
-        logits = self.shaped_logits(rows.logits, index, sample[rows.positions])
-        return sample.masked_scatter(rows.positions, draw_tokens(RowLogits(logits, rows.positions), generator))
+        return rows.put(self.clean_tokens(rows, index, sample, generator), sample)
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """A state for each position, drawn from the transition law."""
-        return draw_states(self.transition(logits, index, sample), generator, self.config.get("draw", "exact"))
+        draw = self.config.get("draw", "exact")
+        if draw != "exact":
+            return draw_states(self.transition(logits, index, sample), generator, draw)
+        tokens = sample.flatten()
+
+        def law(some: Tensor, part: slice) -> Tensor:  # each position has a law of its own
+            return self.transition(some[None], index, tokens[None, part])[0]
+
+        return draw_from_law(logits, generator, law)
+
+
+def without_column_(logits: Tensor, column: int) -> Tensor:
+    """Logits (..., V) with -inf in a column, in place."""
+    logits.select(-1, column).fill_(-math.inf)
+    return logits
 
 
 def token_logits(logits: Tensor, mask_token_id: int | None, temperature: float, top_p: float) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from discrete_schedulers.processes import NoiseSchedule
 from discrete_schedulers.sampling import Generators, RowLogits, top_subset
-from discrete_schedulers.schedulers.order_utils import OrderScheduler, Prediction, Rounding
+from discrete_schedulers.schedulers.order_utils import OrderScheduler, Prediction, Rounding, token_probabilities
 from discrete_schedulers.schedulers.scheduling_utils import Coefficients, Grid, ProcessName, check_shares
 
 FEWEST, MOST = 5, 20  # what the largest number of accepted tokens is kept between, whatever the share
@@ -139,9 +139,9 @@ class WINOScheduler(OrderScheduler):
 
     def falls(self, rows: RowLogits, num_accepted: Tensor, index: int, sample: Tensor) -> Tensor:
         """Checked tokens that become masks again, bool (B, L), from their logits (R, V)."""
-        law = self.model_law(rows.logits)
-        belief = torch.zeros(sample.shape, dtype=law.dtype, device=law.device)
-        belief[rows.positions] = law.gather(-1, sample[rows.positions][:, None]).squeeze(-1)
+        mask = self.absorbing_process.mask_token_id
+        now = token_probabilities(rows, mask, sample[rows.positions])  # (R,)
+        belief = torch.zeros(sample.shape, dtype=now.dtype, device=now.device).masked_scatter(rows.positions, now)
         doubted = rows.positions & (belief < self.per_step("remask_threshold", index)) & (num_accepted > 1)[:, None]
         count = doubted.sum(1).minimum((self.memory(index, sample).last_accept - 1).clamp(min=0))
         return top_subset(doubted, count, -belief)
@@ -151,7 +151,7 @@ class WINOScheduler(OrderScheduler):
         is_eligible, checked = self.eligible(sample, index), self.verified(sample, index)
         if not torch.equal(rows.positions, is_eligible | checked):
             raise ValueError("`model_output.positions` are not those that `positions` named for this step and sample")
-        drafts, others = (RowLogits(rows.logits[part[rows.positions]], part) for part in (is_eligible, checked))
+        drafts, others = rows.among(is_eligible), rows.among(checked)
         drafted = super().move_rows(drafts, index, sample, generator)
         accepted = drafted != sample
         falls = self.falls(others, accepted.sum(1), index, sample)
@@ -163,4 +163,4 @@ class WINOScheduler(OrderScheduler):
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """As `move_rows`, see [`DiscreteScheduler.move_all`]."""
         chosen = self.positions(index, sample, generator)
-        return self.move_rows(RowLogits(logits[chosen], chosen), index, sample, generator)
+        return self.move_rows(RowLogits.chosen(logits, chosen), index, sample, generator)
