@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--output_dir", type=Path, default=Path("demo_results"))
     parser.add_argument("--num_samples", type=int, default=16, help="Samples that coefficients are fitted on.")
     parser.add_argument("--num_eval_samples", type=int, default=24, help="Samples and sequences that are measured.")
+    parser.add_argument("--max_data_samples", type=int, default=256, help="Sequences that the curve is estimated on.")
     args = parser.parse_args(argv)
     began = time.time()
 
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 *("--pretrained_model_name_or_path", MODEL, "--output_dir", str(folder)),
                 *("--num_inference_steps", *map(str, BUDGETS)),
                 *("--num_samples", str(args.num_samples), "--num_eval_samples", str(args.num_eval_samples)),
+                *("--max_data_samples", str(args.max_data_samples)),
                 *arguments,
             ]
         )

@@ -64,7 +64,8 @@ def test_image_grid(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     """The main job, small: two methods at three budgets beside three baselines, and schedulers that load."""
-    table = load("demo").main(["--output_dir", str(tmp_path), "--num_samples", "4", "--num_eval_samples", "4"])
+    counts = ["--num_samples", "4", "--num_eval_samples", "4", "--max_data_samples", "8"]
+    table = load("demo").main(["--output_dir", str(tmp_path), *counts])
     cells = {(row["sampler"], row["steps"]) for row in table}
     names = {"bernoulli", "counts", "counts, spread", "lsd", "optimal grid"}
     assert cells == {(name, steps) for name in names for steps in (4, 8, 16)}
