@@ -249,12 +249,10 @@ def placement(
         memory = get_balanced_memory(network, memory, list(together), size, low_zero=low)
     try:
         return dict(infer_auto_device_map(network, memory, list(together), size))
-    except (
-        IndexError
-    ) as error:  # accelerate's, of DiffusionGemma: half of its modules share their parameters with the rest
+    except IndexError as error:  # DiffusionGemma: half of its modules share their parameters with the other half
         raise ValueError(
-            f"`device_map` is {device_map!r}, but accelerate does not find a split of a {type(network).__name__}, whose modules "
-            "share parameters, and it does not fit one device: name a device with more memory"
+            f"`device_map` is {device_map!r}, but accelerate does not find a split of a {type(network).__name__}, whose "
+            "modules share parameters, and it does not fit one device: name a device with more memory"
         ) from error
 
 
