@@ -26,6 +26,7 @@ from torch import Tensor
 from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
 from discrete_schedulers.models import DDiTModel, HollowTransformerModel
+from discrete_schedulers.models.diffusion_gemma import PromptAndCanvas, canvas_length
 from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import DiscreteScheduler
 
@@ -112,7 +113,8 @@ class DiscretePipeline(DiffusionPipeline):
     @property
     def denoiser(self) -> NetworkDenoiser:
         """The network as a function from (x_t, t) to logits of p(x_0 | x_t)."""
-        return NetworkDenoiser(self.model, **self.config.denoiser)
+        network = self.model if canvas_length(self.model) is None else PromptAndCanvas(self.model)
+        return NetworkDenoiser(network, **self.config.denoiser)
 
     @property
     def num_timesteps(self) -> int:

@@ -18,12 +18,14 @@ from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
 from discrete_schedulers.guidance import GuidanceScale, GuidedDenoiser
 from discrete_schedulers.models import DDiTModel
 from discrete_schedulers.models.checkpoints import denoiser_facts, end_token_ids, find_family
+from discrete_schedulers.models.diffusion_gemma import PromptAndCanvas, canvas_length
 from discrete_schedulers.models.loading import (
     build_network,
     first_file,
     load_tokenizer,
     load_weights,
     longest_sequence,
+    number_of_states,
     placement,
     read_config,
     weight_paths,
@@ -124,6 +126,8 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         super().__init__()
         require_ours(scheduler)
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
+        if canvas_length(model) is not None:  # diffusers would look for the class in its pipeline folder of that name
+            self.register_to_config(model=("transformers", type(model).__name__))
         facts = network_facts(model, scheduler)
         self.register_to_config(denoiser=facts | dict(denoiser or {}), eos_token_id=eos_token_id)
 
@@ -204,7 +208,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             )
         said = dict(kwargs.get("denoiser") or {})
         block_size = said.get("block_size")
-        facts = denoiser_facts(row, config, network.config.vocab_size, tokenizer, **declared, block_size=block_size)
+        facts = denoiser_facts(row, config, number_of_states(network), tokenizer, **declared, block_size=block_size)
         facts |= {"max_length": longest_sequence(network)} | said
         if row.mask == "config" and tokenizer is not None and tokenizer.mask_token is None:
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(facts["mask_token_id"])  # LLaDA's does not name it
@@ -215,9 +219,12 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         pipe.register_to_config(_name_or_path=name)
         return pipe
 
-    def denoiser_of_a_run(self, use_cache: bool) -> NetworkDenoiser:
-        """`denoiser` with the state of one run: a cache, where one is exact."""
+    def denoiser_of_a_run(self, use_cache: bool, frame: Frame) -> NetworkDenoiser:
+        """`denoiser` with the state of one run: a cache, where one is exact; a prompt, where the network reads it apart."""
         denoiser = self.denoiser
+        if canvas_length(self.model) is not None:
+            device = self._execution_device
+            denoiser.model = PromptAndCanvas(self.model, frame.known.to(device), frame.is_padding.to(device))
         if use_cache and denoiser.attention == "block_causal" and not denoiser.time_conditioned:
             denoiser.cache = BlockCache(DynamicCache)
         return denoiser
@@ -265,7 +272,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
                 prompt or template, where they are not or there is a `negative_prompt`.
             num_samples (`int`, defaults to 1): Samples for each prompt or template.
             length (`int`, *optional*): Tokens L of a sample, prompt and special tokens included. Defaults to the model's
-                longest. Not with a template, which has its own.
+                longest, and for DiffusionGemma to a canvas behind the prompt. Not with a template, which has its own.
             max_new_tokens (`int`, *optional*): Instead of `length`: tokens to write in each sample. Behind shorter prompts
                 there is padding then, which needs a network that takes `attention_mask`.
             num_inference_steps (`int`, defaults to 16): Steps; most schedulers call the network once in each.
@@ -423,6 +430,8 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         facts, tokenizer = self.config.denoiser, self.tokenizer
         mask, longest, frozen = facts["mask_token_id"], facts.get("max_length"), facts.get("frozen_token_ids", ())
         ends = special_ends(tokenizer, frozen)
+        if length is None and latents is None and max_new_tokens is None:
+            max_new_tokens = canvas_length(self.model)
         if max_new_tokens is None:
             length = length or (latents.shape[1] if latents is not None else longest)
         if isinstance(template, Tensor):
@@ -463,6 +472,10 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         is_guided = callable(guidance_scale) or guidance_scale != 1
         if negative_prompt is not None and not is_guided:
             raise ValueError("`negative_prompt` is for guidance: pass `guidance_scale`, which is 1 and so off")
+        if is_guided and canvas_length(self.model) is not None:
+            raise ValueError(
+                f"`guidance_scale` must be 1 with a {type(self.model).__name__}: it keeps the prediction of one branch"
+            )
         conditions = self.prepare_padding(frame)
         negative, is_labelled = dict(conditions), False
         if labels is not None:
@@ -482,10 +495,14 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         def batch(tensor: Tensor) -> Tensor:
             return tensor.repeat_interleave(num_samples, 0).to(self._execution_device)
 
+        samples = frame.repeated(num_samples)
+        conditions = {name: batch(value) for name, value in conditions.items()}
+        if canvas_length(self.model) is not None:
+            conditions["row_ids"] = torch.arange(len(samples.known), device=self._execution_device)
         denoiser: Denoiser = GuidedDenoiser(
-            self.denoiser_of_a_run(use_cache and not is_guided),
+            self.denoiser_of_a_run(use_cache and not is_guided, samples),
             guidance_scale,
-            {name: batch(value) for name, value in conditions.items()},
+            conditions,
             {name: batch(value) for name, value in negative.items()},
             None if ids is None else batch(ids),
         )
@@ -497,7 +514,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         Raises:
             ValueError: If the network cannot be told.
         """
-        if not frame.is_padding.any():
+        if not frame.is_padding.any() or canvas_length(self.model) is not None:  # a canvas is run without it
             return {}
         if not takes_argument(self.model, "attention_mask"):
             raise ValueError(

@@ -21,6 +21,8 @@ import torch
 from hub import LoopbackHub, Repository
 from safetensors.torch import load, save
 from test_ddit import published_shapes, reference
+from test_diffusion_gemma import template as gemma_template
+from test_diffusion_gemma import tiny_gemma
 from tiny import MASK, WORDS, randomised, tiny_tokenizer
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
@@ -234,7 +236,6 @@ def test_look_alikes(name: str, config: dict[str, Any]) -> None:
     ("model_type", "message"),
     [
         ("llada2_moe", "LLaDA2Pipeline takes our schedulers as BlockRefinementAdapter"),
-        ("diffusion_gemma", "DiffusionGemmaPipeline runs it, with our schedulers"),
     ],
 )
 def test_what_diffusers_has_a_pipeline_for(model_type: str, message: str) -> None:
@@ -678,6 +679,10 @@ for name, (repo, arguments, ids) in jobs.items():
     try:
         pipe = DiscreteDiffusionPipeline.from_pretrained(repo, **arguments)
         pipe.set_progress_bar_config(disable=True)
+        if repo == "org/diffusiongemma":  # it has no logits of ids alone
+            sampled = pipe(template=ids, num_inference_steps=3, generator=torch.Generator().manual_seed(0))
+            results[name] = {"sequences": sampled.sequences, "state": pipe.model.state_dict()}
+            continue
         with torch.no_grad():
             raw = pipe.denoiser.raw(ids, 0.4)
             result = {"raw": raw, "logits": pipe.denoiser(ids, 0.4), "facts": dict(pipe.config.denoiser)}
@@ -761,6 +766,10 @@ def results(cases: dict[str, Tiny], tmp_path_factory: pytest.TempPathFactory) ->
                 publish(hub, name, {"README.md": b"# on branches"})
                 hub.repos[name].branches = repository.branches
         jobs = {name: (name, case.arguments, case.ids) for name, case in cases.items()}
+        tiny_gemma().save_pretrained(folder / "gemma")
+        files = {path.name: path.read_bytes() for path in (folder / "gemma").iterdir()}
+        publish(hub, "org/diffusiongemma", files | tokenizer_files(folder))
+        jobs["org/diffusiongemma"] = ("org/diffusiongemma", {}, gemma_template(2))
         return run_client(hub, jobs, folder)
 
 
@@ -792,6 +801,16 @@ def test_loaded_by_id(name: str, cases: dict[str, Tiny], results: dict[str, dict
     mask, never = result["facts"]["mask_token_id"], result["facts"]["suppress_token_ids"]
     drawn = result["sequences"][~kept]
     assert not set(drawn.tolist()) & {mask, *never}
+
+
+def test_prompt_and_canvas_loaded_by_id(results: dict[str, dict]) -> None:
+    """DiffusionGemma: every parameter and saved buffer, and samples; its logits are in test_diffusion_gemma.py."""
+    result, state, known = results["org/diffusiongemma"], tiny_gemma().state_dict(), gemma_template(2)
+    assert "error" not in result, result
+    assert result["state"].keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in result["state"].items())
+    assert (result["sequences"] == known)[known >= 0].all()
+    assert (result["sequences"] >= 0).all()
 
 
 def test_facts(cases: dict[str, Tiny], results: dict[str, dict]) -> None:

@@ -289,6 +289,7 @@ def test_families_that_end_their_texts() -> None:
     tokenizer.eos_token = "and"
     expected = {
         "LLaDA": ["and", "<|eot_id|>"],
+        "DiffusionGemma": ["and"],
         "Dream": ["and", "<|im_end|>"],
         "A2D": ["and", "<|eot_id|>", "<|im_end|>"],
     }

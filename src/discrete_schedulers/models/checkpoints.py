@@ -7,6 +7,7 @@ No code of a repository is ever run: each architecture is a network of this libr
     DDiT          models/ddit.py
     causal        transformers' causal language model of `model_type` with `is_causal=False`: every position sees every other
     masked        transformers' masked language model of `model_type`
+    canvas        transformers' `DiffusionGemmaForBlockDiffusion`, run by models/diffusion_gemma.py
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Family(NamedTuple):
 
     Args:
         name (`str`): What `from_pretrained(..., family=)` takes.
-        architecture (`str`): `"DDiT"`, `"causal"` or `"masked"`, see above.
+        architecture (`str`): `"DDiT"`, `"causal"`, `"masked"` or `"canvas"`, see above.
         mask (`int` or `str`, *optional*): The mask's id; `"last"`: the last state; `"config"`: `mask_token_id` in config.json;
             `"tokenizer"`: the tokenizer's; `None`: uniform process.
         repositories (`tuple[str, ...]`): Repository ids, `*` for any characters; case does not count.
@@ -116,7 +117,7 @@ class Family(NamedTuple):
     """
 
     name: str
-    architecture: Literal["DDiT", "causal", "masked"]
+    architecture: Literal["DDiT", "causal", "masked", "canvas"]
     mask: int | Literal["last", "config", "tokenizer"] | None
     repositories: tuple[str, ...]
     marks: Mapping[str, tuple] = {}
@@ -345,6 +346,14 @@ FAMILIES = (
     ),
     SDAR,
     Family(
+        name="DiffusionGemma",
+        architecture="canvas",
+        mask=None,
+        repositories=("google/diffusiongemma-*",),
+        marks={"model_type": ("diffusion_gemma",)},
+        ends=("<turn|>",),
+    ),
+    Family(
         name="DPLM",
         architecture="masked",
         mask=32,
@@ -377,9 +386,6 @@ OTHERS = {
 OTHER_TYPES = {  # model_type in config.json -> what there is for it
     "llada2_moe": "transformers has no class for it. Where its remote code runs, diffusers' LLaDA2Pipeline takes our "
     "schedulers as BlockRefinementAdapter(scheduler), see discrete_schedulers.interop",
-    "diffusion_gemma": "it keeps an encoder's state and its last prediction between calls. diffusers' DiffusionGemmaPipeline "
-    "runs it, with our schedulers for the uniform process in the place of its own: pipe.scheduler = AncestralScheduler("
-    "vocab_size=..., process='uniform'); methods with several calls in a step as BlockRefinementAdapter(scheduler)",
 }
 
 

@@ -178,6 +178,10 @@ def build_network(family: Family, config: Mapping[str, Any]) -> Any:
         model_type = network_type(family, config)
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"config.json has model_type {model_type!r}, which transformers does not have")
+        if family.architecture == "canvas":
+            from transformers import DiffusionGemmaForBlockDiffusion
+
+            return DiffusionGemmaForBlockDiffusion(CONFIG_MAPPING[model_type](**arguments))
         if family.architecture == "masked":
             return AutoModelForMaskedLM.from_config(CONFIG_MAPPING[model_type](**arguments))
         arguments |= {"is_causal": False, "use_cache": False}
@@ -243,7 +247,13 @@ def placement(
     if device_map != "sequential":
         low = device_map == "balanced_low_0"
         memory = get_balanced_memory(network, memory, list(together), size, low_zero=low)
-    return dict(infer_auto_device_map(network, memory, list(together), size))
+    try:
+        return dict(infer_auto_device_map(network, memory, list(together), size))
+    except IndexError as error:  # DiffusionGemma: half of its modules share their parameters with the other half
+        raise ValueError(
+            f"`device_map` is {device_map!r}, but accelerate does not find a split of a {type(network).__name__}, whose "
+            "modules share parameters, and it does not fit one device: name a device with more memory"
+        ) from error
 
 
 def device_of(name: str, places: Mapping[str, Any]) -> Any:
@@ -261,7 +271,7 @@ def load_weights(
     places: Mapping[str, Any] | None = None,
     offload_folder: str | Path | None = None,
 ) -> None:
-    """Put the tensors of the files in the place of the network's meta parameters.
+    """Put the tensors of the files in the place of the network's meta parameters and of the buffers that are saved with them.
 
     Args:
         network (`torch.nn.Module`): From `build_network`.
@@ -280,7 +290,14 @@ def load_weights(
         raise ValueError("`offload_folder` is required: `device_map` puts modules on disk")
     on_disk: dict[str, Any] = {}
     tied = dict(getattr(network, "all_tied_weights_keys", {}))  # these follow another parameter
-    wanted = {name: tuple(p.shape) for name, p in network.named_parameters(remove_duplicate=False) if name not in tied}
+    wanted = {name: tuple(p.shape) for name, p in network.named_parameters(remove_duplicate=False)}
+    wanted |= {name: tuple(t.shape) for name, t in network.state_dict().items() if not re.search(BUFFERS, name)}
+    wanted = {name: shape for name, shape in wanted.items() if name not in tied}
+    if family.architecture == "canvas" and any(device_of(name, places) == "disk" for name in tied):
+        raise ValueError(
+            "`device_map` puts modules on disk whose parameters encoder and decoder share: only those of the vision tower can "
+            "go there"
+        )
     state: dict[str, Tensor] = {}
     unexpected, misshapen = [], []
     for path in paths:
@@ -318,11 +335,18 @@ def load_weights(
     network.eval()
 
 
+def number_of_states(network: Any) -> int:
+    """Width V of a network's logits."""
+    config = network.config
+    return config.vocab_size if isinstance(network, DDiTModel) else config.get_text_config().vocab_size
+
+
 def longest_sequence(network: Any) -> int | None:
     """How many tokens the network takes, as far as its config says."""
     config = network.config
     if isinstance(network, DDiTModel):
         return config.max_length
+    config = config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and config.model_type == "roberta":
         return longest - config.pad_token_id - 1  # its positions count from behind the padding
