@@ -10,15 +10,17 @@ from pathlib import Path
 
 # Before anything imports huggingface_hub or torch: both read their settings when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Under pytest-xdist every worker would take all cores; subprocesses inherit the share.
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+# Under pytest-xdist every worker would take all cores; subprocesses inherit the share. Not in the process that starts the
+# workers: they would inherit its number, all cores, and two workers with two threads each are ten times as slow on two cores.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hub import LoopbackHub  # noqa: E402
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+if "OMP_NUM_THREADS" in os.environ:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,6 +5,7 @@ Seconds depend on the machine; the numbers of operations, of bytes that are writ
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -291,3 +292,10 @@ def test_the_count_sees_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowLogits, "chosen", lambda logits, where: RowLogits(chosen(logits, where).logits, where))
     copied, rows = counted(budget, torch.float32)
     assert copied.bytes > budget.rows_written * rows * WIDE * 4
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER_COUNT" not in os.environ, reason="there is one process")
+def test_workers_share_the_cores() -> None:
+    """Two workers with two threads each took four times as long for all tests as with one."""
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    assert torch.get_num_threads() * workers <= max(workers, os.cpu_count() or 1)
