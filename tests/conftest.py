@@ -11,7 +11,7 @@ from pathlib import Path
 # Before anything imports huggingface_hub or torch: both read their settings when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Under pytest-xdist every worker would take all cores; subprocesses inherit the share. Not in the process that starts the
-# workers: they would inherit its number, all cores, and two workers with two threads each are ten times as slow on two cores.
+# workers: they would inherit its number, which is all cores, and be several times as slow.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
