@@ -824,6 +824,15 @@ said(create_repository, Path("out"), "tester/x", None)
     assert re.match("could not push to 'tester/x': .*refused.*Nothing is lost", push)
 
 
+def test_marginal_needs_sequences_to_judge_on(work: Path, tmp_path: Path) -> None:
+    """Said before anything is learned."""
+    given = [*arguments(work, tmp_path), *METHODS["marginal text"], "--train_file", str(work / "texts.txt")]
+    with pytest.raises(ValueError, match="judges on half of 42 sequences; it needs more than 21 there"):
+        distill.main([*given, "--max_data_samples", "42"])
+    with pytest.raises(SystemExit):
+        distill.main([*given, "--num_samples", "21"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lsd", "lsd_plus", "optimal_grid"])
 def test_main_job_on_the_bundled_model(tmp_path: Path, method: str) -> None:

@@ -86,6 +86,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # of arguments that mean something else
 }
 CANDIDATES = 10  # of marginal: how many of its iterates are judged, evenly, beside temperature 1
 JUDGE_BUCKETS = 8  # tokens and pairs in the statistic that judges: it needs more samples than features
+JUDGE_FEATURES = 2 * JUDGE_BUCKETS + 5  # of `text_features`
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -191,8 +192,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--objective {args.objective} is for --method lsd; lsd_plus has generalised_kl")
     if args.repaired and args.method != "lsd_plus":
         parser.error("--repaired is for --method lsd_plus")
-    if args.method == "marginal" and args.num_samples <= 2 * JUDGE_BUCKETS + 5:
-        parser.error(f"--num_samples is {args.num_samples}; --method marginal needs more than {2 * JUDGE_BUCKETS + 5}")
+    if args.method == "marginal" and args.num_samples <= JUDGE_FEATURES:
+        parser.error(f"--num_samples is {args.num_samples}; --method marginal needs more than {JUDGE_FEATURES}")
     if args.learned_scheduler and args.scale == "log_score":
         parser.error("--learned_scheduler has no such law as --scale log_score: a rate that depends on the logits")
 
@@ -382,6 +383,11 @@ def learn_temperatures(
     """Inverse temperatures of a step budget: score-function descent on half of the data. Of its iterates, and temperature 1,
     the one is kept whose samples are nearest to the other half by `two_sample_statistic`."""
     processes, fit, heldout = accelerator.num_processes, data[::2], data[1::2]
+    if len(heldout) <= JUDGE_FEATURES:
+        raise ValueError(
+            f"`--method marginal` judges on half of {len(data)} sequences; it needs more than {JUDGE_FEATURES} there "
+            "(`--max_data_samples`, or `--num_samples` where there are no texts)"
+        )
 
     def features(buckets: int) -> Features:
         """`text_features`, of which every process works out its share."""
@@ -503,7 +509,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     base = {k: v for k, v in pipe.scheduler.config.items() if k not in ("coefficients", "learned_for")}
     base |= {"grid": "uniform", "draw": "exact"}
     straight = base["noise_schedule"] in ("loglinear", "linear")
-    if args.learned_scheduler and args.method != "optimal_grid" and not straight:
+    if args.learned_scheduler and args.method in ("lsd", "lsd_plus") and not straight:
         raise ValueError(
             f"`--learned_scheduler` needs loglinear or linear noise here; the model has {base['noise_schedule']!r}"
         )
