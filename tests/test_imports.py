@@ -82,7 +82,7 @@ EXTRA = {
     "pipelines/pipeline_discrete_diffusion": {"numpy"},  # output_type="np", as diffusers has it
     "pipelines/images": {"numpy"},
     "training/checkpoints": {"safetensors"},
-    "training/hub": {"matplotlib"},  # the plot
+    "training/pictures": {"matplotlib"},
     "training/pretrain_images": {"diffusers", "numpy"},  # a grid of pictures, a table of pixels
     "training/search": {"cma"},  # CMA-ES
     "training/pretrain": {"safetensors", "tokenizers", "transformers"},  # makes a tokenizer, writes weights

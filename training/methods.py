@@ -1,279 +1,66 @@
 r"""The methods of `distill.py`, one function each: from a frozen model to a scheduler with learned numbers.
 
-A method gets a [`Run`] and returns a scheduler. What costs calls of the network is shared out over the processes by the index
+A method gets a `Run` and returns a scheduler. What costs calls of the network is shared out over the processes by the index
 of the sample, and every random number is a function of (seed, purpose, sample index): so all processes learn the same numbers,
 and as many as there are do not matter. `run.each_budget` learns the step budgets one after another, with a checkpoint after
-each.
+each; `run.numbers` keeps what a search has measured, so that a run which was killed does not measure it again.
 
-Where the methods come from is said by the modules that they call.
+Each stands in a file `method_*.py` and calls the modules that have the mathematics and say where it comes from.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
-import torch
-from accelerate.utils import tqdm
-from torch import Tensor
+from discrete_schedulers import DiscreteScheduler
+from discrete_schedulers.training.method_filter import learn2pd
+from discrete_schedulers.training.method_grids import beta, jys, optimal_grid
+from discrete_schedulers.training.method_lsd import lsd
+from discrete_schedulers.training.method_marginal import JUDGE_FEATURES, marginal, search
+from discrete_schedulers.training.method_order import order
+from discrete_schedulers.training.run import Run
 
-from discrete_schedulers import (
-    AbsorbingProcess,
-    AncestralScheduler,
-    DiscreteDiffusionPipeline,
-    DiscreteScheduler,
-    InformationCurve,
-    LearnedScheduler,
-    LSDScheduler,
-    information_curve,
-)
-from discrete_schedulers.evaluation import unigram_entropy
-from discrete_schedulers.information import schedule_gain
-from discrete_schedulers.training.data import batches, generators
-from discrete_schedulers.training.marginal import (
-    Coefficients,
-    Features,
-    LogisticRatio,
-    Verdict,
-    divergence_weights,
-    keep_best,
-    two_sample_statistic,
-)
-from discrete_schedulers.training.objectives import (
-    PHI_RANGE,
-    CoupledRoll,
-    Reduce,
-    SharedNoise,
-    draw_noise,
-    fit_phi,
-    literal_kappa_gradient,
-    perturbed_start,
-    phi_gradient,
-    repaired_step_sizes,
-    times_from_step_sizes,
-)
-from discrete_schedulers.training.run import PATHS, Run
-from discrete_schedulers.training.temperatures import Rolled, descend_temperatures, roll, text_features
-
-SMALLEST_STEP = 1e-6  # LSD+ as printed: gradient steps that would make a kappa or the time after it negative end here
-CANDIDATES = 10  # of marginal: how many of its iterates are judged, evenly, beside temperature 1
-JUDGE_BUCKETS = 8  # tokens and pairs in the statistic that judges: it needs more samples than features
-JUDGE_FEATURES = 2 * JUDGE_BUCKETS + 5  # of `text_features`
+METHODS: dict[str, Callable[[Run], DiscreteScheduler]] = {
+    "lsd": lsd,
+    "lsd_plus": lsd,
+    "optimal_grid": optimal_grid,
+    "jys": jys,
+    "beta": beta,
+    "marginal": marginal,
+    "search": search,
+    "order": order,
+    "learn2pd": learn2pd,
+}
+FITS_ON_DATA = ("optimal_grid", "jys", "beta", "marginal", "search", "order", "learn2pd")
 
 
-# LSD and LSD+
-
-
-def lsd(run: Run) -> DiscreteScheduler:
-    """A factor on the score for each step; with `--method lsd_plus` step sizes as well."""
-    args, tensors = run.args, run.tensors
-    # This process has its share of the samples; every process keeps the teacher's states of all of them
-    share = list(run.share(args.num_samples))
-    noise = draw_noise(share, run.length, args.seed, run.accelerator.device)
-    mask = run.mask_token_id
-    segments = math.lcm(*args.num_inference_steps)  # of the teacher's grid, between times that students share
-    if not tensors:
-        tensors["states"] = torch.full((1, args.num_samples, run.length), mask)
-        tensors["masked"] = torch.zeros(0, dtype=torch.float64)
-    done = len(tensors["states"]) - 1
-    last = tensors["states"][-1, share].to(run.accelerator.device)
-    rolled = roll_teacher(run.pipe, run.base, args, noise, last, done)
-    progress = tqdm(rolled, desc="teacher", initial=done, total=segments, disable=not run.accelerator.is_main_process)
-    for number, (x, masked) in enumerate(progress, start=done + 1):
-        tensors["states"] = torch.cat([tensors["states"], run.gather(x, args.num_samples)[None]])
-        tensors["masked"] = torch.cat([tensors["masked"], run.reduce(masked)])
-        run.add_evaluations()
-        if number == segments or number % -(-segments // 16) == 0:
-            run.save(None)
-
-    run.learned_for |= {"objective": args.objective, "repaired": args.repaired}
-    settings = {"scale": args.scale, "learned_for": run.learned_for}
-    if args.method == "lsd_plus":
-        settings["grid"] = "learned"
-    # no mask is left in the last states
-    unigram = torch.bincount(tensors["states"][-1].flatten(), minlength=run.base["vocab_size"])
-    start = perturbed_start(noise, mask, args.hamming_share if args.relaxed else 0.0, unigram)
-
-    def learn(steps: int) -> dict[str, list[float]]:
-        student = LSDScheduler.from_config(
-            run.base, coefficients={str(steps): {"scale": [1.0] * steps}}, scale=args.scale
+def check_length(args: argparse.Namespace, length: int) -> None:
+    """Raises `ValueError` if the method is not for sequences of this length."""
+    if args.method == "order" and max(args.num_inference_steps) > length:
+        raise ValueError(
+            f"`--num_inference_steps` has {max(args.num_inference_steps)}; `--method order` opens at least one of the {length} "
+            "positions in each step"
         )
-        student.set_timesteps(steps)
-        at = torch.arange(steps) * (segments // steps)
-        teacher_states = tensors["states"][at][:, share].to(run.accelerator.device)
-        blocks = {"scale": learn_phi(run.pipe, student, teacher_states, noise, start, args, run.reduce)}
-        if args.method == "lsd_plus":
-            blocks["times"] = learn_times(student, tensors["masked"], args)
-        return blocks
-
-    return run.each_budget(learn, lambda found: LSDScheduler.from_config(run.base, coefficients=found, **settings))
+    if args.method == "learn2pd" and length % (args.block_length or length):
+        raise ValueError(f"`--block_length` is {args.block_length}, which does not divide the {length} positions")
 
 
-def roll_teacher(
-    pipe: DiscreteDiffusionPipeline, base: dict, args: argparse.Namespace, noise: SharedNoise, state: Tensor, done: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Roll the teacher from one shared time to the next, from the `done`-th of them on, where it has the given state.
-
-    Yields:
-        Its state at the next shared time, int64 (B, L), and the rows masked before each step on the way there.
-    """
-    teacher = LSDScheduler.from_config(base, scale="score")
-    teacher.set_timesteps(args.teacher_steps)
-    stride = args.teacher_steps // math.lcm(*args.num_inference_steps)
-    roll = CoupledRoll(pipe.denoiser, teacher, noise, state, args.train_batch_size)
-    for index in range(done * stride):
-        roll.survival = roll.survival * (1 - teacher.open_probability(index))
-    for start in range(done * stride, args.teacher_steps, stride):
-        masked = torch.zeros(stride, dtype=torch.float64)
-        for index in range(start, start + stride):
-            masked[index - start] = (roll.state == teacher.config.mask_token_id).sum()
-            roll.step(index)
-        yield roll.state.clone(), masked
-
-
-def learn_phi(
-    pipe: DiscreteDiffusionPipeline,
-    scheduler: LSDScheduler,
-    teacher_states: Tensor,
-    noise: SharedNoise,
-    start: Tensor,
-    args: argparse.Namespace,
-    reduce: Reduce,
-) -> list[float]:
-    """Phi for each step of the scheduler's grid (eq. 6): closed form in one roll, or the paper's gradient steps."""
-    steps, process = len(scheduler.timesteps), absorbing(scheduler)
-    phi = [1.0] * steps
-    epochs = 1 if args.solver == "closed_form" else args.num_epochs
-    for _ in range(epochs):
-        roll = CoupledRoll(pipe.denoiser, scheduler, noise, start, args.train_batch_size)
-        for k in range(steps):
-            shared = (pipe.denoiser, process, roll.state, teacher_states[k], scheduler.times[k])
-            if args.solver == "closed_form":
-                phi[k] = fit_phi(*shared, args.objective, args.train_batch_size, reduce)
-            else:
-                gradient = phi_gradient(*shared, phi[k], args.objective, args.train_batch_size, reduce)
-                phi[k] = max(phi[k] - args.learning_rate * gradient, PHI_RANGE[0])
-            scheduler.register_to_config(coefficients={str(steps): {"scale": phi}})
-            if k < steps - 1:
-                roll.step(k)
-    return phi
-
-
-def learn_times(scheduler: LSDScheduler, masked: Tensor, args: argparse.Namespace) -> list[float]:
-    """The grid of LSD+: eq. 8 by the paper's gradient steps, or the repaired objective.
-
-    Both need the odds of the score only, which a normalised network has in closed form: no roll is needed.
-    """
-    steps, process = len(scheduler.timesteps), absorbing(scheduler)
-    uniform = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    if args.repaired:
-        fine = torch.linspace(1, 0, args.teacher_steps + 1, dtype=torch.float64)[:-1]
-        opened = (
-            masked * process.hazard(fine).reshape(-1) / args.teacher_steps
-        )  # expected openings of each teacher step
-        return times_from_step_sizes(
-            repaired_step_sizes(process, opened.view(steps, -1).sum(1), masked.view(steps, -1)[:, 0])
+def check_data(args: argparse.Namespace, count: int, processes: int) -> None:
+    """Raises `ValueError` if so many sequences are too few for the method."""
+    where = "(`--max_data_samples`, or `--num_samples` where there are no texts)"
+    if args.method in ("optimal_grid", "beta") or args.unbiased:
+        if count < 2:
+            raise ValueError(
+                f"a curve needs 2 sequences or more; there is {count} (`--max_data_samples`, `--num_samples`)"
+            )
+    elif args.method in ("marginal", "search"):
+        if count // 2 <= JUDGE_FEATURES:
+            raise ValueError(
+                f"`--method {args.method}` judges on half of {count} sequences; it needs more than {JUDGE_FEATURES} there "
+                f"{where}"
+            )
+    elif args.method in FITS_ON_DATA and count < 2 * processes:
+        raise ValueError(
+            f"`--method {args.method}` has {count} sequences; {processes} processes need at least {2 * processes} {where}"
         )
-    kappa = torch.full((steps,), 1 / steps, dtype=torch.float64)
-    for _ in range(args.num_epochs):
-        for k in range(1, steps):  # tau_k, t_k for k = 1 .. M - 1: at k = M nothing is left to sample
-            tau = (1 - kappa[:k].sum()).clamp(min=SMALLEST_STEP)
-            gradient = literal_kappa_gradient(process, tau, uniform[k], float(kappa[k - 1]), args.teacher_steps)
-            kappa[k - 1] = (kappa[k - 1] - args.learning_rate * gradient).clamp(min=SMALLEST_STEP)
-    return times_from_step_sizes(kappa)
-
-
-# The information curve
-
-
-def optimal_grid(run: Run) -> DiscreteScheduler:
-    """The grid of the smallest bound for any number of steps, from the curve: see `information.optimal_counts`."""
-    curve = model_curve(run)
-    gain = run.state["schedule_gain"]
-    run.accelerator.print(f"R = {gain:.3f}: the most a time grid can win is a factor of {1 / gain:.2f} in excess KL")
-    settings = {"grid": "optimal", "information_curve": curve.to_config(), "learned_for": run.learned_for}
-    return AncestralScheduler.from_config(run.base, **settings)
-
-
-def model_curve(run: Run) -> InformationCurve:
-    """The information curve of the model on the data, measured once; the state has it and its `schedule_gain`."""
-    state, args, length = run.state, run.args, run.length
-    if "curve" not in state:
-        asked = (run.pipe.denoiser, run.data, run.mask_token_id)
-        orders = [torch.Generator().manual_seed(args.seed) for _ in range(2)]
-        curve = information_curve(*asked, generator=orders[0], batch_size=args.train_batch_size)
-        # R on few levels: the stairs of a fit on all of them would make it too small
-        coarse = information_curve(*asked, min(length, 16) if length > 1 else None, orders[1], args.train_batch_size)
-        state |= {"curve": curve.to_config(), "schedule_gain": schedule_gain(coarse)}
-        state["evaluations"] += curve.num_evaluations + coarse.num_evaluations
-        run.passed.clear()
-        run.save(None)
-    return InformationCurve.from_config(state["curve"])
-
-
-# The law of the last samples
-
-
-def marginal(run: Run) -> DiscreteScheduler:
-    """An inverse temperature for each step by score-function gradients, see `temperatures.py`."""
-    student = LearnedScheduler.from_config(run.base, order="spread", learned_for=run.learned_for)
-
-    def learn(steps: int) -> dict[str, list[float]]:
-        return {"inverse_temperature": learn_temperatures(run, student, steps)}
-
-    return run.each_budget(learn, run.learned(order="spread"))
-
-
-def learn_temperatures(run: Run, scheduler: LearnedScheduler, steps: int) -> list[float]:
-    """Inverse temperatures of a step budget: score-function descent on half of the data. Of its iterates, and temperature 1,
-    the one is kept whose samples are nearest to the other half by `two_sample_statistic`."""
-    pipe, args, accelerator = run.pipe, run.args, run.accelerator
-    fit, heldout = run.data[::2], run.data[1::2]
-    ratio, judges = LogisticRatio(fit, shared_features(run, args.buckets)), shared_features(run, JUDGE_BUCKETS)
-    share = run.share(args.num_samples)
-
-    def rolled(log_beta: Tensor, iteration: int) -> Rolled:
-        """Every process draws its share; all get all."""
-        parts = []
-        for part in batches(len(share), args.train_batch_size):
-            rows = [(iteration + 1) * args.num_samples + share[i] for i in part]
-            drawn = [one for row in rows for one in generators(args.seed, PATHS, range(row, row + 1))]
-            parts.append(roll(pipe.denoiser, scheduler, log_beta, (len(rows), run.length), drawn, accelerator.device))
-        x_0, slopes = (torch.cat(found) for found in zip(*parts, strict=True))
-        return Rolled(
-            run.gather(x_0, args.num_samples).to(accelerator.device),
-            run.gather(slopes, args.num_samples).to(accelerator.device),
-        )
-
-    def weights(x: Tensor) -> Tensor:
-        return divergence_weights(ratio({}, x), "reverse_kl")
-
-    target, target_entropy = judges(heldout), unigram_entropy(heldout).mean().item()
-
-    def verdict(candidate: Coefficients) -> Verdict:
-        x = rolled(candidate["log_beta"], -1).x_0  # the same random numbers for all
-        return Verdict(two_sample_statistic(judges(x), target), unigram_entropy(x).mean().item() / target_entropy)
-
-    descent = descend_temperatures(rolled, weights, steps, args.num_epochs, args.learning_rate)
-    every = -(-args.num_epochs // CANDIDATES)
-    show = tqdm(descent, desc=f"{steps} steps", total=args.num_epochs, disable=not accelerator.is_main_process)
-    candidates = [torch.zeros(steps, dtype=torch.float64)]
-    candidates += [log_beta for n, log_beta in enumerate(show, start=1) if n % every == 0 or n == args.num_epochs]
-    return keep_best(({"log_beta": one} for one in candidates), verdict).coefficients["log_beta"].exp().tolist()
-
-
-def shared_features(run: Run, buckets: int) -> Features:
-    """`text_features`, of which every process works out its share."""
-    own = text_features(run.pipe.denoiser, buckets, run.args.train_batch_size)
-
-    def features(x: Tensor) -> Tensor:
-        share = run.share(len(x))
-        return run.gather(own(x[share.start :: share.step]), len(x)).to(x.device)
-
-    return features
-
-
-def absorbing(scheduler: DiscreteScheduler) -> AbsorbingProcess:
-    assert isinstance(scheduler.noise_process, AbsorbingProcess)
-    return scheduler.noise_process

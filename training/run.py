@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +15,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from discrete_schedulers import DiscreteDiffusionPipeline, DiscreteScheduler, LearnedScheduler
+from discrete_schedulers import AbsorbingProcess, DiscreteDiffusionPipeline, DiscreteScheduler, LearnedScheduler
 from discrete_schedulers.training.data import batches, generators
 
 # Purposes of random numbers, see `data.generators`; 0 is the shared noise of `draw_noise`
-OPENED, JUDGED, DATA, PATHS = 1, 2, 3, 4
+OPENED, JUDGED, DATA, PATHS, SEARCHED, CHOSEN, KNOWN, PROPOSED = range(1, 9)
+NUMBERS_BETWEEN_CHECKPOINTS = 16
+BETA_RANGE = (
+    math.log(0.1),
+    math.log(4.0),
+)  # of the logarithms of a and b of Beta schedules; both 1/2 is the uniform grid
 
 
 @dataclass
@@ -47,6 +55,7 @@ class Run:
     save: Callable[[DiscreteScheduler | None], None]
     learned_for: dict[str, Any]
     passed: list[int] = field(default_factory=list)  # sequences in each call of the network since they were counted
+    since: float = field(default_factory=time.monotonic)  # up to when seconds have been counted
 
     @property
     def data(self) -> Tensor:
@@ -80,6 +89,35 @@ class Run:
         self.state["evaluations"] += int(self.reduce(torch.tensor(sum(self.passed), dtype=torch.float64)))
         self.passed.clear()
 
+    def add_seconds(self, what: str) -> None:
+        """Add the seconds since the last time to those of the run, of all its sessions, for `"learning"` or `"measuring"`."""
+        now = time.monotonic()
+        seconds = self.state.setdefault("seconds", {"learning": 0.0, "measuring": 0.0})
+        seconds[what] += now - self.since
+        self.since = now
+
+    def numbers(self, key: str) -> Callable[[Callable[[], list[float]]], list[float]]:
+        """A memory of what a search measures, for a run that was killed: a function that runs the work it is given and keeps
+        the numbers, or returns those that the same search has had in this place before. All processes have to give the same.
+
+        Calls of the network between the last `add_evaluations` and this one are counted with the first numbers.
+        """
+        kept = self.state.setdefault("numbers", {}).setdefault(key, [])
+        if kept:
+            self.passed.clear()
+        asked = itertools.count()
+
+        def measured(work: Callable[[], list[float]]) -> list[float]:
+            place = next(asked)
+            if place == len(kept):
+                kept.append(work())
+                self.add_evaluations()
+                if len(kept) % NUMBERS_BETWEEN_CHECKPOINTS == 0:
+                    self.save(None)
+            return kept[place]
+
+        return measured
+
     def each_budget(
         self,
         learn: Callable[[int], dict[str, list[float]]],
@@ -97,6 +135,7 @@ class Run:
                 continue
             coefficients[str(steps)] = learn(steps)
             self.add_evaluations()
+            self.state.pop("numbers", None)
             self.accelerator.print(f"{steps} steps: {json.dumps(coefficients[str(steps)])}")
             self.save(scheduler(coefficients))
         return scheduler(coefficients)
@@ -123,9 +162,20 @@ def sample(
     pipe: DiscreteDiffusionPipeline, purpose: int, indices: range, length: int, steps: int, args: argparse.Namespace
 ) -> Tensor:
     """Samples of the pipeline with its scheduler, int64 (n, L); each depends on its index only."""
-    parts = []
+    return torch.cat([x for x, _ in draw(pipe, purpose, indices, length, steps, args)])
+
+
+def draw(
+    pipe: DiscreteDiffusionPipeline, purpose: int, indices: range, length: int, steps: int, args: argparse.Namespace
+) -> Iterator[tuple[Tensor, int]]:
+    """The same batch by batch, with the model calls of each."""
     for part in batches(len(indices), args.train_batch_size):
         drawn = generators(args.seed, purpose, indices[part.start : part.stop])
         shape: dict[str, Any] = {"num_samples": len(drawn), "length": length, "num_inference_steps": steps}
-        parts.append(pipe(**shape, generator=drawn, output_type="pt", return_dict=False)[0])
-    return torch.cat(parts)
+        sequences, _, calls = pipe(**shape, generator=drawn, output_type="pt", return_dict=False)
+        yield sequences, calls
+
+
+def absorbing(scheduler: DiscreteScheduler) -> AbsorbingProcess:
+    assert isinstance(scheduler.noise_process, AbsorbingProcess)
+    return scheduler.noise_process
