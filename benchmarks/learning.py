@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from discrete_schedulers import LSDScheduler, RowLogits
-from discrete_schedulers.training.distill import learn_phi, learn_times, parse_args, roll_teacher
+from discrete_schedulers.training.distill import parse_args
+from discrete_schedulers.training.method_lsd import learn_phi, learn_times, roll_teacher
 from discrete_schedulers.training.objectives import draw_noise
 
 # Scale and objective of the methods that learn Phi; LSD+ takes Phi of the first and learns the grid.

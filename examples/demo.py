@@ -17,7 +17,8 @@ import torch
 
 from discrete_schedulers import AncestralScheduler, DiscreteDiffusionPipeline, LSDScheduler
 from discrete_schedulers.training import distill
-from discrete_schedulers.training.hub import markdown_table, write_plot, write_text
+from discrete_schedulers.training.hub import markdown_table, write_text
+from discrete_schedulers.training.pictures import write_plot
 
 MODEL = "discrete-schedulers/tiny-text"
 BUDGETS = [4, 8, 16]

@@ -43,7 +43,7 @@ from discrete_schedulers import (
 )
 from discrete_schedulers.information import schedule_gain
 from discrete_schedulers.training import data, distill
-from discrete_schedulers.training.hub import write_card
+from discrete_schedulers.training.hub import Facts, write_card
 from discrete_schedulers.training.objectives import CoupledRoll, draw_noise, perturbed_start
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ METHODS = {
     "marginal text": ["--method", "marginal", "--num_samples", "24", "--num_epochs", "3", "--buckets", "4"],
 }
 PLOTTED = ["lsd l2", "lsd_plus repaired", "optimal_grid text"]  # drawing takes half of such a small run's time
-FINISHED = ["README.md", "metrics.json", "plot.png", "scheduler_config.json"]
+FINISHED = ["README.md", "coefficients.png", "metrics.json", "plot.png", "scheduler_config.json"]
 
 
 def save_model(folder: Path) -> None:
@@ -101,20 +101,21 @@ def finished(work: Path) -> Callable[[str], tuple[dict[str, Any], Path]]:
             texts = ["--train_file", str(work / "texts.txt")] if name.endswith("text") else []
             with pytest.MonkeyPatch.context() as patch:
                 if name not in PLOTTED:
-                    patch.setattr(distill, "write_plot", draw_nothing)
+                    do_not_draw(patch)
                 runs[name] = distill.main([*arguments(work, folder), *METHODS[name], *texts]), folder
         return runs[name]
 
     return run
 
 
-def draw_nothing(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_bytes(b"")
+def do_not_draw(patch: pytest.MonkeyPatch) -> None:
+    for name in ("write_plot", "write_coefficients_plot"):
+        patch.setattr(distill, name, lambda path, *what: path.write_bytes(b""))
 
 
 @pytest.fixture
 def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "write_plot", draw_nothing)
+    do_not_draw(monkeypatch)
 
 
 def arguments(work: Path, folder: Path) -> list[str]:
@@ -207,9 +208,11 @@ def test_metrics(finished: Callable, work: Path, name: str) -> None:
     assert metrics["data"] == ("held-out text" if name.endswith("text") else "the model's own many-step samples")
     samplers = ["bernoulli", "counts", "counts, spread", metrics["method"]]
     assert [(row["steps"], row["sampler"]) for row in metrics["table"]] == [(n, s) for n in BUDGETS for s in samplers]
-    columns = {"sampler", "steps", "nll", "entropy"} | ({"perplexity"} if name.endswith("text") else set())
+    columns = {"sampler", "steps", "nll", "calls", "entropy"}
+    columns |= {"perplexity", "matched_perplexity", "matched_error"} if name.endswith("text") else set()
     for row in metrics["table"]:
         assert set(row) == columns
+        assert 0 < row["calls"] <= row["steps"]
         assert 0 < row["entropy"] <= math.log(LENGTH)
         assert 0 < row["nll"] < 20
     assert 0 < metrics["data_entropy"] <= math.log(LENGTH)
@@ -227,10 +230,11 @@ def test_files(finished: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -
     checkpoints = [name for name in names if re.fullmatch(r"checkpoint-\d+", name)]
     assert names == sorted([*FINISHED, *checkpoints])
     assert len(checkpoints) == 1
-    with Image.open(folder / "plot.png") as plot:
-        assert plot.format == "PNG"
-        assert plot.size[0] > 800
-        assert len(plot.convert("RGB").getcolors(1 << 20)) > 10  # something is drawn
+    for picture in ("plot.png", "coefficients.png"):
+        with Image.open(folder / picture) as plot:
+            assert plot.format == "PNG"
+            assert plot.size[0] > 800
+            assert len(plot.convert("RGB").getcolors(1 << 20)) > 10  # something is drawn
 
     card = ModelCard.load(folder / "README.md")
     assert card.data.base_model is None  # a folder is not a model id: the Hub would refuse the card
@@ -239,7 +243,9 @@ def test_files(finished: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -
     assert f"`{metrics['base_model']}`" in card.text
     assert "- revision: `null`" in card.text
     for row in metrics["table"]:
-        assert f"| {row['sampler']} | {row['steps']} | {row['nll']:.3f} | {row['entropy']:.3f} |" in card.text
+        cells = f"{row['nll']:.3f} | {row['calls']:.3f} | {row['entropy']:.3f} |"
+        assert f"| {row['sampler']} | {row['steps']} | {cells}" in card.text
+    assert f"{metrics['sequence_evaluations']:,} sequence evaluations" in card.text
     monkeypatch.chdir(folder.parent)  # from where the folder's name finds it
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     exec(snippet, {})
@@ -247,7 +253,9 @@ def test_files(finished: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_card_names_a_base_model_of_the_hub(finished: Callable, tmp_path: Path) -> None:
     metrics, _ = finished("lsd")
-    write_card(tmp_path / "README.md", "me/x", "LSDScheduler", metrics | {"base_model": "kuleshov-group/mdlm-owt"})
+    facts = Facts("accelerate launch training/distill.py", 1, "cpu", 1.0, 2.0)
+    named = metrics | {"base_model": "kuleshov-group/mdlm-owt"}
+    write_card(tmp_path / "README.md", "me/x", "LSDScheduler", named, facts)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "kuleshov-group/mdlm-owt"
     assert "(https://huggingface.co/kuleshov-group/mdlm-owt)" in card.text

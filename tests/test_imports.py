@@ -81,8 +81,8 @@ EXTRA = {
     "models/loading": {"accelerate", "huggingface_hub", "safetensors"},  # weights of the Hub
     "pipelines/pipeline_discrete_diffusion": {"numpy"},  # output_type="np", as diffusers has it
     "pipelines/images": {"numpy"},
-    "training/distill": {"safetensors"},  # checkpoints
-    "training/hub": {"matplotlib"},  # the plot
+    "training/checkpoints": {"safetensors"},
+    "training/pictures": {"matplotlib"},
     "training/pretrain_images": {"diffusers", "numpy"},  # a grid of pictures, a table of pixels
     "training/search": {"cma"},  # CMA-ES
     "training/pretrain": {"safetensors", "tokenizers", "transformers"},  # makes a tokenizer, writes weights

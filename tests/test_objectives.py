@@ -26,7 +26,7 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from discrete_schedulers import AbsorbingProcess, LSDScheduler
-from discrete_schedulers.training.distill import learn_times
+from discrete_schedulers.training.method_lsd import learn_times
 from discrete_schedulers.training.objectives import (
     SCALE_OF,
     CoupledRoll,

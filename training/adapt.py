@@ -33,9 +33,10 @@ from discrete_schedulers import (
     NetworkDenoiser,
 )
 from discrete_schedulers.evaluation import unigram_entropy
+from discrete_schedulers.training.data import load_texts, pack
 from discrete_schedulers.training.di4c import clean_log_p, di4c_losses, mixture_nll_bound, total_loss
-from discrete_schedulers.training.distill import load_texts, pack, sample
 from discrete_schedulers.training.hub import create_repository, markdown_table, upload, write_text
+from discrete_schedulers.training.run import DATA, JUDGED, sample
 from discrete_schedulers.training.sdtt import sdtt_loss, sdtt_targets
 
 DDIT_LAYERS = ["attn_qkv", "attn_out", "mlp.0", "mlp.2"]
@@ -193,7 +194,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         data = pack(texts.fit, pipe.tokenizer, length, args.max_data_samples)
         heldout = pack(texts.heldout, pipe.tokenizer, length, args.num_eval_samples)
     else:
-        data = sample(pipe, 3, args.max_data_samples, length, length, args).cpu()
+        data = sample(pipe, DATA, range(args.max_data_samples), length, length, args).cpu()
         heldout = data[: args.num_eval_samples]
     table = measure(pipe, "frozen network", heldout, args) if accelerator.is_main_process else []
 
@@ -291,7 +292,7 @@ def measure(
             grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
             latents = args.num_eval_latents if mixes else 1
             bounds.append(mixture_nll_bound(network, process, part, grid, latents, generator))
-        samples = sample(pipe, 2, args.num_eval_samples, heldout.shape[1], steps, args)
+        samples = sample(pipe, JUDGED, range(args.num_eval_samples), heldout.shape[1], steps, args)
         row = {"network": name, "steps": steps, "nll": torch.cat(bounds).mean().item()}
         rows.append(row | {"entropy": unigram_entropy(samples).mean().item()})
     return rows

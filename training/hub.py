@@ -1,23 +1,24 @@
-"""What a finished run leaves behind: plot, model card, and one commit on the Hub."""
+"""What a finished run leaves behind: tables, a model card, and one commit on the Hub. The pictures are `pictures.py`'s."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-UPLOADED = ["scheduler_config.json", "metrics.json", "plot.png", "README.md", "latent_adapter.*"]
+UPLOADED = ["scheduler_config.json", "metrics.json", "plot.png", "coefficients.png", "README.md", "latent_adapter.*"]
 
 CARD = """{header}
 
 # {title}
 
-A scheduler for {base_link} with coefficients learned by `{method}` for {budgets} steps. The network is not
+A scheduler for {base_link} with {learned} learned by `{method}` for {budgets} steps. The network is not
 changed; this repository holds floats only.
 
 ```python
@@ -28,20 +29,43 @@ pipe.scheduler = {scheduler_class}.from_pretrained("{repo_id}")
 print(pipe(num_samples=4, num_inference_steps={last_budget}).texts)
 ```
 
-## Quality against steps
+## Quality against model calls
 
 {table}
 
-Measured on {data}. NLL: bound in nats per token, of the sampler itself, at its number of steps (lower is better). Entropy: of
-the tokens within a sample, in nats; data has {data_entropy}. Perplexity, where there is one, is under an in-domain n-gram
-judge, which copying can fool: read it beside the entropy only.
+Measured on {data}. {legend}
 
-![quality against steps](plot.png)
+![quality against model calls](plot.png)
+
+## What was learned
+
+![coefficients](coefficients.png)
+
+## What it cost
+
+Learning took {evaluations} sequence evaluations (one sequence through the network once) and {learning} s on {processes};
+measuring the table took {measuring} s more.
 
 ## How it was made
 
+```bash
+{command}
+```
+
+{versions}. All arguments:
+
 {arguments}
 """
+
+LEGEND = {  # what the columns of a table say
+    "nll": "nll: bound on the negative log-likelihood of the data in nats per token, of the sampler itself at its number of "
+    "steps (lower is better).",
+    "calls": "calls: of the network, for a sample.",
+    "entropy": "entropy: of the tokens within a sample, in nats; data has {data_entropy}.",
+    "perplexity": "perplexity: under an in-domain n-gram judge, which copying can fool: read it beside the entropy only.",
+    "matched_perplexity": "matched_perplexity: the same at the entropy of the data, between temperatures on both sides of it "
+    "(none where a sampler does not reach it); matched_error: its standard error over the samples.",
+}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,39 +84,40 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(line) + " |" for line in text])
 
 
-def write_plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    """NLL bound and entropy against steps, one line for each sampler.
+class Facts(NamedTuple):
+    """What a run cost and how it was started; not among its metrics, which are the same for the same arguments.
 
-    Raises:
-        ImportError: If matplotlib is not installed.
+    Args:
+        command (`str`): That was run, without tokens.
+        processes (`int`): How many.
+        device (`str`): Of their networks.
+        learning_seconds (`float`): Of all sessions of the run.
+        measuring_seconds (`float`): Likewise.
     """
-    import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(row["sampler"] for row in rows))
-    columns = [("nll", "NLL bound (nats per token)"), ("entropy", "entropy within a sample (nats)")]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for axis, (key, label) in zip(axes, columns, strict=True):
-        for name in names:
-            points = sorted((row["steps"], row[key]) for row in rows if row["sampler"] == name)
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        steps = sorted({row["steps"] for row in rows})
-        axis.set(xscale="log", xlabel="model calls", ylabel=label)
-        axis.set_xticks(steps, [str(n) for n in steps])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
-    os.replace(temporary, path)
+    command: str
+    processes: int
+    device: str
+    learning_seconds: float
+    measuring_seconds: float
 
 
-def write_card(path: Path, repo_id: str, scheduler_class: str, metrics: dict[str, Any]) -> None:
-    """The model card: base model and revision, method, table, usage. A base model in a local folder is named in the text only:
-    the Hub refuses a card whose `base_model` is not a model id."""
+def without_tokens(argv: Sequence[str], token: str | None) -> list[str]:
+    """A command's arguments without `--hub_token` and its value, however it was written."""
+    kept: list[str] = []
+    skip = False
+    for one in argv:
+        name = one.split("=")[0]
+        is_token = name.startswith("--hub_t") and "--hub_token".startswith(name)  # argparse takes beginnings of names
+        if not skip and not is_token and (not token or token not in one):
+            kept.append(one)
+        skip = is_token and "=" not in one
+    return kept
+
+
+def write_card(path: Path, repo_id: str, scheduler_class: str, metrics: dict[str, Any], facts: Facts) -> None:
+    """The model card: base model and revision, method, table, usage, cost and command. A base model in a local folder is named
+    in the text only: the Hub refuses a card whose `base_model` is not a model id."""
     base_model = metrics["base_model"]
     is_local = Path(base_model).is_dir()
     data = ModelCardData(
@@ -114,7 +139,18 @@ def write_card(path: Path, repo_id: str, scheduler_class: str, metrics: dict[str
         repo_id=repo_id,
         table=markdown_table(metrics["table"]),
         data=metrics["data"],
-        data_entropy=f"{metrics['data_entropy']:.3f}",
+        legend=" ".join(
+            text.format(data_entropy=f"{metrics['data_entropy']:.3f}")
+            for column, text in LEGEND.items()
+            if any(row.get(column) is not None for row in metrics["table"])
+        ),
+        learned="a filter" if metrics["method"] == "learn2pd" else "coefficients",
+        evaluations=f"{metrics['sequence_evaluations']:,}",
+        learning=f"{facts.learning_seconds:.0f}",
+        measuring=f"{facts.measuring_seconds:.0f}",
+        processes=f"{facts.processes} process{'es' if facts.processes > 1 else ''} ({facts.device})",
+        command=facts.command,
+        versions=f"discrete_schedulers {version('discrete_schedulers')}, torch {version('torch')}",
         arguments="\n".join(f"- {key}: `{json.dumps(value)}`" for key, value in arguments.items()),
     )
     write_text(path, str(ModelCard(text)))

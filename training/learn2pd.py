@@ -49,10 +49,27 @@ def decode_one_by_one(
     Raises:
         ValueError: If the block length does not divide L.
     """
+    width = block_length or start.shape[1]
+    if start.shape[1] % width:
+        raise ValueError(
+            f"`block_length` is {block_length}, which does not divide the {start.shape[1]} positions of `start`"
+        )
+    return in_blocks(
+        Decoded(*(part.transpose(0, 1) for part in whole_states(denoiser, start, mask_token_id, width))), width
+    )
+
+
+def in_blocks(states: Decoded, width: int) -> Decoded:
+    """Whole states (..., L) as rows of blocks (R, w); those without masks are left out."""
+    rows = [part.reshape(-1, width) for part in states]
+    keep = rows[2].any(1)
+    return Decoded(*(part[keep] for part in rows))
+
+
+@torch.no_grad()
+def whole_states(denoiser: Callable[[Tensor, float], Tensor], start: Tensor, mask_token_id: int, width: int) -> Decoded:
+    """The states of `decode_one_by_one` as they are, (B, T, L) in T calls. Arguments as there."""
     length = start.shape[1]
-    width = block_length or length
-    if length % width:
-        raise ValueError(f"`block_length` is {block_length}, which does not divide the {length} positions of `start`")
     block = torch.arange(length, device=start.device) // width
     state, seen = start.clone(), []
     while (state == mask_token_id).any():
@@ -65,11 +82,24 @@ def decode_one_by_one(
         current = is_masked & (block == first)
         opens = top_subset(current, current.any(1).long(), best.values)
         state = torch.where(opens, best.indices, state)
-    confidence, guess, masked = (torch.stack(part) for part in zip(*seen, strict=True))  # (T, B, L)
-    final = masked & (guess == state)
-    rows = [part.view(-1, width) for part in (confidence, final, masked)]
-    keep = rows[2].any(1)
-    return Decoded(*(part[keep] for part in rows))
+    confidence, guess, masked = (torch.stack(part, dim=1) for part in zip(*seen, strict=True))  # (B, T, L)
+    return Decoded(confidence, masked & (guess == state[:, None]), masked)
+
+
+def threshold_for(probability: Tensor, decoded: Decoded, final_share: float) -> float:
+    """The lowest of the thresholds 0.50, 0.51, ..., 0.99 on f above which at least so many of the predictions are final; 1,
+    which accepts none, if that holds for none of them, or nothing lies above it.
+
+    Args:
+        probability (`torch.Tensor` of shape `(R, w)`): f.
+        decoded (`Decoded`): Of sequences that the filter was not fitted on.
+        final_share (`float`): In (0, 1].
+    """
+    for percent in range(50, 100):
+        accepted = decoded.is_masked & (probability > percent / 100)
+        if accepted.any() and float(decoded.is_final[accepted].double().mean()) >= final_share:
+            return percent / 100
+    return 1.0
 
 
 def fit_filter(

@@ -87,16 +87,41 @@ def order_nll(
     length = check_groups(groups)
     if data.shape[1] != length:
         raise ValueError(f"`groups` has {length} positions, but `data` has {data.shape[1]}")
-    totals = []
+    known: list[int] = []
+    total = torch.zeros(len(data), dtype=torch.float64, device=data.device)
+    for group in groups:
+        total += group_nll(denoiser, data, known, group, mask_token_id, batch_size)
+        known += group
+    return total
+
+
+@torch.no_grad()
+def group_nll(
+    denoiser: Callable[[Tensor, float], Tensor],
+    data: Tensor,
+    known: Sequence[int],
+    group: Sequence[int],
+    mask_token_id: int,
+    batch_size: int = 64,
+) -> Tensor:
+    """-log p(x_i, i in the group | x_i, i known) of each sequence, (n,), float64: one term of `order_nll`, in one call for each
+    batch.
+
+    Args:
+        denoiser (`Callable`): The frozen network.
+        data (`torch.Tensor` of shape `(n, L)`): Clean tokens.
+        known (`list[int]`): Positions that are open.
+        group (`list[int]`): Positions that open now.
+        mask_token_id (`int`): The mask.
+        batch_size (`int`, defaults to 64): Sequences in one call of the network.
+    """
+    opens, totals = list(group), []
     for x_0 in data.split(batch_size):
-        x_t, total = torch.full_like(x_0, mask_token_id), torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
-        for group in groups:
-            share = float((x_t == mask_token_id).double().mean())
-            logits = denoiser(x_t, share)[:, group].double()  # (B, |S_k|, V)
-            logits[..., mask_token_id] = -torch.inf
-            total -= logits.log_softmax(-1).gather(-1, x_0[:, group, None])[..., 0].sum(1)
-            x_t[:, group] = x_0[:, group]
-        totals.append(total)
+        x_t = torch.full_like(x_0, mask_token_id)
+        x_t[:, list(known)] = x_0[:, list(known)]
+        logits = denoiser(x_t, float((x_t == mask_token_id).double().mean()))[:, opens].double()  # (B, |S_k|, V)
+        logits[..., mask_token_id] = -torch.inf
+        totals.append(-logits.log_softmax(-1).gather(-1, x_0[:, opens, None])[..., 0].sum(1))
     return torch.cat(totals)
 
 

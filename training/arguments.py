@@ -1,0 +1,236 @@
+"""The arguments of `distill.py`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import validate_repo_id
+
+from discrete_schedulers.training.method_grids import RESOLUTION
+from discrete_schedulers.training.method_marginal import FLOATS, JUDGE_FEATURES, number_of_floats
+from discrete_schedulers.training.methods import METHODS
+from discrete_schedulers.training.objectives import SCALE_OF
+
+DEFAULTS: dict[str, dict[str, Any]] = {  # of arguments that mean something else in each
+    "marginal": {"num_samples": 128, "num_epochs": 100, "learning_rate": 0.05, "order": "spread"},
+    "search": {"num_samples": 128, "num_epochs": 100, "order": "spread"},
+    "order": {"num_samples": 128, "num_epochs": 400},
+    "learn2pd": {"num_epochs": 500, "learning_rate": 0.01},
+}
+OTHERS = {"num_samples": 64, "num_epochs": 20, "learning_rate": 1e-3, "order": "random"}
+# What a run may change when it goes on
+FREE = {"output_dir", "push_to_hub", "hub_model_id", "hub_token", "resume_from_checkpoint", "report_to"}
+FREE |= {"checkpoints_total_limit"}
+ONLY_FOR = {  # arguments that other methods do not read, and what they are where they are not given
+    "repaired": (("lsd_plus",), False),
+    "unbiased": (("jys",), False),
+    "unmasking": (("jys", "beta"), "counts"),
+    "blocks": (("search",), ["inverse_temperature", "grid"]),
+    "block_length": (("learn2pd",), None),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Model and data
+    parser.add_argument("--pretrained_model_name_or_path", required=True, help="Hub id, folder, or a bundled id.")
+    parser.add_argument("--revision", default=None)
+    parser.add_argument("--dataset_name", default=None, help="A dataset for `datasets.load_dataset`.")
+    parser.add_argument("--dataset_config", default=None)
+    parser.add_argument("--train_file", default=None, help="Text file to fit on, a document a line.")
+    parser.add_argument(
+        "--validation_file", default=None, help="Text file to measure on. Default: every tenth line of --train_file."
+    )
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--max_data_samples", type=int, default=256, help="Sequences of each split that are used.")
+    parser.add_argument("--sequence_length", type=int, default=None, help="Defaults to the model's longest.")
+    # Method
+    parser.add_argument("--method", choices=METHODS, default="lsd")
+    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4, 8, 16], help="Step budgets.")
+    parser.add_argument(
+        "--objective", choices=SCALE_OF, default=None, help="d of eq. 6. Default: generalised_kl, or what --scale has."
+    )
+    parser.add_argument(
+        "--scale", choices=["score", "log_score"], default=None, help="What Phi multiplies. Default: what d is for."
+    )
+    parser.add_argument("--solver", choices=["closed_form", "sgd"], default="closed_form", help="sgd: as in the paper.")
+    parser.add_argument("--relaxed", action="store_true", help="Perturb the student's first state (eq. 9).")
+    parser.add_argument("--hamming_share", type=float, default=0.05, help="Share of positions perturbed.")
+    parser.add_argument(
+        "--repaired", action="store_true", help="lsd_plus: accumulated teacher term, softmax step sizes."
+    )
+    parser.add_argument(
+        "--unbiased", action="store_true", help="jys: the part that ancestral steps pay, solved exactly; any budget."
+    )
+    parser.add_argument(
+        "--unmasking",
+        choices=["counts", "bernoulli"],
+        default="counts",
+        help="jys, beta: how their scheduler opens masks.",
+    )
+    parser.add_argument(
+        "--order", choices=["random", "spread"], default=None, help="marginal, search (spread), jys, beta (random)."
+    )
+    parser.add_argument(
+        "--blocks",
+        choices=FLOATS,
+        nargs="+",
+        default=["inverse_temperature", "grid"],
+        help="search: what it is over: an inverse temperature a step, a and b of a Beta grid, a and b of a gate, a strength of "
+        "remasking. Fewer than 20 floats.",
+    )
+    parser.add_argument(
+        "--block_length", type=int, default=None, help="learn2pd: positions its filter sees; all by default."
+    )
+    parser.add_argument("--hidden_units", type=int, default=32, help="learn2pd: of its filter.")
+    parser.add_argument(
+        "--final_share",
+        type=float,
+        default=0.95,
+        help="learn2pd: how many of the accepted tokens are final; sets the threshold.",
+    )
+    parser.add_argument(
+        "--learned_scheduler",
+        action="store_true",
+        help="Write a LearnedScheduler, which has more to learn, with this law.",
+    )
+    parser.add_argument("--teacher_steps", type=int, default=1024)
+    parser.add_argument(
+        "--num_samples",
+        type=int,
+        default=None,
+        help="Samples that coefficients are fitted on: 64; 128 for each gradient of marginal, candidate of search, and order.",
+    )
+    parser.add_argument(
+        "--num_epochs",
+        type=int,
+        default=None,
+        help="Gradient steps of `--solver sgd` and of lsd_plus (20), marginal (100) and learn2pd (500); candidates of search "
+        "(100) and order (400).",
+    )
+    parser.add_argument("--learning_rate", type=float, default=None, help="1e-3; marginal 0.05, learn2pd 0.01.")
+    parser.add_argument(
+        "--buckets", type=int, default=128, help="marginal: hashed tokens and pairs that its ratio sees."
+    )
+    parser.add_argument("--train_batch_size", type=int, default=16, help="Sequences in one call of the network.")
+    # Evaluation
+    parser.add_argument("--num_eval_samples", type=int, default=64, help="Samples and held-out sequences per budget.")
+    parser.add_argument(
+        "--eval_temperatures",
+        type=float,
+        nargs="+",
+        default=[0.8, 0.9, 1.0, 1.1],
+        help="Where there are texts: temperatures of every sampler, between which it has the data's entropy.",
+    )
+    # Run
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
+    parser.add_argument("--report_to", default=None, help="A tracker of Accelerate, such as tensorboard.")
+    parser.add_argument("--resume_from_checkpoint", default=None, help="A checkpoint folder, or `latest`.")
+    parser.add_argument("--checkpoints_total_limit", type=int, default=1)
+    parser.add_argument("--push_to_hub", action="store_true")
+    parser.add_argument("--hub_model_id", default=None, help="Defaults to the name of the output folder.")
+    parser.add_argument("--hub_token", default=None)
+    args = parser.parse_args(argv)
+    for name, value in (OTHERS | DEFAULTS.get(args.method, {})).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_args(parser, args)
+    args.num_inference_steps = sorted(set(args.num_inference_steps))
+    args.eval_temperatures = sorted(set(args.eval_temperatures))
+    return args
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with a message if arguments are not allowed or contradict each other; fills in `objective` and `scale`."""
+    counts = ["teacher_steps", "num_samples", "num_epochs", "train_batch_size", "max_data_samples", "num_eval_samples"]
+    counts += ["buckets", "checkpoints_total_limit", "sequence_length", "block_length", "hidden_units"]
+    for name in counts:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}; it must be at least 1")
+    if min(args.num_inference_steps) < 1:
+        parser.error(f"--num_inference_steps is {args.num_inference_steps}; budgets must be at least 1")
+    wrong = [n for n in args.num_inference_steps if args.teacher_steps % n]
+    if wrong and args.method in ("lsd", "lsd_plus"):
+        parser.error(
+            f"--teacher_steps {args.teacher_steps} is not a multiple of {wrong}: the grids would not be nested"
+        )
+    if not args.learning_rate > 0:
+        parser.error(f"--learning_rate is {args.learning_rate}; it must be positive")
+    if not all(0 < one < math.inf for one in args.eval_temperatures):
+        parser.error(f"--eval_temperatures is {args.eval_temperatures}; temperatures must be positive")
+    if not 0 <= args.hamming_share < 1:
+        parser.error(f"--hamming_share is {args.hamming_share}; allowed are numbers in [0, 1)")
+
+    # Each d is about one scale. With the other there is nothing to learn, or something else than what the sampler uses.
+    if args.objective is None:
+        args.objective = "softmax_kl" if args.scale == "log_score" else "generalised_kl"
+    if args.scale is None:
+        args.scale = SCALE_OF[args.objective]
+    if args.scale != SCALE_OF[args.objective]:
+        parser.error(f"--objective {args.objective} is for --scale {SCALE_OF[args.objective]}, not {args.scale}")
+    if args.method == "lsd_plus" and args.objective != "generalised_kl":
+        parser.error(f"--objective {args.objective} is for --method lsd; lsd_plus has generalised_kl")
+    if args.learned_scheduler and args.scale == "log_score":
+        parser.error("--learned_scheduler has no such law as --scale log_score: a rate that depends on the logits")
+    check_method(parser, args)
+
+    if args.dataset_name is not None and args.train_file is not None:
+        parser.error("--dataset_name and --train_file cannot both be given")
+    if args.dataset_config is not None and args.dataset_name is None:
+        parser.error("--dataset_config needs --dataset_name")
+    if args.validation_file is not None and args.train_file is None:
+        parser.error("--validation_file needs --train_file")
+    for name in ("train_file", "validation_file"):
+        if getattr(args, name) is not None and not Path(getattr(args, name)).is_file():
+            parser.error(f"--{name} {getattr(args, name)} is not a file")
+    if args.report_to == "wandb" and args.hub_token is not None:
+        parser.error("--report_to wandb would store --hub_token in its config; log in with `hf auth login` instead")
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.hub_model_id or args.output_dir.resolve().name)
+        except ValueError as error:
+            parser.error(f"--hub_model_id: {error}")
+    if args.method == "search" and find_spec("cma") is None:
+        parser.error("--method search needs cma: pip install 'discrete_schedulers[search]'")
+    if find_spec("matplotlib") is None:
+        parser.error("the plot needs matplotlib: pip install 'discrete_schedulers[train]'")
+
+
+def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with a message if an argument is for another method, or its value not for this one."""
+    for name, (methods, default) in ONLY_FOR.items():
+        if getattr(args, name) != default and args.method not in methods:
+            parser.error(f"--{name} is for --method {' or '.join(methods)}")
+    if args.method in ("marginal", "search") and args.num_samples <= JUDGE_FEATURES:
+        parser.error(f"--num_samples is {args.num_samples}; --method {args.method} needs more than {JUDGE_FEATURES}")
+    if args.order == "spread" and args.unmasking == "bernoulli":
+        parser.error("--order spread needs --unmasking counts: with bernoulli every mask opens on its own")
+    if args.order == "spread" and args.method not in ("marginal", "search", "jys", "beta"):
+        parser.error("--order is for --method marginal, search, jys or beta")
+    if args.method == "jys":
+        wrong = [n for n in args.num_inference_steps if n > RESOLUTION or (n & (n - 1) and not args.unbiased)]
+        if wrong:
+            parser.error(
+                f"--num_inference_steps has {wrong}; --method jys halves intervals and needs powers of two up to {RESOLUTION}, "
+                f"with --unbiased numbers up to {RESOLUTION}"
+            )
+    if args.method == "search":
+        args.blocks = [name for name in FLOATS if name in args.blocks]
+        for steps in args.num_inference_steps:
+            floats = number_of_floats(args.blocks, steps)
+            if not 2 <= floats < 20:
+                parser.error(
+                    f"--method search has {floats} floats for {steps} steps with --blocks {' '.join(args.blocks)}; allowed "
+                    "are 2 to 19: for more, use --method marginal"
+                )
+    if args.learned_scheduler and args.method == "learn2pd":
+        parser.error("--learned_scheduler has no filter: --method learn2pd writes a Learn2PDScheduler")
+    if not 0 < args.final_share <= 1:
+        parser.error(f"--final_share is {args.final_share}; allowed are numbers in (0, 1]")

@@ -1,0 +1,126 @@
+"""`optimal_grid`, `jys` and `beta` of `distill.py`: time grids by bounds on the path. See `information.py`, `jump_steps.py`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from discrete_schedulers import AncestralScheduler, DiscreteScheduler, InformationCurve, information_curve
+from discrete_schedulers.information import schedule_gain
+from discrete_schedulers.training.jump_steps import (
+    beta_shares,
+    jump_your_steps,
+    klub,
+    optimal_shares,
+    share_cross_entropy,
+)
+from discrete_schedulers.training.objectives import draw_noise
+from discrete_schedulers.training.run import BETA_RANGE, Run, absorbing
+
+RESOLUTION = 1024  # points of a grid that JYS, the exact optimum and the Beta schedule are sought on
+
+
+def optimal_grid(run: Run) -> DiscreteScheduler:
+    """The grid of the smallest bound for any number of steps, from the curve: see `information.optimal_counts`."""
+    curve = model_curve(run)
+    gain = run.state["schedule_gain"]
+    run.accelerator.print(f"R = {gain:.3f}: the most a time grid can win is a factor of {1 / gain:.2f} in excess KL")
+    settings = {"grid": "optimal", "information_curve": curve.to_config(), "learned_for": run.learned_for}
+    return AncestralScheduler.from_config(run.base, **settings)
+
+
+def model_curve(run: Run) -> InformationCurve:
+    """The information curve of the model on the data, measured once; the state has it and its `schedule_gain`."""
+    state, args, length = run.state, run.args, run.length
+    if "curve" not in state:
+        asked = (run.pipe.denoiser, run.data, run.mask_token_id)
+        orders = [torch.Generator().manual_seed(args.seed) for _ in range(2)]
+        curve = information_curve(*asked, generator=orders[0], batch_size=args.train_batch_size)
+        # R on few levels: the stairs of a fit on all of them would make it too small
+        coarse = information_curve(*asked, min(length, 16) if length > 1 else None, orders[1], args.train_batch_size)
+        state |= {"curve": curve.to_config(), "schedule_gain": schedule_gain(coarse)}
+        state["evaluations"] += curve.num_evaluations + coarse.num_evaluations
+        run.passed.clear()
+        run.save(None)
+    return InformationCurve.from_config(state["curve"])
+
+
+def jys(run: Run) -> DiscreteScheduler:
+    """The grid of Jump Your Steps; with `--unbiased` the exact optimum of the part of its bound that ancestral steps pay."""
+    args, process = run.args, absorbing(AncestralScheduler.from_config(run.base))
+    settings = {"grid": "learned", "unmasking": args.unmasking, "order": args.order}
+    if args.unbiased:
+        curve = model_curve(run)
+        shares = torch.linspace(1, 0, RESOLUTION + 1, dtype=torch.float64)
+        price = share_cross_entropy(curve.values, shares)
+
+        def solve(steps: int) -> dict[str, list[float]]:
+            best = torch.tensor(optimal_shares(shares, price, steps), dtype=torch.float64)
+            return {"times": process.time_of_noise(best).tolist()}
+
+        return run.each_budget(solve, run.learned(**settings))
+
+    data = run.data[: args.num_samples]
+    share = run.share(len(data))
+    x_0 = data[share.start :: share.step]
+    thresholds = draw_noise(share, run.length, args.seed, data.device).thresholds
+    masks = torch.full_like(x_0, run.mask_token_id)
+
+    def learn(steps: int) -> dict[str, list[float]]:
+        measured = run.numbers(f"jys {steps}")
+
+        def gain(t1: float, t2: float, t3: float) -> float:
+            def work() -> list[float]:
+                total = torch.zeros((), dtype=torch.float64)
+                for rows in torch.arange(len(x_0)).split(args.train_batch_size):
+                    parts = (x_0[rows], thresholds[rows], masks[rows])
+                    total += len(rows) * klub(run.pipe.denoiser, process, *parts, (t1, t2, t3))
+                return [float(run.reduce(total)) / len(data)]
+
+            return measured(work)[0]
+
+        return {"times": jump_your_steps(gain, steps, resolution=RESOLUTION)}
+
+    return run.each_budget(learn, run.learned(**settings))
+
+
+def beta(run: Run) -> DiscreteScheduler:
+    """The Beta schedule with the smallest `share_bound` on the model's curve; the config has a and b beside its times."""
+    args, process = run.args, absorbing(AncestralScheduler.from_config(run.base))
+    curve = model_curve(run)
+    run.learned_for["beta"] = run.state.setdefault("beta", {})
+
+    def learn(steps: int) -> dict[str, list[float]]:
+        def schedule(log_a: float, log_b: float) -> Tensor:
+            return torch.tensor(beta_shares(math.exp(log_a), math.exp(log_b), steps), dtype=torch.float64)
+
+        def bound(log_a: float, log_b: float) -> float:
+            shares = schedule(log_a, log_b)
+            if not (shares.diff() < 0).all():
+                return math.inf
+            return -float(shares.diff() @ share_cross_entropy(curve.values, shares[:-1]))
+
+        best = smallest_on_grids(bound, BETA_RANGE)
+        run.state["beta"][str(steps)] = [math.exp(value) for value in best]
+        return {"times": process.time_of_noise(schedule(*best)).tolist()}
+
+    return run.each_budget(learn, run.learned(grid="learned", unmasking=args.unmasking, order=args.order))
+
+
+def smallest_on_grids(
+    loss: Callable[[float, float], float], bounds: tuple[float, float], points: int = 17, rounds: int = 6
+) -> tuple[float, float]:
+    """Where a function of two numbers is smallest: on a grid, then on ever finer ones around the best point."""
+    low, high = bounds
+    best, width = ((low + high) / 2, (low + high) / 2), (high - low) / 2
+    for _ in range(rounds):
+        rows, columns = (
+            [min(max(centre + width * (2 * i / (points - 1) - 1), low), high) for i in range(points)] for centre in best
+        )
+        best = min(itertools.product(rows, columns), key=lambda pair: loss(*pair))
+        width /= 4
+    return best

@@ -1,0 +1,199 @@
+"""`marginal` and `search` of `distill.py`: floats by the law of the last samples. See `temperatures.py` and `search.py`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import tqdm
+from torch import Tensor
+
+from discrete_schedulers import AbsorbingProcess, AncestralScheduler, DiscreteScheduler, LearnedScheduler
+from discrete_schedulers.evaluation import unigram_entropy
+from discrete_schedulers.training.data import batches, generators
+from discrete_schedulers.training.jump_steps import beta_shares
+from discrete_schedulers.training.marginal import (
+    Coefficients,
+    Features,
+    LogisticRatio,
+    Verdict,
+    divergence_weights,
+    keep_best,
+    two_sample_statistic,
+)
+from discrete_schedulers.training.run import BETA_RANGE, CHOSEN, PATHS, SEARCHED, Run, absorbing, sample
+from discrete_schedulers.training.search import evolve, judged
+from discrete_schedulers.training.temperatures import Rolled, descend_temperatures, roll, text_features
+
+CANDIDATES = 10  # how many iterates, or centres of the search, are judged, evenly, beside the start
+JUDGE_BUCKETS = 8  # tokens and pairs in the statistic that judges: it needs more samples than features
+JUDGE_FEATURES = 2 * JUDGE_BUCKETS + 5  # of `text_features`
+SEARCH_SPREAD = 0.3
+STANDS_STILL = 1e3  # the statistic of a grid with two equal times: worse than any other
+
+
+def marginal(run: Run) -> DiscreteScheduler:
+    """An inverse temperature for each step by score-function gradients, see `temperatures.py`."""
+    student = LearnedScheduler.from_config(run.base, order=run.args.order, learned_for=run.learned_for)
+
+    def learn(steps: int) -> dict[str, list[float]]:
+        return {"inverse_temperature": learn_temperatures(run, student, steps)}
+
+    return run.each_budget(learn, run.learned(order=run.args.order))
+
+
+def learn_temperatures(run: Run, scheduler: LearnedScheduler, steps: int) -> list[float]:
+    """Inverse temperatures of a step budget: score-function descent on half of the data. Of its iterates, and temperature 1,
+    the one is kept whose samples are nearest to the other half by `two_sample_statistic`."""
+    pipe, args, accelerator = run.pipe, run.args, run.accelerator
+    fit, heldout = run.data[::2], run.data[1::2]
+    ratio, judges = LogisticRatio(fit, shared_features(run, args.buckets)), shared_features(run, JUDGE_BUCKETS)
+    share = run.share(args.num_samples)
+
+    def rolled(log_beta: Tensor, iteration: int) -> Rolled:
+        """Every process draws its share; all get all."""
+        parts = []
+        for part in batches(len(share), args.train_batch_size):
+            rows = [(iteration + 1) * args.num_samples + share[i] for i in part]
+            drawn = [one for row in rows for one in generators(args.seed, PATHS, range(row, row + 1))]
+            parts.append(roll(pipe.denoiser, scheduler, log_beta, (len(rows), run.length), drawn, accelerator.device))
+        x_0, slopes = (torch.cat(found) for found in zip(*parts, strict=True))
+        return Rolled(
+            run.gather(x_0, args.num_samples).to(accelerator.device),
+            run.gather(slopes, args.num_samples).to(accelerator.device),
+        )
+
+    def weights(x: Tensor) -> Tensor:
+        return divergence_weights(ratio({}, x), "reverse_kl")
+
+    target, target_entropy = judges(heldout), unigram_entropy(heldout).mean().item()
+
+    def verdict(candidate: Coefficients) -> Verdict:
+        x = rolled(candidate["log_beta"], -1).x_0  # the same random numbers for all
+        return Verdict(two_sample_statistic(judges(x), target), unigram_entropy(x).mean().item() / target_entropy)
+
+    descent = descend_temperatures(rolled, weights, steps, args.num_epochs, args.learning_rate)
+    every = -(-args.num_epochs // CANDIDATES)
+    show = tqdm(descent, desc=f"{steps} steps", total=args.num_epochs, disable=not accelerator.is_main_process)
+    candidates = [torch.zeros(steps, dtype=torch.float64)]
+    candidates += [log_beta for n, log_beta in enumerate(show, start=1) if n % every == 0 or n == args.num_epochs]
+    return keep_best(({"log_beta": one} for one in candidates), verdict).coefficients["log_beta"].exp().tolist()
+
+
+def shared_features(run: Run, buckets: int) -> Features:
+    """`text_features`, of which every process works out its share."""
+    own = text_features(run.pipe.denoiser, buckets, run.args.train_batch_size)
+
+    def features(x: Tensor) -> Tensor:
+        share = run.share(len(x))
+        return run.gather(own(x[share.start :: share.step]), len(x)).to(x.device)
+
+    return features
+
+
+def search(run: Run) -> DiscreteScheduler:
+    """Any of `FLOATS` by CMA-ES on the law of the last samples: on half of the data, and of the centres of the search, and the
+    start, the one is kept that the other half says is nearest. See `search.py`."""
+    args = run.args
+    grid = "learned" if "grid" in args.blocks else "uniform"
+    settings = {"order": args.order, "grid": grid, "unmasking": "counts"}
+    process = absorbing(AncestralScheduler.from_config(run.base))
+
+    def learn(steps: int) -> dict[str, list[float]]:
+        def scheduler(candidate: Coefficients) -> LearnedScheduler | None:
+            """`None` where the grid stands still."""
+            blocks = blocks_of(process, candidate, steps)
+            if any(s >= t for t, s in itertools.pairwise(blocks.get("times", []))):
+                return None
+            return run.learned(**settings)({str(steps): blocks})
+
+        fit, heldout = run.data[::2], run.data[1::2]
+        judges = [sample_judge(run, steps, SEARCHED, fit), sample_judge(run, steps, CHOSEN, heldout)]
+        measured = [run.numbers(f"search {steps}"), run.numbers(f"choice {steps}")]
+
+        def verdict(which: int, candidate: Coefficients) -> Verdict:
+            runs_it = scheduler(candidate)
+            if runs_it is None:
+                return Verdict(STANDS_STILL, 0.0)
+            return Verdict(*measured[which](lambda: list(judges[which](runs_it))))
+
+        start = {
+            name: torch.full((FLOATS[name].count(steps),), FLOATS[name].start, dtype=torch.float64)
+            for name in args.blocks
+        }
+        bounds = {name: FLOATS[name].bounds for name in args.blocks}
+        loss = judged(lambda candidate: verdict(0, candidate))
+        tried = evolve(loss, start, SEARCH_SPREAD, bounds, args.num_epochs, args.seed)
+        centres = list(tqdm(tried, desc=f"{steps} steps, generations", disable=not run.accelerator.is_main_process))
+        every = -(-len(centres) // CANDIDATES)
+        kept = [start, *centres[every - 1 :: every]]
+        if len(centres) % every:
+            kept.append(centres[-1])
+        return blocks_of(process, keep_best(kept, lambda one: verdict(1, one)).coefficients, steps)
+
+    return run.each_budget(learn, run.learned(**settings))
+
+
+def sample_judge(run: Run, steps: int, purpose: int, data: Tensor) -> Callable[[DiscreteScheduler], Verdict]:
+    """How near a scheduler's samples, always of the same random numbers, are to the data. Each process draws its share."""
+    args, features = run.args, shared_features(run, JUDGE_BUCKETS)
+    target, target_entropy = features(data), unigram_entropy(data).mean().item()
+
+    def judge(scheduler: DiscreteScheduler) -> Verdict:
+        run.pipe.scheduler = scheduler
+        own = sample(run.pipe, purpose, run.share(args.num_samples), run.length, steps, args)
+        x = run.gather(own, args.num_samples).to(data.device)
+        return Verdict(two_sample_statistic(features(x), target), unigram_entropy(x).mean().item() / target_entropy)
+
+    return judge
+
+
+class Floats(NamedTuple):
+    """Floats that `search` can be over.
+
+    Args:
+        per_step (`bool`): Whether there is one for each step; else there are `number` for a budget.
+        number (`int`): How many.
+        start (`float`): Where they change nothing.
+        bounds (`tuple[float, float]`): Where they may lie.
+    """
+
+    per_step: bool
+    number: int
+    start: float
+    bounds: tuple[float, float]
+
+    def count(self, steps: int) -> int:
+        return steps if self.per_step else self.number
+
+
+FLOATS = {
+    "inverse_temperature": Floats(True, 1, 0.0, (math.log(0.2), math.log(5.0))),  # their logarithms
+    "grid": Floats(False, 2, math.log(0.5), BETA_RANGE),  # logarithms of a and b of the Beta schedule
+    "gate": Floats(False, 2, 0.0, (-4.0, 4.0)),  # a and b, the same in every step
+    "remask": Floats(False, 1, 0.0, (0.0, 1.0)),  # the same in every step
+}
+
+
+def number_of_floats(blocks: Sequence[str], steps: int) -> int:
+    """How many floats a search has for a budget."""
+    return sum(FLOATS[name].count(steps) for name in blocks)
+
+
+def blocks_of(process: AbsorbingProcess, floats: Coefficients, steps: int) -> dict[str, list[float]]:
+    """What `search` is over, as blocks of [`LearnedScheduler`]."""
+    blocks: dict[str, list[float]] = {}
+    if "inverse_temperature" in floats:
+        blocks["inverse_temperature"] = floats["inverse_temperature"].exp().tolist()
+    if "grid" in floats:
+        a, b = floats["grid"].exp().tolist()
+        blocks["times"] = process.time_of_noise(torch.tensor(beta_shares(a, b, steps), dtype=torch.float64)).tolist()
+    if "gate" in floats:
+        a, b = floats["gate"].tolist()
+        blocks |= {"gate_a": [a] * steps, "gate_b": [b] * steps}
+    if "remask" in floats:
+        blocks["remask"] = floats["remask"].tolist() * steps
+    return blocks

@@ -1,0 +1,181 @@
+"""What the methods of `distill.py` have of the run that they are part of: its model, data, state and processes."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from discrete_schedulers import AbsorbingProcess, DiscreteDiffusionPipeline, DiscreteScheduler, LearnedScheduler
+from discrete_schedulers.training.data import batches, generators
+
+# Purposes of random numbers, see `data.generators`; 0 is the shared noise of `draw_noise`
+OPENED, JUDGED, DATA, PATHS, SEARCHED, CHOSEN, KNOWN, PROPOSED = range(1, 9)
+NUMBERS_BETWEEN_CHECKPOINTS = 16
+BETA_RANGE = (
+    math.log(0.1),
+    math.log(4.0),
+)  # of the logarithms of a and b of Beta schedules; both 1/2 is the uniform grid
+
+
+@dataclass
+class Run:
+    """What a method has of the run that it is part of.
+
+    Args:
+        args (`argparse.Namespace`): The arguments of the command.
+        accelerator (`Accelerator`): The processes.
+        pipe (`DiscreteDiffusionPipeline`): The frozen model, on its device.
+        base (`dict`): Config of the model's own scheduler, uniform grid, without coefficients.
+        length (`int`): Tokens L of a sequence.
+        fit (`torch.Tensor` of shape `(n, L)`, *optional*): Sequences to fit on, for the methods that `FITS_ON_DATA`.
+        state (`dict`): What a checkpoint keeps as JSON: coefficients by budget, number of evaluations, and more.
+        tensors (`dict`): What a checkpoint keeps as tensors.
+        save (`Callable`): Writes a checkpoint, with the scheduler so far where there is one.
+        learned_for (`dict`): What the coefficients are learned for.
+    """
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    pipe: DiscreteDiffusionPipeline
+    base: dict[str, Any]
+    length: int
+    fit: Tensor | None
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+    save: Callable[[DiscreteScheduler | None], None]
+    learned_for: dict[str, Any]
+    passed: list[int] = field(default_factory=list)  # sequences in each call of the network since they were counted
+    since: float = field(default_factory=time.monotonic)  # up to when seconds have been counted
+
+    @property
+    def data(self) -> Tensor:
+        assert self.fit is not None
+        return self.fit
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.base["mask_token_id"]
+
+    def share(self, count: int) -> range:
+        """This process' share of `count` samples: every P-th of them."""
+        return range(self.accelerator.process_index, count, self.accelerator.num_processes)
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, on the CPU."""
+        # gloo and NCCL both take float64; the tensor has to be where the process group works
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), "sum").cpu()
+
+    def gather(self, x: Tensor, count: int) -> Tensor:
+        """What all processes have of `count` samples, each its `share`, in order of the sample index, on the CPU."""
+        return gather_samples(self.accelerator, x, count)
+
+    def count_calls(self) -> Callable[[], None]:
+        """Count the sequences that go through the network from now on, until the function returned is called."""
+        counting = self.pipe.model.register_forward_pre_hook(lambda module, inputs: self.passed.append(len(inputs[0])))
+        return counting.remove
+
+    def add_evaluations(self) -> None:
+        """Add what went through the network since the last time to the evaluations of the run."""
+        self.state["evaluations"] += int(self.reduce(torch.tensor(sum(self.passed), dtype=torch.float64)))
+        self.passed.clear()
+
+    def add_seconds(self, what: str) -> None:
+        """Add the seconds since the last time to those of the run, of all its sessions, for `"learning"` or `"measuring"`."""
+        now = time.monotonic()
+        seconds = self.state.setdefault("seconds", {"learning": 0.0, "measuring": 0.0})
+        seconds[what] += now - self.since
+        self.since = now
+
+    def numbers(self, key: str) -> Callable[[Callable[[], list[float]]], list[float]]:
+        """A memory of what a search measures, for a run that was killed: a function that runs the work it is given and keeps
+        the numbers, or returns those that the same search has had in this place before. All processes have to give the same.
+
+        Calls of the network between the last `add_evaluations` and this one are counted with the first numbers.
+        """
+        kept = self.state.setdefault("numbers", {}).setdefault(key, [])
+        if kept:
+            self.passed.clear()
+        asked = itertools.count()
+
+        def measured(work: Callable[[], list[float]]) -> list[float]:
+            place = next(asked)
+            if place == len(kept):
+                kept.append(work())
+                self.add_evaluations()
+                if len(kept) % NUMBERS_BETWEEN_CHECKPOINTS == 0:
+                    self.save(None)
+            return kept[place]
+
+        return measured
+
+    def each_budget(
+        self,
+        learn: Callable[[int], dict[str, list[float]]],
+        scheduler: Callable[[dict[str, dict[str, list[float]]]], DiscreteScheduler],
+    ) -> DiscreteScheduler:
+        """Learn the blocks of every budget that has none yet, with a checkpoint after each.
+
+        Args:
+            learn (`Callable`): Number of steps to the blocks of floats.
+            scheduler (`Callable`): All coefficients to the scheduler that runs them.
+        """
+        coefficients = self.state["coefficients"]
+        for steps in self.args.num_inference_steps:
+            if str(steps) in coefficients:
+                continue
+            coefficients[str(steps)] = learn(steps)
+            self.add_evaluations()
+            self.state.pop("numbers", None)
+            self.accelerator.print(f"{steps} steps: {json.dumps(coefficients[str(steps)])}")
+            self.save(scheduler(coefficients))
+        return scheduler(coefficients)
+
+    def learned(self, **settings: Any) -> Callable[[dict[str, dict[str, list[float]]]], LearnedScheduler]:
+        """For `each_budget`: a [`LearnedScheduler`] with these settings."""
+        return lambda coefficients: LearnedScheduler.from_config(
+            self.base, coefficients=coefficients, learned_for=self.learned_for, **settings
+        )
+
+
+def gather_samples(accelerator: Accelerator, x: Tensor, num_samples: int) -> Tensor:
+    """What all processes have, (B, F) each, as (num_samples, F) in order of the sample index, on the CPU.
+
+    Process r of P has the samples r, r + P, ...; those with one sample fewer pad.
+    """
+    rows = -(-num_samples // accelerator.num_processes)
+    x = torch.cat([x, x[:1].expand(rows - len(x), -1)])
+    everyone = accelerator.gather(x).view(accelerator.num_processes, rows, -1)
+    return everyone.transpose(0, 1).flatten(0, 1)[:num_samples].cpu()
+
+
+def sample(
+    pipe: DiscreteDiffusionPipeline, purpose: int, indices: range, length: int, steps: int, args: argparse.Namespace
+) -> Tensor:
+    """Samples of the pipeline with its scheduler, int64 (n, L); each depends on its index only."""
+    return torch.cat([x for x, _ in draw(pipe, purpose, indices, length, steps, args)])
+
+
+def draw(
+    pipe: DiscreteDiffusionPipeline, purpose: int, indices: range, length: int, steps: int, args: argparse.Namespace
+) -> Iterator[tuple[Tensor, int]]:
+    """The same batch by batch, with the model calls of each."""
+    for part in batches(len(indices), args.train_batch_size):
+        drawn = generators(args.seed, purpose, indices[part.start : part.stop])
+        shape: dict[str, Any] = {"num_samples": len(drawn), "length": length, "num_inference_steps": steps}
+        sequences, _, calls = pipe(**shape, generator=drawn, output_type="pt", return_dict=False)
+        yield sequences, calls
+
+
+def absorbing(scheduler: DiscreteScheduler) -> AbsorbingProcess:
+    assert isinstance(scheduler.noise_process, AbsorbingProcess)
+    return scheduler.noise_process
