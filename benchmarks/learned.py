@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -40,7 +39,13 @@ from discrete_schedulers.training.marginal import (
     judge_of_draws,
     keep_best,
 )
-from discrete_schedulers.training.ordered_grid import optimal_ordered_counts, ordered_information, spread_ranks
+from discrete_schedulers.training.ordered_grid import (
+    doubling_counts,
+    equal_counts,
+    optimal_ordered_counts,
+    ordered_information,
+    spread_ranks,
+)
 from discrete_schedulers.training.search import evolve, judged
 from discrete_schedulers.training.temperatures import text_features
 
@@ -197,22 +202,6 @@ def blocks(counts: list[int], floats: Coefficients) -> dict[str, list[float]]:
         "inverse_temperature": line.exp().tolist(),
         "top_p": floats["top_p"].tolist() * len(counts),
     }
-
-
-def equal_counts(length: int, steps: int) -> list[int]:
-    """Equally many in each call, up to rounding."""
-    ends = [round(length * k / steps) for k in range(steps + 1)]
-    return [b - a for a, b in pairwise(ends)]
-
-
-def doubling_counts(length: int, steps: int) -> list[int]:
-    """An eighth of the positions in the first quarter of the calls, a quarter by half, half by three quarters."""
-    shares = torch.tensor([0, 1 / 8, 1 / 4, 1 / 2, 1], dtype=torch.float64)
-    at = torch.linspace(0, 4, steps + 1, dtype=torch.float64)
-    low = at.floor().long().clamp(max=3)
-    known = (length * torch.lerp(shares[low], shares[low + 1], at - low)).round().long()
-    known = torch.maximum(known, torch.arange(steps + 1))  # at least one in each call
-    return known.diff().tolist()
 
 
 def grid_shape(subject: Subject) -> tuple[int, int] | None:

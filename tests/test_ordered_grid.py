@@ -13,6 +13,8 @@ from discrete_schedulers import AbsorbingProcess, LearnedScheduler
 from discrete_schedulers.evaluation import sampler_nll_bound
 from discrete_schedulers.information import InformationCurve, optimal_counts
 from discrete_schedulers.training.ordered_grid import (
+    doubling_counts,
+    equal_counts,
     optimal_ordered_counts,
     ordered_information,
     ordered_nll,
@@ -116,6 +118,21 @@ def copies() -> Joint:
     """Four pairs of equal bits at neighbouring places of a ring of 8, all alike."""
     bits = all_states(2, 4)
     return Joint(bits.repeat_interleave(2, dim=1), torch.full((16,), 1 / 16, dtype=torch.float64))
+
+
+def test_plans() -> None:
+    assert equal_counts(10, 4) == [2, 3, 2, 3]
+    assert doubling_counts(64, 1) == [64]
+    assert doubling_counts(64, 2) == [16, 48]
+    assert doubling_counts(64, 4) == [8, 8, 16, 32]
+    assert doubling_counts(64, 8) == [4, 4, 4, 4, 8, 8, 16, 16]
+    for length, plan in itertools.product((1, 5, 16, 49), (equal_counts, doubling_counts)):
+        for steps in range(1, length + 1):
+            counts = plan(length, steps)
+            assert (len(counts), sum(counts)) == (steps, length)
+            assert min(counts) >= 1
+        with pytest.raises(ValueError, match=f"`num_steps` is {length + 1}; allowed is 1 to {length}"):
+            plan(length, length + 1)
 
 
 def test_bad_input() -> None:

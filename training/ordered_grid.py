@@ -10,6 +10,10 @@ is the path-wise bound, and dynamic programming over m finds the counts that mak
 depends on m alone, it is the information curve, and the counts are those of the optimal grid (`information.optimal_counts`).
 In the spread order a call that opens neighbours together costs more, and the counts follow the halvings of the distance.
 
+The bound is flat around its optimum, while the law of the samples is not: it pays to judge a few plans by samples. Besides the
+optimum there are the even plan and one whose numbers double, which in the spread order leaves all places between known ones to
+the last calls.
+
 Source: the optimal grid is that of the information curve (see `information.py`); for an order it is this library's own.
 """
 
@@ -127,3 +131,28 @@ def optimal_ordered_counts(table: Tensor, max_steps: int) -> list[list[int]]:
             end = step[end - 1]
         found.append(counts[::-1])
     return found
+
+
+def equal_counts(length: int, num_steps: int) -> list[int]:
+    """Counts of N calls that differ by one at most, 1 <= N <= L."""
+    check_steps(length, num_steps)
+    ends = [length * k // num_steps for k in range(num_steps + 1)]
+    return [b - a for a, b in pairwise(ends)]
+
+
+def doubling_counts(length: int, num_steps: int) -> list[int]:
+    """Counts of N calls, 1 <= N <= L, after which an eighth of the positions is known when a quarter of the calls is over, a
+    quarter at half, and half at three quarters; on straight lines between these, and at least one in each call."""
+    check_steps(length, num_steps)
+    known = [0]
+    for call in range(1, num_steps):
+        quarter, rest = divmod(4 * call / num_steps, 1)
+        low, high = (0.0 if q == 0 else 2.0 ** (q - 4) for q in (quarter, quarter + 1))
+        ahead = num_steps - call  # calls that still need one
+        known.append(min(max(round(length * (low + rest * (high - low))), known[-1] + 1), length - ahead))
+    return [b - a for a, b in pairwise([*known, length])]
+
+
+def check_steps(length: int, num_steps: int) -> None:
+    if not 1 <= num_steps <= length:
+        raise ValueError(f"`num_steps` is {num_steps}; allowed is 1 to {length}, the length of the sequences")
