@@ -236,6 +236,15 @@ def test_inverse_temperature_is_a_temperature_for_each_step(process: str, shaped
     assert_equal(ours, of_step(0), change=of_step)
 
 
+@pytest.mark.parametrize("process", ["absorbing", "uniform"])
+def test_top_p_is_one_for_each_step(process: str) -> None:
+    kept = [0.3, 0.8, 1.0, 0.95, 0.6]
+    kwargs = {"process": process, "vocab_size": V, "mask_token_id": V - 1 if process == "absorbing" else None}
+    ours = LearnedScheduler(**kwargs, top_p=0.5, **learned(top_p=kept))  # the block takes the place of the 0.5
+    of_step = [AncestralScheduler(**kwargs, top_p=value) for value in kept]
+    assert_equal(ours, of_step[0], change=of_step.__getitem__)
+
+
 @pytest.mark.parametrize("noise_schedule", ["loglinear", "linear", "cosine"])
 def test_remask_is_the_remasking_scheduler(noise_schedule: str) -> None:
     kwargs = FACTS | {"noise_schedule": noise_schedule, **learned(remask=[0.0, 0.2, 0.7, 1.0, 0.4])}
@@ -533,6 +542,7 @@ def test_only_the_blocks_of_a_budget_are_read(tmp_path: Path) -> None:
         (learned(2, rate=[1.0, -0.1]), "'rate' multiplies a probability"),
         (learned(2, remask=[0.0, 1.1]), "'remask' has fractions"),
         (learned(2, inverse_temperature=[0.0, 1.0]), "'inverse_temperature' must be positive"),
+        (learned(2, top_p=[0.0, 1.0]), r"'top_p' has masses of most probable tokens, in \(0, 1\], not \[0.0, 1.0\]"),
         (learned(2, counts=[0.0, 1.0]), "'counts' must be positive"),
         (learned(2, gate_a=[1.0]), "'gate_a' has 1 values, needs 2"),
         (learned(2, order=[]), "'order' has 0 values, needs 1"),

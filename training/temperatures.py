@@ -59,6 +59,10 @@ def with_temperatures(scheduler: LearnedScheduler, log_beta: Tensor) -> LearnedS
     blocks = dict((config.coefficients or {}).get(steps, {}))
     if "mixture_weight" in blocks:
         raise ValueError("the scheduler has a mixture: its tokens have no temperature of their own")
+    if "top_p" in blocks:
+        raise ValueError(
+            "the scheduler has 'top_p': the tokens it keeps depend on the temperature, and slopes leave that out"
+        )
     blocks["inverse_temperature"] = log_beta.exp().tolist()
     return LearnedScheduler.from_config(config, coefficients={steps: blocks})
 

@@ -16,7 +16,7 @@ from discrete_schedulers.processes import AbsorbingProcess, Process, UniformProc
 from discrete_schedulers.sampling import check_finite
 from discrete_schedulers.schedulers.scheduling_utils import own_logits, token_logits
 
-STEP_BLOCKS = ("rate", "inverse_temperature", "gate_a", "gate_b", "remask")
+STEP_BLOCKS = ("rate", "inverse_temperature", "top_p", "gate_a", "gate_b", "remask")
 StepCoefficients: TypeAlias = Mapping[str, Tensor]  # those of `STEP_BLOCKS` that are set, a float64 scalar each
 
 
@@ -137,7 +137,9 @@ def sharpened(
     temperature: float,
     top_p: float,
 ) -> Tensor:
-    """Logits (..., V) of q, after temperature and top-p. Arguments as in `learned_law`, of all positions or of some."""
+    """Logits (..., V) of q, after temperature and top-p. Arguments as in `learned_law`, of all positions or of some. Not
+    differentiable in a step's own top-p, which takes the place of `top_p`."""
+    top_p = float(coefficients.get("top_p", top_p))
     mask = process.mask_token_id if isinstance(process, AbsorbingProcess) else None
     beta = coefficients.get("inverse_temperature")
     if beta is None and (mask is not None or temperature == top_p == 1):

@@ -5,18 +5,19 @@ In step k from t to s, with r = (alpha_s - alpha_t) / (1 - alpha_t) and p the ne
     rho = remask_k min(1, (1 - alpha_s) / alpha_t)                                 token -> mask
     u   = min(1, rate_k (r + rho alpha_t / (1 - alpha_t)))                         mask opens; 1 in the last step
     u_i = sigmoid(logit u + gate_a_k + gate_b_k logit max_v p_i(v))                with a gate, at position i
-    q   = p^inverse_temperature_k / Z                                              its token
+    q   = p^inverse_temperature_k / Z                                              its token, of the nucleus top_p_k of q
 
 `coefficients[N]` holds any of these blocks; those that are not there change nothing:
 
     times (N + 1) or counts (N)    the grid, with `grid="learned"`: its times, or how many positions open in each step
-    rate, inverse_temperature, gate_a, gate_b, remask (N each)                     the numbers above
+    rate, inverse_temperature, top_p, gate_a, gate_b, remask (N each)              the numbers above
     order (L)                      a priority of each position, the highest opens first, equal ones in random order
     mixture_weight (K)             log-weights w of a latent z of each row and step (their softmax is its law), and
     mixture_shift (K L (V - 1))    what it adds to the logits: position i opens to a token of q_i exp(shift_z,i) / Z
 
     no blocks                      AncestralScheduler                  inverse_temperature    its `temperature`, for each step
-    times                          JYS, optimal and Beta schedules     remask                 ReMDM, Psi, DDIM on masks
+    times                          JYS, optimal and Beta schedules     top_p                  its `top_p`, for each step
+    counts                         optimal grid of a spread order      remask                 ReMDM, Psi, DDIM on masks
     rate, rate and times           LSD, LSD+ (`scale="score"`)         order                  any fixed permutation
 
 These are equalities of laws. LSD's `rate` is this one where the Euler step is the ancestral one (log-linear and linear
@@ -28,8 +29,8 @@ With `unmasking="counts"` the nearest integer to sum_i u_i masks open. `order` s
 they are drawn one after another with weights u_i / (1 - u_i). Temperature and top-p leave u_i alone.
 
 Exact in law for one token per step with grid, rate, order and gate, none of which sees the token that it opens. An inverse
-temperature is not: it pays where several tokens open in one step. Uniform noise has times and inverse_temperature (of the
-leave-one-out law).
+temperature or a nucleus is not: they pay where several tokens open in one step. Uniform noise has times, inverse_temperature
+and top_p (of the leave-one-out law).
 
 A mixture is the one block that can draw dependent tokens in one call: given z they are independent, so `transition`, the law of
 each position on its own, averages over z, and `components` has all. Shifts have a float for each component, position and token
@@ -84,7 +85,7 @@ from discrete_schedulers.schedulers.scheduling_utils import (
 
 MIXTURE_BLOCKS = ("mixture_weight", "mixture_shift")
 BLOCKS = ("times", "counts", *STEP_BLOCKS, "order", *MIXTURE_BLOCKS)
-UNIFORM_BLOCKS = ("times", "inverse_temperature")
+UNIFORM_BLOCKS = ("times", "inverse_temperature", "top_p")
 
 
 class LearnedScheduler(FactorisedScheduler):
@@ -102,7 +103,8 @@ class LearnedScheduler(FactorisedScheduler):
             and from each other. A block `"order"` takes the place of `"random"`.
         grid_shape (`list[int]`, *optional*): (height, width) for `order="spread"` on images.
         temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most probable token.
-        top_p (`float`, defaults to 1.0): Smallest mass of most probable tokens that is kept, in (0, 1].
+        top_p (`float`, defaults to 1.0): Smallest mass of most probable tokens that is kept, in (0, 1]. A block `"top_p"` takes
+            its place.
         coefficients (`dict`, *optional*): Learned floats by step budget: `{"8": {"rate": [...], "remask": [...]}}`, any of
             the blocks above. Those of other schedulers are not read.
         learned_for (`dict`, *optional*): What they were learned for: base model, revision, vocabulary, method, metrics.
@@ -145,6 +147,8 @@ class LearnedScheduler(FactorisedScheduler):
             raise ValueError(f"{where} 'rate' multiplies a probability, it cannot be negative")
         if not all(0 <= value <= 1 for value in blocks.get("remask", [])):
             raise ValueError(f"{where} 'remask' has fractions of the maximum, in [0, 1]")
+        if not all(0 < value <= 1 for value in blocks.get("top_p", [])):
+            raise ValueError(f"{where} 'top_p' has masses of most probable tokens, in (0, 1], not {blocks['top_p']}")
         for name in ("inverse_temperature", "counts"):
             if not all(value > 0 for value in blocks.get(name, [])):
                 raise ValueError(f"{where} '{name}' must be positive, not {blocks[name]}")
@@ -240,8 +244,8 @@ class LearnedScheduler(FactorisedScheduler):
 
     def is_shaped(self, index: int) -> bool:
         """Whether the call `index` draws from another law than the network's own."""
-        shaped = self.mixture is not None or "inverse_temperature" in self.blocks(len(self.times) - 1)
-        return super().is_shaped(index) or shaped
+        own = {"inverse_temperature", "top_p"} & self.blocks(len(self.times) - 1).keys()
+        return super().is_shaped(index) or self.mixture is not None or bool(own)
 
     def shaped_logits(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
         """Logits of q, see [`DiscreteScheduler.shaped_logits`]; with a mixture, of its mean, and of all positions only."""

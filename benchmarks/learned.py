@@ -1,0 +1,312 @@
+"""What the parts `learned-text` and `learned-image` have in common: learned floats against other samplers, at matched entropy.
+
+Each sampler gets one temperature, that at which the unigram entropy of its samples is that of real data; the learned scheduler
+too, beside its own. The metrics of a seed's samples are the part's.
+
+The learned scheduler opens positions in the spread order. How many in each call is chosen among three plans: equally many,
+doubling ones, and the optimum of the path-wise bound for this order (`ordered_grid`). The inverse temperatures of the first and
+last call, on a line between them, and one top-p are found by CMA-ES. Both by `marginal.two_sample_statistic` on hashed tokens
+and pairs and the fluency under the frozen network (`temperatures.text_features`). All is learned anew for each seed, on data
+that the model was trained on: some to search, others to choose. `spread-grid` has the counts of the first seed without the
+floats.
+
+Budgets are calls of the network. theta-trapezoidal makes two in a step; the entropy bound is tuned until its mean number of
+calls is the budget. JYS is its token part, found by its own search on the bundled information curve. LSD+ is the repaired
+objective.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from store import Store, summary
+from torch import Tensor, nn
+
+import discrete_schedulers as ds
+from discrete_schedulers.denoisers import Denoiser
+from discrete_schedulers.evaluation import unigram_entropy
+from discrete_schedulers.training.jump_steps import jump_your_steps, share_cross_entropy, token_gain
+from discrete_schedulers.training.marginal import (
+    Coefficients,
+    Verdict,
+    fit_logistic,
+    judge_of_draws,
+    keep_best,
+)
+from discrete_schedulers.training.ordered_grid import (
+    doubling_counts,
+    equal_counts,
+    optimal_ordered_counts,
+    ordered_information,
+    spread_ranks,
+)
+from discrete_schedulers.training.search import evolve, judged
+from discrete_schedulers.training.temperatures import text_features
+
+BATCH = 32  # sequences in one call of the network
+SEARCH_START = {"temperature": [0.0, 0.0], "top_p": [0.9]}  # logarithms of the first and last inverse temperature
+SEARCH_BOUNDS = {"temperature": (-0.5, 1.0), "top_p": (0.5, 1.0)}
+SEARCH_SPREAD = 0.1
+ENTROPY_RANGE = (0.99, 1.01)  # of real data's
+BUCKETS = 8  # of the statistic that is searched with
+CENTRES = 5  # of a search that are judged again, with other data and numbers
+TOP_P = 0.8  # of `spread-top-p`
+
+Build = Callable[[float], ds.DiscreteScheduler]  # a temperature to a scheduler
+
+
+class Subject(Protocol):
+    """A model, data and metrics.
+
+    Args:
+        network (`torch.nn.Module`): Its calls are counted.
+        denoiser (`Denoiser`): The network for `train`, without a class.
+        base (`dict`): What every scheduler needs to know.
+        curve (`list[float]`): The bundled information curve.
+        train (`torch.Tensor` of shape `(n, L)`): Data to learn on.
+        entropy (`float`): Of real data.
+    """
+
+    network: nn.Module
+    denoiser: Denoiser
+    base: dict[str, Any]
+    curve: list[float]
+    train: Tensor
+    entropy: float
+
+    def draw(self, scheduler: ds.DiscreteScheduler, steps: int, numbers: list[int]) -> Tensor:
+        """One sample for each seed of `numbers`, int64 (n, L)."""
+
+    def score(self, x: Tensor, seed: int) -> dict[str, float]:
+        """Metrics of one seed's samples."""
+
+
+def classifier_accuracy(a: Tensor, b: Tensor, seed: int, folds: int = 5, penalty: float = 1e-2) -> float:
+    """Balanced accuracy, on held-out folds, of a logistic classifier of features (n, F) against (m, F), each scaled to
+    deviation 1."""
+    both = torch.cat([a, b])
+    mean, deviation = both.mean(0), both.std(0).clamp(min=1e-9)
+    sides = [(side - mean) / deviation for side in (a, b)]
+    generator = torch.Generator().manual_seed(seed)
+    place = [torch.randperm(len(side), generator=generator) % folds for side in sides]
+    right = []
+    for fold in range(folds):
+        known = [side[at != fold] for side, at in zip(sides, place, strict=True)]
+        w = fit_logistic(*known, penalty, torch.zeros(a.shape[1] + 1, dtype=torch.float64))
+        z = [w[0] + side[at == fold] @ w[1:] for side, at in zip(sides, place, strict=True)]
+        right.append((float((z[0] > 0).double().mean()) + float((z[1] < 0).double().mean())) / 2)
+    return sum(right) / folds
+
+
+def mean_entropy(x: Tensor) -> float:
+    """Unigram entropy of a sequence, the mean, in nats."""
+    return float(unigram_entropy(x).mean())
+
+
+@contextmanager
+def counted(network: nn.Module) -> Iterator[list[int]]:
+    """Sequences in each call of the network meanwhile."""
+    passed: list[int] = []
+    hook = network.register_forward_pre_hook(
+        lambda module, args, kwargs: passed.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
+    )
+    yield passed
+    hook.remove()
+
+
+def calibrated(subject: Subject, build: Build, steps: int, samples: int) -> float:
+    """The temperature at which the entropy of samples is that of real data: three steps of the secant method."""
+    points: list[tuple[float, float]] = []  # (temperature, entropy above the target)
+    temperature = 0.9
+    for _ in range(4):
+        found = mean_entropy(subject.draw(build(temperature), steps, list(range(samples)))) - subject.entropy
+        points = sorted([*points, (temperature, found)], key=lambda point: abs(point[1]))
+        if abs(found) < 2e-3:
+            break
+        slope = 1.0  # nats for a unit of temperature, about
+        if len(points) > 1 and points[0][0] != points[1][0]:
+            slope = max((points[0][1] - points[1][1]) / (points[0][0] - points[1][0]), 0.2)
+        temperature = min(max(points[0][0] - points[0][1] / slope, 0.2), 3.0)
+    return points[0][0]
+
+
+# Learning
+
+
+def learn(subject: Subject, settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Coefficients for each budget, and what they cost in sequences through the network and seconds."""
+    started, length = time.perf_counter(), subject.train.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    data = subject.train[torch.randperm(len(subject.train), generator=generator)]
+    sizes = [settings["curve_sequences"], settings["data_sequences"], settings["data_sequences"]]
+    on_curve, fit, heldout = data[: sum(sizes)].split(sizes)
+    learned: dict[str, Any] = {"coefficients": {}, "losses": {}, "evaluations": {}, "seconds": {}}
+    with counted(subject.network) as passed:
+        ranks = spread_ranks((len(on_curve), length), generator, grid_shape(subject))
+        table = ordered_information(subject.denoiser, on_curve, ranks, subject.base["mask_token_id"], BATCH)
+        optimal = optimal_ordered_counts(table, max(settings["budgets"]))
+    learned["evaluations"]["grid"], learned["seconds"]["grid"] = sum(passed), time.perf_counter() - started
+    start = {name: torch.tensor(value, dtype=torch.float64) for name, value in SEARCH_START.items()}
+    for number, steps in enumerate(settings["budgets"]):
+        started = time.perf_counter()
+        with counted(subject.network) as passed:
+            # judges with other data and numbers: one to search with, one to choose with
+            search, choose = (
+                nearness(subject, steps, part, settings, 10 * seed + i) for i, part in enumerate((fit, heldout))
+            )
+            plans = {"equal": equal_counts(length, steps), "doubling": doubling_counts(length, steps)}
+            plans["optimal"] = optimal[steps - 1]
+            losses = {name: judged(partial(search, plan), ENTROPY_RANGE)(start) for name, plan in plans.items()}
+            counts = plans[min(losses, key=losses.__getitem__)]
+            loss = judged(partial(search, counts), ENTROPY_RANGE)
+            tries = settings["next_search" if number else "first_search"]
+            centres = list(evolve(loss, start, SEARCH_SPREAD, SEARCH_BOUNDS, tries, seed))
+            kept = keep_best([start, *centres[-CENTRES:]], partial(choose, counts), ENTROPY_RANGE)
+        start = kept.coefficients  # where the next budget begins
+        learned["coefficients"][str(steps)] = blocks(counts, start)
+        learned["losses"][str(steps)] = losses
+        learned["evaluations"][str(steps)], learned["seconds"][str(steps)] = sum(passed), time.perf_counter() - started
+        print(
+            f"seed {seed}, {steps} calls: {learned['coefficients'][str(steps)]}, {losses}, {kept.verdict}", flush=True
+        )
+    return learned
+
+
+def nearness(
+    subject: Subject, steps: int, data: Tensor, settings: dict[str, Any], seed: int
+) -> Callable[[list[int], Coefficients], Verdict]:
+    """How near the samples of counts and floats are to data; always of the same random numbers."""
+
+    def draw(candidate: Coefficients, numbers: torch.Generator) -> Tensor:
+        seeds = torch.randint(2**40, (settings["search_samples"],), generator=numbers).tolist()
+        coefficients = {str(steps): blocks(candidate["counts"].long().tolist(), candidate)}
+        return subject.draw(learned_scheduler(subject, coefficients, 1.0), steps, seeds)
+
+    features = text_features(subject.denoiser, BUCKETS, BATCH)
+    judge = judge_of_draws(draw, data, features, mean_entropy, seed)
+    return lambda counts, floats: judge({**floats, "counts": torch.tensor(counts)})
+
+
+def blocks(counts: list[int], floats: Coefficients) -> dict[str, list[float]]:
+    """The blocks of [`LearnedScheduler`]."""
+    first, last = floats["temperature"].tolist()
+    line = torch.linspace(first, last, len(counts), dtype=torch.float64)
+    return {
+        "counts": [float(count) for count in counts],
+        "inverse_temperature": line.exp().tolist(),
+        "top_p": floats["top_p"].tolist() * len(counts),
+    }
+
+
+def grid_shape(subject: Subject) -> tuple[int, int] | None:
+    shape = subject.base.get("grid_shape")
+    return None if shape is None else tuple(shape)
+
+
+def learned_scheduler(subject: Subject, coefficients: dict[str, Any], temperature: float) -> ds.LearnedScheduler:
+    """The spread order with learned floats."""
+    settings: dict[str, Any] = {"grid": "learned", "order": "spread", "temperature": temperature}
+    return ds.LearnedScheduler(**subject.base, coefficients=coefficients, **settings)
+
+
+# The others
+
+
+def samplers(subject: Subject, lsd_plus: dict[str, Any], steps: int) -> dict[str, tuple[Build, int]]:
+    """How to build each, and how many steps are `steps` calls."""
+    base, curve = subject.base, subject.curve
+    without_shape = {name: value for name, value in base.items() if name != "grid_shape"}
+
+    def plain(**arguments: Any) -> Build:
+        return lambda t: ds.AncestralScheduler(**base, temperature=t, information_curve=curve, **arguments)
+
+    def cross_entropy(share: float) -> float:
+        return float(share_cross_entropy(torch.tensor(curve), torch.tensor([share])))
+
+    times = {str(steps): {"times": jump_your_steps(partial(token_gain, cross_entropy), steps)}}
+    learned: dict[str, Any] = {"grid": "learned"}
+    return {
+        "uniform": (plain(), steps),
+        "cosine": (plain(grid="cosine"), steps),
+        "optimal": (plain(grid="optimal"), steps),
+        "jys": (lambda t: ds.LearnedScheduler(**base, **learned, coefficients=times, temperature=t), steps),
+        "lsd-plus": (
+            lambda t: ds.LSDScheduler(**without_shape, **learned, coefficients=lsd_plus, temperature=t),
+            steps,
+        ),
+        "trapezoidal": (lambda t: ds.ThetaTrapezoidalScheduler(**without_shape, temperature=t), steps // 2),
+        "confidence": (
+            lambda t: ds.ConfidenceScheduler(**without_shape, score="entropy", temperature=t),
+            steps,
+        ),
+        "spread": (plain(order="spread"), steps),
+        "spread-top-p": (plain(order="spread", top_p=TOP_P), steps),
+    }
+
+
+def entropy_bound(subject: Subject, calls: int) -> tuple[Build, float]:
+    """The entropy bound whose mean number of calls for a sample is `calls`: bisection on the logarithm of the bound."""
+    base = {name: value for name, value in subject.base.items() if name != "grid_shape"}
+    numbers, length = list(range(BATCH)), subject.train.shape[1]
+    low, high = math.log(1e-2), math.log(1e3)
+    for _ in range(9):
+        bound = math.exp((low + high) / 2)
+        with counted(subject.network) as passed:
+            subject.draw(ds.EntropyBoundScheduler(**base, entropy_bound=bound), length, numbers)
+        low, high = ((low + high) / 2, high) if sum(passed) / len(numbers) > calls else (low, (low + high) / 2)
+    return (lambda t: ds.EntropyBoundScheduler(**base, entropy_bound=bound, temperature=t)), bound
+
+
+def run(subject: Subject, store: Store, lsd_plus: list[dict[str, Any]]) -> None:
+    """Fill the store: coefficients for each seed, and a row for each sampler and budget.
+
+    Args:
+        subject (`Subject`): The model.
+        store (`Store`): With the settings, see the parts.
+        lsd_plus (`list[dict]`): Coefficients of LSD+ for each seed.
+    """
+    settings, part = store.get("settings"), store.get("part")
+    seeds, length = settings["seeds"], subject.train.shape[1]
+
+    def measure(name: str, steps: int, builds: list[tuple[Build, int]], also: dict[str, Any] | None = None) -> None:
+        """A row: one temperature for each different sampler, metrics for each seed."""
+        if store.get("rows", name, str(steps)) is not None:
+            return
+        print(f"{part}: {name}, {steps} calls", flush=True)
+        found: dict[str, list[float]] = {}
+        for seed, (build, number) in zip(seeds, builds, strict=True):
+            if found and build is builds[0][0]:
+                temperature = found["temperature"][0]
+            else:
+                temperature = calibrated(subject, build, number, settings["calibration_samples"])
+            numbers = [10**9 * (seed + 1) + i for i in range(settings["samples"])]
+            with counted(subject.network) as passed:
+                x = subject.draw(build(temperature), number, numbers)
+            metrics = {"temperature": temperature, "calls": sum(passed) / len(x), "entropy": mean_entropy(x)}
+            for key, value in (metrics | subject.score(x, seed)).items():
+                found.setdefault(key, []).append(value)
+        store.put({key: summary(values) for key, values in found.items()} | (also or {}), "rows", name, str(steps))
+
+    for seed in seeds:
+        if store.get("learned", str(seed)) is None:
+            store.put(learn(subject, settings, seed), "learned", str(seed))
+    coefficients = [store.get("learned", str(seed))["coefficients"] for seed in seeds]
+    for steps in settings["budgets"]:
+        measure("learned", steps, [(partial(learned_scheduler, subject, one), steps) for one in coefficients])
+        only_grid = {str(steps): {"counts": coefficients[0][str(steps)]["counts"]}}
+        measure("spread-grid", steps, [(partial(learned_scheduler, subject, only_grid), steps)] * len(seeds))
+        table = [samplers(subject, one, steps) for one in lsd_plus]
+        for name in table[0]:
+            measure(name, steps, [(table[i] if name == "lsd-plus" else table[0])[name] for i in range(len(seeds))])
+        if store.get("rows", "entropy-bound", str(steps)) is None:
+            build, bound = entropy_bound(subject, steps)
+            measure("entropy-bound", steps, [(build, length)] * len(seeds), {"bound": bound})
+    for steps in settings["reference_budgets"]:
+        measure("uniform", steps, [samplers(subject, {}, steps)["uniform"]] * len(seeds))
+    store.finish()
