@@ -17,6 +17,8 @@ import argparse
 import hashlib
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -115,8 +117,14 @@ def write_shard(pipe: DiscreteDiffusionPipeline, args: argparse.Namespace, shard
         columns["text"] += output.texts or [None] * len(batch)
     path = shard_path(args, shard)
     temporary = path.with_name(f".{path.name}.tmp")
-    Dataset.from_dict(columns).to_parquet(temporary)
-    os.replace(temporary, path)
+    try:
+        Dataset.from_dict(columns).to_parquet(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} could not be written ({error}); other shards are whole, the same command goes on"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -135,4 +143,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # what is written is whole: nothing to save
     main()

@@ -20,8 +20,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,13 +44,13 @@ from discrete_schedulers import (
 from discrete_schedulers.evaluation import NgramJudge, generative_perplexity, sampler_nll_bound, unigram_entropy
 from discrete_schedulers.information import schedule_gain
 from discrete_schedulers.training.data import batches, generators, load_texts, pack
+from discrete_schedulers.training.files import output_folder, remove, unwritten, write_text
 from discrete_schedulers.training.hub import (
     create_repository,
     markdown_table,
     upload,
     write_card,
     write_plot,
-    write_text,
 )
 from discrete_schedulers.training.marginal import (
     Coefficients,
@@ -77,6 +75,7 @@ from discrete_schedulers.training.objectives import (
     repaired_step_sizes,
     times_from_step_sizes,
 )
+from discrete_schedulers.training.signals import before_end, ends_at_sigterm, stop_if_asked
 from discrete_schedulers.training.temperatures import Rolled, descend_temperatures, roll, text_features
 
 SMALLEST_STEP = 1e-6  # LSD+ as printed: gradient steps that would make a kappa or the time after it negative end here
@@ -240,19 +239,17 @@ def save_checkpoint(
 ) -> None:
     """Write checkpoint-<n> under a temporary name, rename it, then drop the oldest ones."""
     number = max(map(checkpoint_number, known_checkpoints(args.output_dir)), default=0) + 1
-    temporary = args.output_dir / f".checkpoint-{number}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     contents = {"state.json": json.dumps(state).encode(), "tensors.safetensors": safetensors.torch.save(tensors)}
-    for name, content in contents.items():
-        (temporary / name).write_bytes(content)
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    (temporary / "sha256.json").write_text(json.dumps(digests))
-    if scheduler is not None:
-        scheduler.save_pretrained(temporary / "scheduler")
-    os.replace(temporary, args.output_dir / f"checkpoint-{number}")
+    with unwritten(args.output_dir / f"checkpoint-{number}") as temporary:
+        temporary.mkdir(parents=True)
+        for name, content in contents.items():
+            (temporary / name).write_bytes(content)
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        (temporary / "sha256.json").write_text(json.dumps(digests))
+        if scheduler is not None:
+            scheduler.save_pretrained(temporary / "scheduler")
     for old in known_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-        shutil.rmtree(old)
+        remove(old)
 
 
 def checkpoint_number(path: Path) -> int:
@@ -479,6 +476,7 @@ def measure(
     return row
 
 
+@ends_at_sigterm
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     accelerator = Accelerator(
@@ -493,7 +491,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     set_seed(args.seed)
     show = accelerator.is_main_process
     if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
+        output_folder(args.output_dir)
     accelerator.wait_for_everyone()
 
     # The frozen model and its scheduler
@@ -534,8 +532,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if accelerator.is_main_process:
             save_checkpoint(args, state, tensors, scheduler)
         accelerator.wait_for_everyone()
+        stop_if_asked(accelerator)
+
+    # SIGTERM is looked at in calls of the network, or where processes meet: `state` and `tensors` go together there
+    before_end(lambda: save_checkpoint(args, state, tensors, None) if accelerator.is_main_process else None)
+    if accelerator.num_processes == 1:
+        pipe.model.register_forward_pre_hook(lambda *_: stop_if_asked())
 
     def reduce(tensor: Tensor) -> Tensor:
+        stop_if_asked(accelerator)
         # gloo and NCCL both take float64; the tensor has to be where the process group works
         return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
 
@@ -593,8 +598,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             if str(steps) in state["coefficients"]:
                 continue
             beta = learn_temperatures(pipe, student, steps, fit, args, accelerator)
-            state["coefficients"][str(steps)] = {"inverse_temperature": beta}
             state["evaluations"] += evaluations()
+            state["coefficients"][str(steps)] = {"inverse_temperature": beta}
             accelerator.print(f"{steps} steps: inverse temperatures {json.dumps(beta)}")
             checkpoint(LearnedScheduler.from_config(base, coefficients=state["coefficients"], **settings))
         scheduler = LearnedScheduler.from_config(base, coefficients=state["coefficients"], **settings)
@@ -612,9 +617,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for number, (x, masked) in enumerate(
             tqdm(rolled, desc="teacher", initial=done, total=segments, disable=not show), start=done + 1
         ):
-            tensors["states"] = torch.cat([tensors["states"], gather_samples(accelerator, x, args.num_samples)[None]])
-            tensors["masked"] = torch.cat([tensors["masked"], reduce(masked)])
-            state["evaluations"] += evaluations()
+            reached, masked, counted = gather_samples(accelerator, x, args.num_samples), reduce(masked), evaluations()
+            tensors["states"] = torch.cat([tensors["states"], reached[None]])
+            tensors["masked"] = torch.cat([tensors["masked"], masked])
+            state["evaluations"] += counted
             if number == segments or number % -(-segments // 16) == 0:
                 checkpoint()
         final = tensors["states"][-1]
@@ -639,8 +645,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             blocks = {"scale": learn_phi(pipe, student, teacher_states, noise, start, args, reduce)}
             if args.method == "lsd_plus":
                 blocks["times"] = learn_times(student, tensors["masked"], args)
-            state["coefficients"][str(steps)] = blocks
             state["evaluations"] += evaluations()
+            state["coefficients"][str(steps)] = blocks
             accelerator.print(f"{steps} steps: {json.dumps(blocks)}")
             checkpoint(LSDScheduler.from_config(base, coefficients=state["coefficients"], **settings))
         scheduler = LSDScheduler.from_config(base, coefficients=state["coefficients"], **settings)
@@ -653,6 +659,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if not accelerator.is_main_process:
         accelerator.end_training()
         return {}
+    if accelerator.num_processes > 1:  # the others have ended: this one decides alone
+        pipe.model.register_forward_pre_hook(lambda *_: stop_if_asked())
     judge = NgramJudge(texts.judge) if texts is not None else None
     samplers = {
         "bernoulli": AncestralScheduler.from_config(base, unmasking="bernoulli", order="random"),
@@ -671,6 +679,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         accelerator.log({f"{name}/{key}": row[key] for key in row if key not in ("sampler", "steps")}, step=steps)
 
     # Write down
+    before_end(None)
     arguments = {k: v for k, v in identity.items() if k not in ("pretrained_model_name_or_path", "revision")}
     metrics = {
         "base_model": args.pretrained_model_name_or_path,
@@ -686,9 +695,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "arguments": arguments,
     }
     scheduler.register_to_config(learned_for=learned_for | {"metrics": state["table"]})
-    scheduler.save_pretrained(args.output_dir / ".scheduler")
-    os.replace(args.output_dir / ".scheduler" / "scheduler_config.json", args.output_dir / "scheduler_config.json")
-    shutil.rmtree(args.output_dir / ".scheduler")
+    write_text(args.output_dir / "scheduler_config.json", scheduler.to_json_string())
     write_text(args.output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_plot(args.output_dir / "plot.png", state["table"])
     repo_id = args.hub_model_id or args.output_dir.resolve().name
@@ -708,6 +715,7 @@ def gather_samples(accelerator: Accelerator, x: Tensor, num_samples: int) -> Ten
 
     Process r of P has the samples r, r + P, ...; those with one sample fewer pad.
     """
+    stop_if_asked(accelerator)
     rows = -(-num_samples // accelerator.num_processes)
     x = torch.cat([x, x[:1].expand(rows - len(x), -1)])
     everyone = accelerator.gather(x).view(accelerator.num_processes, rows, -1)

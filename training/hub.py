@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+from discrete_schedulers.training.files import unwritten, write_text
 
 UPLOADED = ["scheduler_config.json", "metrics.json", "plot.png", "README.md", "latent_adapter.*"]
 
@@ -42,13 +43,6 @@ judge, which copying can fool: read it beside the entropy only.
 
 {arguments}
 """
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename, so that a killed run leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
@@ -84,10 +78,9 @@ def write_plot(path: Path, rows: list[dict[str, Any]]) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
+    with unwritten(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def write_card(path: Path, repo_id: str, scheduler_class: str, metrics: dict[str, Any]) -> None:
