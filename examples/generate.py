@@ -83,18 +83,23 @@ def begin(args: argparse.Namespace) -> list[int]:
 
     Raises:
         ValueError: If the folder has samples of other settings.
+        OSError: If it cannot be written.
     """
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     settings, path = {name: getattr(args, name) for name in RESULT}, args.output_dir / "settings.json"
     if path.is_file():
         found = json.loads(path.read_text())
         other = sorted(name for name in RESULT if found.get(name) != settings[name])
         if other:
             raise ValueError(f"`output_dir` {args.output_dir} has samples of other settings: {', '.join(other)}")
-    else:
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
         os.replace(temporary, path)
+        for left in args.output_dir.glob(".*.tmp"):  # of a killed run
+            left.unlink()
+    except OSError as error:
+        raise OSError(f"`--output_dir` {args.output_dir} cannot be written: {error.strerror}") from error
     shards = range(-(-args.num_samples // args.shard_size))
     return [shard for shard in shards if not shard_path(args, shard).is_file()]
 

@@ -216,7 +216,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     identity = {k: v for k, v in identity.items() if k not in ("resume_from_checkpoint", "push_to_hub")}
     path, begin = args.output_dir / STATE, 0
     if args.resume_from_checkpoint and path.is_file():
-        state = torch.load(path, weights_only=True, map_location=accelerator.device)
+        state = torch.load(
+            path, weights_only=True, map_location="cpu"
+        )  # of two processes on CPUs the device is "cpu:0"
         if state["identity"] != identity:
             raise ValueError(f"{path} belongs to a run with other arguments: {state['identity']}")
         begin = state["step"]
@@ -275,14 +277,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     metrics = {"table": table, "arguments": identity, "data_entropy": unigram_entropy(heldout).mean().item()}
     write_text(args.output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     repo_id = args.hub_model_id or args.output_dir.resolve().name
-    if args.push_to_hub:
-        repo_id = create_repository(args.output_dir, repo_id, args.hub_token)
-    card = {"method": args.method, "title": repo_id.split("/")[-1], "base_model": args.pretrained_model_name_or_path}
-    card |= {"repo_id": repo_id, "table": markdown_table(table), "arguments": json.dumps(identity, indent=2)}
-    card |= {"data_entropy": metrics["data_entropy"], "num_eval_latents": args.num_eval_latents}
-    write_text(args.output_dir / "README.md", CARD.format(**card))
+    card = {"method": args.method, "base_model": args.pretrained_model_name_or_path, "table": markdown_table(table)}
+    card |= {"arguments": json.dumps(identity, indent=2), "data_entropy": metrics["data_entropy"]}
+    card |= {"num_eval_latents": args.num_eval_latents, "title": repo_id.split("/")[-1]}
+    write_text(args.output_dir / "README.md", CARD.format(**card, repo_id=repo_id))
     accelerator.print(markdown_table(table))
     if args.push_to_hub:
+        repo_id = create_repository(args.output_dir, repo_id, args.hub_token)
+        write_text(args.output_dir / "README.md", CARD.format(**card, repo_id=repo_id))  # now with the namespace
         accelerator.print(f"pushed: {upload(args.output_dir, repo_id, args.hub_token)}")
     return metrics
 

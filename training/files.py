@@ -56,8 +56,8 @@ def published(folder: Path, last: str) -> Iterator[Path]:
 @contextmanager
 def removed_if_not_whole(temporary: Path, path: Path) -> Iterator[None]:
     """Begin without `temporary`, and leave none behind; what the system says of it becomes an error that names `path`."""
-    remove(temporary)
     try:
+        remove(temporary)
         yield
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -110,8 +110,7 @@ def output_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
-        probe.unlink()
+        for left in path.glob(".*.tmp"):
+            remove(left)
     except OSError as error:
         raise OSError(f"`--output_dir` {path} cannot be written: {error.strerror or error}") from error
-    for left in path.glob(".*.tmp"):
-        remove(left)
