@@ -5,8 +5,9 @@
         --pretrained_model_name_or_path kuleshov-group/mdlm-owt --num_inference_steps 8 --output_dir mdlm-8 --push_to_hub
 
 A text file has a document a line; every tenth is kept for measuring. Without one, the script writes texts of the bundled corpus
-as a stand-in, learns on the bundled model, and needs no network: about a minute on one core. Arguments that are not named here
-go to `training/distill.py`, which does the work: other methods, budgets, more samples.
+as a stand-in, learns on the bundled model, and needs no network: about a minute on one core, which is enough to choose an
+order of positions and too little to better it. Arguments that are not named here go to `training/distill.py`, which does the
+work: other methods, more samples.
 """
 
 from __future__ import annotations

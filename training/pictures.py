@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from discrete_schedulers import DiscreteScheduler, Learn2PDScheduler
 from discrete_schedulers.schedulers.scheduling_learn2pd import filter_log_odds
+from discrete_schedulers.training.files import unwritten
 
 PANELS = {  # columns of a table, and how a picture names them
     "matched_perplexity": "perplexity at the data's entropy",
@@ -78,7 +78,7 @@ def write_coefficients_plot(path: Path, scheduler: DiscreteScheduler, budgets: l
                 drawings.append(lambda axis: draw_orders(axis, scheduler, budgets))
             elif name not in ("times", "counts"):
                 drawings.append(partial(draw_block, scheduler=scheduler, budgets=budgets, name=name))
-        if scheduler.config.information_curve is not None:
+        if scheduler.config.grid == "optimal":
             drawings.append(lambda axis: draw_curve(axis, scheduler))
     figure, axes = plt.subplots(1, len(drawings), figsize=(5 * len(drawings), 4), layout="constrained", squeeze=False)
     for axis, draw in zip(axes[0], drawings, strict=True):
@@ -157,8 +157,7 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
+    """Write a picture, whole or not at all."""
+    with unwritten(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     pyplot().close(figure)
-    os.replace(temporary, path)
