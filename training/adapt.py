@@ -14,6 +14,7 @@ if it had not been. LoRA needs `pip install discrete_schedulers[adapters]`.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -168,9 +169,11 @@ def losses_of_batch(
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """The state, whole or as it was before."""
+    """The state, whole or as it was before. Through memory: to a file, torch calls a full disk an unexpected position."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     with unwritten(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(buffer.getvalue())
 
 
 @ends_at_sigterm
