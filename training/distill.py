@@ -46,6 +46,8 @@ from discrete_schedulers.information import schedule_gain
 from discrete_schedulers.training.data import batches, generators, load_texts, pack
 from discrete_schedulers.training.files import output_folder, remove, unwritten, write_text
 from discrete_schedulers.training.hub import (
+    Parser,
+    access_token,
     create_repository,
     markdown_table,
     upload,
@@ -89,7 +91,7 @@ JUDGE_FEATURES = 2 * JUDGE_BUCKETS + 5  # of `text_features`
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # Model and data
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Hub id, folder, or a bundled id.")
     parser.add_argument("--revision", default=None)
@@ -151,7 +153,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoints_total_limit", type=int, default=1)
     parser.add_argument("--push_to_hub", action="store_true")
     parser.add_argument("--hub_model_id", default=None, help="Defaults to the name of the output folder.")
-    parser.add_argument("--hub_token", default=None)
+    parser.add_argument("--hub_token", type=access_token, help="Better HF_TOKEN: launchers print what they were given.")
     args = parser.parse_args(argv)
     for name, value in DEFAULTS["marginal" if args.method == "marginal" else "others"].items():
         if getattr(args, name) is None:
