@@ -31,7 +31,8 @@ EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")  # of Python
 
 class Moment(NamedTuple):
     """What happens when: at the n-th event in the folder a signal; or in the write after it, beyond so many bytes, a kill; or
-    from it on every write fails with an error of the system. Or, from outside, a signal after seconds."""
+    from it on nothing can be opened, renamed or made, with an error of the system. With `bytes` and `EFBIG` writes beyond them
+    fail, those of libraries too. Or, from outside, a signal after seconds."""
 
     event: int | None = None
     bytes: int | None = None
@@ -111,14 +112,14 @@ class Child:
         moment = self.moment
         if moment.event is None or self.events < moment.event:
             return
-        if moment.error is not None:
+        if moment.error is not None and moment.bytes is None:
             if event != "os.remove" and event != "os.rmdir" and not (event == "open" and not arguments[2] & WRITES):
                 raise OSError(moment.error, os.strerror(moment.error), arguments[0])
         elif self.events == moment.event:
             if moment.bytes is None:
                 os.kill(os.getpid(), moment.signal)
             else:
-                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL if moment.error is None else signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (moment.bytes, resource.RLIM_INFINITY))
 
     def end(self, timeout: float = 300) -> Ended:

@@ -14,6 +14,7 @@ if it had not been. LoRA needs `pip install discrete_schedulers[adapters]`.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from discrete_schedulers.evaluation import unigram_entropy
 from discrete_schedulers.training.data import load_texts, pack
 from discrete_schedulers.training.di4c import clean_log_p, di4c_losses, mixture_nll_bound, total_loss
 from discrete_schedulers.training.files import output_folder, published, unwritten, write_text
-from discrete_schedulers.training.hub import create_repository, markdown_table, upload
+from discrete_schedulers.training.hub import Parser, access_token, create_repository, markdown_table, upload
 from discrete_schedulers.training.run import DATA, JUDGED, sample
 from discrete_schedulers.training.sdtt import sdtt_loss, sdtt_targets
 from discrete_schedulers.training.signals import before_end, ends_at_sigterm, stop_if_asked
@@ -72,7 +73,7 @@ gap of {num_eval_latents} latents. Entropy: of the tokens within a sample, in na
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_model_name_or_path", required=True)
     parser.add_argument("--revision", default=None)
     parser.add_argument("--dataset_name", default=None, help="Of the Hub. Without texts: the model's own samples.")
@@ -107,7 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume_from_checkpoint", choices=["latest"], default=None)
     parser.add_argument("--push_to_hub", action="store_true")
     parser.add_argument("--hub_model_id", default=None, help="Defaults to the name of the output folder.")
-    parser.add_argument("--hub_token", default=None)
+    parser.add_argument("--hub_token", type=access_token, help="Better HF_TOKEN: launchers print what they were given.")
     args = parser.parse_args(argv)
     for name in (
         "max_data_samples",
@@ -169,9 +170,11 @@ def losses_of_batch(
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """The state, whole or as it was before."""
+    """The state, whole or as it was before. Through memory: to a file, torch calls a full disk an unexpected position."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     with unwritten(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(buffer.getvalue())
 
 
 @ends_at_sigterm

@@ -52,6 +52,7 @@ from discrete_schedulers.training.hub import (
     create_repository,
     markdown_table,
     upload,
+    without_token,
     without_tokens,
     write_card,
 )
@@ -65,7 +66,7 @@ from discrete_schedulers.training.signals import before_end, ends_at_sigterm, st
 @ends_at_sigterm
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Learn, measure, write down. Returns the metrics, on the main process."""
-    args = parse_args(argv)
+    args = parse_args(argv, __doc__)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir
     )
@@ -237,7 +238,7 @@ def command(argv: list[str] | None, run: Run) -> str:
     processes = run.accelerator.num_processes
     launch = ["accelerate", "launch", *(["--num_processes", str(processes)] if processes > 1 else [])]
     given = without_tokens(sys.argv[1:] if argv is None else argv, run.args.hub_token)
-    return shlex.join([*launch, "training/distill.py", *given])
+    return without_token(shlex.join([*launch, "training/distill.py", *given]), run.args.hub_token)
 
 
 def report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 
@@ -167,6 +168,25 @@ def without_token(text: str, token: str | None) -> str:
     return re.sub(r"\bhf_\w{6,}", "[token]", text)
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors repeat what was given; a token behind a misspelt name is not repeated."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(without_token(message, None))
+
+
+def access_token(text: str) -> str:
+    """A token as an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: If it cannot be one. In a header it would be refused by an error, and by lines in logs, that
+            repeat it.
+    """
+    if not re.fullmatch(r"[!-~]+", text):
+        raise argparse.ArgumentTypeError("there is a space, a line end or another character in it that no token has")
+    return text
+
+
 @contextmanager
 def nothing_is_lost(folder: Path, repo_id: str, token: str | None) -> Iterator[None]:
     """Whatever the Hub or the way to it raises becomes one error that says where the results are and how to push them."""
@@ -176,12 +196,12 @@ def nothing_is_lost(folder: Path, repo_id: str, token: str | None) -> Iterator[N
         told = without_token(f"{type(error).__name__}: {error}", token)
     else:
         return
-    # Not raised from the first one: its text may hold the token, as that of an illegal header does
+    # Not from the first one: its text may hold the token, as that of a header which is not allowed does
     raise RuntimeError(
         f"could not push to {repo_id!r}: {told}. Nothing is lost: the results are in {folder}. To push them later: "
         f"`{push_command(folder, repo_id)}`; the same command as before with `--resume_from_checkpoint latest` uploads them "
         "too, without learning again"
-    )
+    ) from None
 
 
 def create_repository(folder: Path, repo_id: str, token: str | None) -> str:
@@ -191,6 +211,7 @@ def create_repository(folder: Path, repo_id: str, token: str | None) -> str:
         RuntimeError: If the Hub refuses, stays busy or cannot be reached.
     """
     with nothing_is_lost(folder, repo_id, token):
+        token = token and access_token(token)
         return patiently(lambda: HfApi(token=token).create_repo(repo_id, exist_ok=True).repo_id)
 
 
@@ -202,6 +223,7 @@ def upload(folder: Path, repo_id: str, token: str | None) -> str:
     """
     what: dict[str, Any] = {"repo_id": repo_id, "folder_path": folder, "commit_message": "Learned scheduler"}
     with nothing_is_lost(folder, repo_id, token):
+        token = token and access_token(token)
         # 412: somebody else's commit came between; this one asks for no certain state before it
         return patiently(
             lambda: HfApi(token=token).upload_folder(**what, allow_patterns=UPLOADED).commit_url, (412, *BUSY)
