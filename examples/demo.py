@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 *("--pretrained_model_name_or_path", MODEL, "--output_dir", str(folder)),
                 *("--num_inference_steps", *map(str, BUDGETS)),
                 *("--num_samples", str(args.num_samples), "--num_eval_samples", str(args.num_eval_samples)),
-                *("--max_data_samples", str(args.max_data_samples)),
+                *("--max_data_samples", str(args.max_data_samples), "--eval_temperatures", "0.8", "1.0"),
                 *arguments,
             ]
         )

@@ -17,6 +17,8 @@ import argparse
 import hashlib
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -81,18 +83,23 @@ def begin(args: argparse.Namespace) -> list[int]:
 
     Raises:
         ValueError: If the folder has samples of other settings.
+        OSError: If it cannot be written.
     """
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     settings, path = {name: getattr(args, name) for name in RESULT}, args.output_dir / "settings.json"
     if path.is_file():
         found = json.loads(path.read_text())
         other = sorted(name for name in RESULT if found.get(name) != settings[name])
         if other:
             raise ValueError(f"`output_dir` {args.output_dir} has samples of other settings: {', '.join(other)}")
-    else:
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
         os.replace(temporary, path)
+        for left in args.output_dir.glob(".*.tmp"):  # of a killed run
+            left.unlink()
+    except OSError as error:
+        raise OSError(f"`--output_dir` {args.output_dir} cannot be written: {error.strerror}") from error
     shards = range(-(-args.num_samples // args.shard_size))
     return [shard for shard in shards if not shard_path(args, shard).is_file()]
 
@@ -115,8 +122,14 @@ def write_shard(pipe: DiscreteDiffusionPipeline, args: argparse.Namespace, shard
         columns["text"] += output.texts or [None] * len(batch)
     path = shard_path(args, shard)
     temporary = path.with_name(f".{path.name}.tmp")
-    Dataset.from_dict(columns).to_parquet(temporary)
-    os.replace(temporary, path)
+    try:
+        Dataset.from_dict(columns).to_parquet(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} could not be written ({error}); other shards are whole, the same command goes on"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -135,4 +148,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # what is written is whole: nothing to save
     main()

@@ -11,6 +11,7 @@ The loop never asks which scheduler or network it has.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
 from discrete_schedulers.models import DDiTModel, HollowTransformerModel
 from discrete_schedulers.models.diffusion_gemma import PromptAndCanvas, canvas_length
+from discrete_schedulers.patience import check_download, patiently
 from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import DiscreteScheduler
 
@@ -109,6 +111,24 @@ class DiscretePipeline(DiffusionPipeline):
             facts = {key: self.config.denoiser[key] for key in SCHEDULER_FACTS}
             value = ForeignScheduler(value, **facts)
         super().__setattr__(name, value)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:
+        """As in diffusers; a Hub that is busy is asked again for some time, and files that came are held against their hashes.
+
+        Raises:
+            OSError: If the Hub refuses, cannot be reached or stays busy, or a file comes damaged again and again.
+        """
+
+        def once() -> str:
+            began = time.time()
+            folder = super(DiscretePipeline, cls).download(pretrained_model_name, **kwargs)
+            for path in Path(folder).rglob("*"):
+                if path.is_file():
+                    check_download(path, began)
+            return folder
+
+        return patiently(once)
 
     @property
     def denoiser(self) -> NetworkDenoiser:

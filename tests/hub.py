@@ -13,7 +13,8 @@ Everything lives in memory and nothing leaves the machine. What it speaks (model
     HEAD   /{id}/resolve/{revision}/{path}        and GET
 
 A wrong token is refused everywhere, a missing one where something is written or private, both with the Hub's own status
-and words. `drop_next` makes the server hang up on chosen requests before it has acted on them.
+and words. `drop_next` makes the server hang up on chosen requests before it has acted on them, `fail_next` makes it refuse
+them or spoil the answer. What ends in .safetensors is stored as a large file: its ETag is its SHA-256.
 
 `huggingface_hub` reads `HF_ENDPOINT` when it is imported, so a client has to be a process of its own:
 `LoopbackHub.python`, `LoopbackHub.run`.
@@ -29,8 +30,10 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,7 +255,8 @@ class HubApi:
         if path not in commit.files:
             raise HubError(404, "Entry not found", "EntryNotFound")
         content = commit.files[path]
-        headers = {"ETag": f'"{blob_id(content)}"', "X-Repo-Commit": commit.sha}
+        etag = hashlib.sha256(content).hexdigest() if path.endswith(".safetensors") else blob_id(content)
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit.sha}
         return Response(200, content, {"Content-Type": "application/octet-stream", **headers})
 
     def _require_token(self, request: Request) -> None:
@@ -294,6 +298,39 @@ class DropSwitch:
         return True
 
 
+@dataclass
+class Fault:
+    """What goes wrong with the next `count` requests whose `"METHOD /path"` holds the regular expression `matching`; the path
+    of a creation ends with the name of the new repository.
+
+    Args:
+        matching: Which requests.
+        count: How many of them.
+        status: Refused with this, before anything is done; `message` and `headers` go with it.
+        cut: The connection ends after so many bytes of the body.
+        slow: Seconds of silence in the middle of the body.
+        flip: The last byte of the body is another one.
+    """
+
+    matching: str
+    count: int = 1
+    status: int | None = None
+    message: str = "not now"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    cut: int | None = None
+    slow: float = 0.0
+    flip: bool = False
+
+    def takes(self, request: Request) -> bool:
+        told = f"{request.method} {request.path}"
+        if request.path == "/api/repos/create":  # the only address without the name of the repository
+            told += f"/{json.loads(request.body)['name']}"
+        if self.count == 0 or not re.search(self.matching, told):
+            return False
+        self.count -= 1
+        return True
+
+
 class HubServer(ThreadingHTTPServer):
     """The sockets: a free port on 127.0.0.1 and a thread for each connection; one request is answered at a time."""
 
@@ -305,7 +342,13 @@ class HubServer(ThreadingHTTPServer):
         self.api.url = f"http://127.0.0.1:{self.server_port}"
         self.log: list[LogEntry] = []
         self.drop = DropSwitch()
+        self.faults: list[Fault] = []
         self.lock = threading.Lock()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hung up is none."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class HubRequestHandler(BaseHTTPRequestHandler):
@@ -317,12 +360,20 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         request = Request(self.command, urlsplit(self.path).path, self.headers["Authorization"], self.read_body())
         with self.server.lock:
             dropped = self.server.drop.takes(request)
-            response = None if dropped else self.server.api.answer(request)
+            fault = next((fault for fault in self.server.faults if fault.takes(request)), None)
+            response = None if dropped else self.answer(request, fault)
             self.server.log.append(LogEntry(request.method, request.path, response and response.status))
         if response is None:
             self.close_connection = True
         else:
-            self.send(response)
+            self.send(response, fault)
+
+    def answer(self, request: Request, fault: Fault | None) -> Response:
+        if fault is None or fault.status is None:
+            return self.server.api.answer(request)
+        return json_response(
+            {"error": fault.message}, fault.status, {"X-Error-Message": fault.message, **fault.headers}
+        )
 
     do_GET = do_HEAD = do_POST = do_DELETE = serve
 
@@ -336,14 +387,26 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         self.rfile.readline()  # and behind the empty last one
         return body
 
-    def send(self, response: Response) -> None:
+    def send(self, response: Response, fault: Fault | None) -> None:
         self.send_response(response.status)
         for name, value in response.headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(response.body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(response.body)
+            self.send_body(response.body, fault or Fault(""))
+
+    def send_body(self, body: bytes, fault: Fault) -> None:
+        if fault.flip:
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        half = len(body) // 2 if fault.cut is None else fault.cut
+        with suppress(ConnectionError):  # a client does not wait for ever
+            self.wfile.write(body[:half])
+            if fault.cut is None:
+                time.sleep(fault.slow)
+                self.wfile.write(body[half:])
+        if fault.cut is not None:
+            self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on stderr: the log is `HubServer.log`."""
@@ -386,6 +449,10 @@ class LoopbackHub:
     def drop_next(self, count: int, matching: str = "") -> None:
         """Hang up on the next `count` requests whose `"METHOD /path"` holds the regular expression `matching`."""
         self._server.drop.count, self._server.drop.matching = count, matching
+
+    def fail_next(self, *faults: Fault) -> None:
+        """From now on, beside what is still to come, these faults; the first one that takes a request has it."""
+        self._server.faults += faults
 
     def environment(self, token: str | None = token) -> dict[str, str]:
         """Environment variables of a client process; `token=None` is one that is not logged in."""

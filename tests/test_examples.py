@@ -34,7 +34,8 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    known = {"compare_schedulers", "demo", "generate", "image_grid", "molecules", "sample", "train_from_energy"}
+    known = {"compare_schedulers", "demo", "distill_own_data", "generate", "image_grid", "molecules", "sample"}
+    known |= {"train_from_energy"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == known
 
 
@@ -77,6 +78,26 @@ def test_demo(tmp_path: Path) -> None:
     optimal = AncestralScheduler.from_pretrained(tmp_path / "optimal_grid")
     optimal.set_timesteps(11)
     assert len(optimal.timesteps) == 11
+
+
+@pytest.mark.slow
+def test_distill_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of one's own to a scheduler that loads; the second run, as for a push, learns nothing again."""
+    example = load("distill_own_data")
+    texts = example.write_stand_in(tmp_path)
+    arguments = ["--train_file", str(texts), "--output_dir", str(tmp_path / "out"), "--num_inference_steps", "2"]
+    arguments += ["--num_samples", "8", "--num_epochs", "4", "--num_eval_samples", "4", "--eval_temperatures", "1"]
+    metrics = example.main([*arguments, "--max_data_samples", "8"])
+    assert {row["sampler"] for row in metrics["table"]} == {"bernoulli", "counts", "counts, spread", "order"}
+    printed = capsys.readouterr().out
+    assert printed.count("2 steps: {") == 1
+    assert "uploads it without learning again" in printed
+    scheduler = example.load_scheduler(tmp_path / "out")
+    assert len(scheduler.config.coefficients["2"]["order"]) == 64
+    for name in ("plot.png", "coefficients.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    assert example.main([*arguments, "--max_data_samples", "8"]) == metrics
+    assert "2 steps: {" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
 
 CORE = {"sampling", "processes", "denoisers", "information", "evaluation", "likelihood", "exact", "scud", "molecules"}
-CORE |= {"blocks", "guidance"}
+CORE |= {"blocks", "guidance", "patience"}
 SOURCE = CORE | {"models", "models/*", "schedulers", "schedulers/*"}
 SOURCE |= {"schedulers/scheduling_utils", "schedulers/order_utils", "schedulers/position_orders"}
 SOURCE |= {"schedulers/theta_utils", "schedulers/learned_utils", "interop"}
@@ -39,6 +39,7 @@ SOURCE |= {"schedulers/theta_utils", "schedulers/learned_utils", "interop"}
 TABLE = {
     "": Part(SOURCE | {"registration", "pipelines", "pipelines/*"}, {"diffusers"}),  # never training
     "registration": Part(set(), set()),
+    "patience": Part(set(), {"huggingface_hub"}),
     "sampling": Part(set(), {"torch"}),
     "processes": Part({"sampling"}, {"torch"}),
     "blocks": Part(set(), {"torch"}),
@@ -52,9 +53,11 @@ TABLE = {
     "molecules": Part(set(), set()),
     "interop": Part({"sampling", "processes", "schedulers", "schedulers/scheduling_utils"}, {"torch", "diffusers"}),
     "models": Part({"models/*"}, set()),
-    "models/*": Part({"denoisers", "processes", "sampling", "models/*"}, {"torch", "diffusers", "transformers"}),
+    "models/*": Part(
+        {"denoisers", "patience", "processes", "sampling", "models/*"}, {"torch", "diffusers", "transformers"}
+    ),
     "schedulers": Part({"schedulers/*", "schedulers/scheduling_utils"}, set()),
-    "schedulers/scheduling_utils": Part({"sampling", "processes", "information"}, {"torch", "diffusers"}),
+    "schedulers/scheduling_utils": Part({"sampling", "patience", "processes", "information"}, {"torch", "diffusers"}),
     "schedulers/order_utils": Part({"sampling", "schedulers/scheduling_utils"}, {"torch"}),
     "schedulers/theta_utils": Part({"sampling", "processes", "schedulers/scheduling_utils"}, {"torch"}),
     "schedulers/learned_utils": Part({"sampling", "processes", "schedulers/scheduling_utils"}, {"torch"}),
@@ -82,6 +85,7 @@ EXTRA = {
     "pipelines/pipeline_discrete_diffusion": {"numpy"},  # output_type="np", as diffusers has it
     "pipelines/images": {"numpy"},
     "training/checkpoints": {"safetensors"},
+    "training/files": {"safetensors"},  # whose errors a full disk makes
     "training/pictures": {"matplotlib"},
     "training/pretrain_images": {"diffusers", "numpy"},  # a grid of pictures, a table of pixels
     "training/search": {"cma"},  # CMA-ES

@@ -14,8 +14,8 @@ if it had not been. LoRA needs `pip install discrete_schedulers[adapters]`.
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,11 @@ from discrete_schedulers import (
 from discrete_schedulers.evaluation import unigram_entropy
 from discrete_schedulers.training.data import load_texts, pack
 from discrete_schedulers.training.di4c import clean_log_p, di4c_losses, mixture_nll_bound, total_loss
-from discrete_schedulers.training.hub import create_repository, markdown_table, upload, write_text
+from discrete_schedulers.training.files import output_folder, published, unwritten, write_text
+from discrete_schedulers.training.hub import Parser, access_token, create_repository, markdown_table, upload
 from discrete_schedulers.training.run import DATA, JUDGED, sample
 from discrete_schedulers.training.sdtt import sdtt_loss, sdtt_targets
+from discrete_schedulers.training.signals import before_end, ends_at_sigterm, stop_if_asked
 
 DDIT_LAYERS = ["attn_qkv", "attn_out", "mlp.0", "mlp.2"]
 STATE = "adapter_state.pt"
@@ -71,7 +73,7 @@ gap of {num_eval_latents} latents. Entropy: of the tokens within a sample, in na
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_model_name_or_path", required=True)
     parser.add_argument("--revision", default=None)
     parser.add_argument("--dataset_name", default=None, help="Of the Hub. Without texts: the model's own samples.")
@@ -106,7 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume_from_checkpoint", choices=["latest"], default=None)
     parser.add_argument("--push_to_hub", action="store_true")
     parser.add_argument("--hub_model_id", default=None, help="Defaults to the name of the output folder.")
-    parser.add_argument("--hub_token", default=None)
+    parser.add_argument("--hub_token", type=access_token, help="Better HF_TOKEN: launchers print what they were given.")
     args = parser.parse_args(argv)
     for name in (
         "max_data_samples",
@@ -168,15 +170,20 @@ def losses_of_batch(
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    """The state, whole or as it was before. Through memory: to a file, torch calls a full disk an unexpected position."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with unwritten(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
+@ends_at_sigterm
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     accelerator = Accelerator()
+    if accelerator.is_main_process:
+        output_folder(args.output_dir)
+    accelerator.wait_for_everyone()
     set_seed(args.seed + 1)  # the first weights, the same in all processes
     pipe = DiscreteDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, revision=args.revision)
     pipe.to(accelerator.device).set_progress_bar_config(disable=True)
@@ -213,7 +220,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     identity = {k: v for k, v in identity.items() if k not in ("resume_from_checkpoint", "push_to_hub")}
     path, begin = args.output_dir / STATE, 0
     if args.resume_from_checkpoint and path.is_file():
-        state = torch.load(path, weights_only=True, map_location=accelerator.device)
+        state = torch.load(
+            path, weights_only=True, map_location="cpu"
+        )  # of two processes on CPUs the device is "cpu:0"
         if state["identity"] != identity:
             raise ValueError(f"{path} belongs to a run with other arguments: {state['identity']}")
         begin = state["step"]
@@ -229,7 +238,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with torch.no_grad(), model.disabled() as network:
             return NetworkDenoiser(network, **arguments)(x_t, t)
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    done = saved = begin
+
+    def checkpoint() -> None:
+        nonlocal saved
+        if accelerator.is_main_process and saved != done:
+            adapter = {key: parameter.detach().cpu() for key, parameter in model.adapter().items()}
+            state = {"step": done, "identity": identity, "adapter": adapter, "optimizer": optimizer.state_dict()}
+            save_state(path, state)
+        saved = done
+
+    before_end(checkpoint)
     progress = tqdm(range(begin, args.max_train_steps), disable=not accelerator.is_main_process)
     for step in progress:
         seed = (args.seed * 1_000_003 + step) * 4096 + accelerator.process_index
@@ -241,35 +260,35 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.3f}")
-        if accelerator.is_main_process and (
-            (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.max_train_steps
-        ):
-            adapter = {key: parameter.detach().cpu() for key, parameter in model.adapter().items()}
-            state = {"step": step + 1, "identity": identity, "adapter": adapter, "optimizer": optimizer.state_dict()}
-            save_state(path, state)
+        done = step + 1
+        if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
+            checkpoint()
+        stop_if_asked(accelerator)
+    before_end(None)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {}
 
     model.latent_embedding.requires_grad_(True)  # part of the adapter's file, also where it is 0
-    model.save_pretrained(args.output_dir)
     learned_for = {"base_model": args.pretrained_model_name_or_path, "revision": args.revision, "method": args.method}
     learned_for["vocab_size"] = facts["vocab_size"]
     scheduler = LearnedScheduler(**facts, learned_for=learned_for, network_latent=True)
-    scheduler.save_pretrained(args.output_dir)
+    with published(args.output_dir, "scheduler_config.json") as folder:
+        model.save_pretrained(folder)
+        scheduler.save_pretrained(folder)
     pipe.model, pipe.scheduler = model, scheduler
     table += measure(pipe, args.method, heldout, args)
     metrics = {"table": table, "arguments": identity, "data_entropy": unigram_entropy(heldout).mean().item()}
     write_text(args.output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     repo_id = args.hub_model_id or args.output_dir.resolve().name
-    if args.push_to_hub:
-        repo_id = create_repository(args.output_dir, repo_id, args.hub_token)
-    card = {"method": args.method, "title": repo_id.split("/")[-1], "base_model": args.pretrained_model_name_or_path}
-    card |= {"repo_id": repo_id, "table": markdown_table(table), "arguments": json.dumps(identity, indent=2)}
-    card |= {"data_entropy": metrics["data_entropy"], "num_eval_latents": args.num_eval_latents}
-    write_text(args.output_dir / "README.md", CARD.format(**card))
+    card = {"method": args.method, "base_model": args.pretrained_model_name_or_path, "table": markdown_table(table)}
+    card |= {"arguments": json.dumps(identity, indent=2), "data_entropy": metrics["data_entropy"]}
+    card |= {"num_eval_latents": args.num_eval_latents, "title": repo_id.split("/")[-1]}
+    write_text(args.output_dir / "README.md", CARD.format(**card, repo_id=repo_id))
     accelerator.print(markdown_table(table))
     if args.push_to_hub:
+        repo_id = create_repository(args.output_dir, repo_id, args.hub_token)
+        write_text(args.output_dir / "README.md", CARD.format(**card, repo_id=repo_id))  # now with the namespace
         accelerator.print(f"pushed: {upload(args.output_dir, repo_id, args.hub_token)}")
     return metrics
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 
+from discrete_schedulers.training.hub import Parser, access_token
 from discrete_schedulers.training.method_grids import RESOLUTION
 from discrete_schedulers.training.method_marginal import FLOATS, JUDGE_FEATURES, number_of_floats
 from discrete_schedulers.training.methods import METHODS
@@ -35,8 +36,9 @@ ONLY_FOR = {  # arguments that other methods do not read, and what they are wher
 }
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """The arguments, checked, with what they mean where they are not given; `description` is for `--help`."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     # Model and data
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Hub id, folder, or a bundled id.")
     parser.add_argument("--revision", default=None)
@@ -146,7 +148,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoints_total_limit", type=int, default=1)
     parser.add_argument("--push_to_hub", action="store_true")
     parser.add_argument("--hub_model_id", default=None, help="Defaults to the name of the output folder.")
-    parser.add_argument("--hub_token", default=None)
+    parser.add_argument("--hub_token", type=access_token, help="Better HF_TOKEN: launchers print what they were given.")
     args = parser.parse_args(argv)
     for name, value in (OTHERS | DEFAULTS.get(args.method, {})).items():
         if getattr(args, name) is None:

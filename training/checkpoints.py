@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import safetensors.torch
 from torch import Tensor
 
 from discrete_schedulers import DiscreteScheduler
+from discrete_schedulers.training.files import remove, unwritten
 
 
 def save_checkpoint(
@@ -21,19 +20,17 @@ def save_checkpoint(
 ) -> None:
     """Write checkpoint-<n> under a temporary name, rename it, then drop the oldest ones."""
     number = max(map(checkpoint_number, known_checkpoints(args.output_dir)), default=0) + 1
-    temporary = args.output_dir / f".checkpoint-{number}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     contents = {"state.json": json.dumps(state).encode(), "tensors.safetensors": safetensors.torch.save(tensors)}
-    for name, content in contents.items():
-        (temporary / name).write_bytes(content)
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    (temporary / "sha256.json").write_text(json.dumps(digests))
-    if scheduler is not None:
-        scheduler.save_pretrained(temporary / "scheduler")
-    os.replace(temporary, args.output_dir / f"checkpoint-{number}")
+    with unwritten(args.output_dir / f"checkpoint-{number}") as temporary:
+        temporary.mkdir(parents=True)
+        for name, content in contents.items():
+            (temporary / name).write_bytes(content)
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        (temporary / "sha256.json").write_text(json.dumps(digests))
+        if scheduler is not None:
+            scheduler.save_pretrained(temporary / "scheduler")
     for old in known_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-        shutil.rmtree(old)
+        remove(old)
 
 
 def checkpoint_number(path: Path) -> int:

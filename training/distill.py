@@ -26,9 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
-import shutil
 import sys
 from typing import Any
 
@@ -48,24 +46,27 @@ from discrete_schedulers.evaluation import NgramJudge, unigram_entropy
 from discrete_schedulers.training.arguments import FREE, parse_args
 from discrete_schedulers.training.checkpoints import load_checkpoint, save_checkpoint
 from discrete_schedulers.training.data import Texts, load_texts, pack
+from discrete_schedulers.training.files import output_folder, write_text
 from discrete_schedulers.training.hub import (
     Facts,
     create_repository,
     markdown_table,
     upload,
+    without_token,
     without_tokens,
     write_card,
-    write_text,
 )
 from discrete_schedulers.training.measuring import measure
 from discrete_schedulers.training.methods import FITS_ON_DATA, METHODS, check_data, check_length
 from discrete_schedulers.training.pictures import write_coefficients_plot, write_plot
 from discrete_schedulers.training.run import DATA, Run, sample
+from discrete_schedulers.training.signals import before_end, ends_at_sigterm, stop_if_asked
 
 
+@ends_at_sigterm
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Learn, measure, write down. Returns the metrics, on the main process."""
-    args = parse_args(argv)
+    args = parse_args(argv, __doc__)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir
     )
@@ -82,10 +83,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_length(args, length)
     run = begin(args, accelerator, pipe, length)
     texts, heldout = load_data(run)
-    if accelerator.is_main_process and args.report_to:
-        accelerator.init_trackers(
-            "distill", {k: v for k, v in vars(args).items() if k != "hub_token" and isinstance(v, str | int | float)}
-        )
+    if accelerator.is_main_process:  # from here on there are files, and work to lose
+        output_folder(args.output_dir)
+        if args.report_to:
+            told = {k: v for k, v in vars(args).items() if k != "hub_token" and isinstance(v, str | int | float)}
+            accelerator.init_trackers("distill", told)
+    accelerator.wait_for_everyone()
+    listen_to_sigterm(run)
+
+    if texts is None and args.method in FITS_ON_DATA:
+        heldout = draw_data(run)
     stop_counting = run.count_calls()
     scheduler = METHODS[args.method](run)
     stop_counting()
@@ -150,6 +157,7 @@ def begin(args: argparse.Namespace, accelerator: Accelerator, pipe: DiscreteDiff
         if accelerator.is_main_process:
             save_checkpoint(args, state, tensors, scheduler)
         accelerator.wait_for_everyone()
+        stop_if_asked(accelerator)
 
     base = {k: v for k, v in pipe.scheduler.config.items() if k not in ("coefficients", "learned_for")}
     base |= {"grid": "uniform", "draw": "exact"}
@@ -165,8 +173,7 @@ def identity(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_data(run: Run) -> tuple[Texts | None, Tensor | None]:
-    """Set what the run fits on; the texts, where there are any, and the sequences (n, L) to measure on, where they are known
-    already. Without texts both are samples of the model, one token a call.
+    """The texts, where there are any, and the sequences (n, L) to measure on that are cut from them; sets what the run fits on.
 
     Raises:
         ValueError: If there are too few sequences for the method, or texts and no tokenizer.
@@ -181,16 +188,34 @@ def load_data(run: Run) -> tuple[Texts | None, Tensor | None]:
         heldout = pack(texts.heldout, pipe.tokenizer, run.length, args.num_eval_samples).to(device)
         check_data(args, len(run.fit), run.accelerator.num_processes)
         return texts, heldout
-    if not fits_on_data:
-        return None, None
     check_data(args, args.num_samples, run.accelerator.num_processes)
+    return None, None
+
+
+def draw_data(run: Run) -> Tensor:
+    """In place of texts samples of the model, one token a call: sets what the run fits on, returns what to measure on."""
+    args, pipe = run.args, run.pipe
     if "samples" not in run.tensors:
         pipe.scheduler = AncestralScheduler.from_config(run.base, unmasking="counts", order="random")
         both = range(args.num_samples + args.num_eval_samples)
         run.tensors["samples"] = sample(pipe, DATA, both, run.length, run.length, args).cpu()
         run.save(None)
-    run.fit, heldout = run.tensors["samples"].to(device).split([args.num_samples, args.num_eval_samples])
-    return None, heldout
+    samples = run.tensors["samples"].to(run.accelerator.device)
+    run.fit, heldout = samples.split([args.num_samples, args.num_eval_samples])
+    return heldout
+
+
+def listen_to_sigterm(run: Run) -> None:
+    """SIGTERM is looked at in calls of the network, or where processes meet: there `state` and `tensors` go together, and are
+    saved before the end."""
+
+    def save() -> None:
+        if run.accelerator.is_main_process:
+            save_checkpoint(run.args, run.state, run.tensors, None)
+
+    before_end(save)
+    if run.accelerator.num_processes == 1:
+        run.pipe.model.register_forward_pre_hook(lambda *_: stop_if_asked())
 
 
 def as_learned(scheduler: DiscreteScheduler) -> LearnedScheduler:
@@ -213,7 +238,7 @@ def command(argv: list[str] | None, run: Run) -> str:
     processes = run.accelerator.num_processes
     launch = ["accelerate", "launch", *(["--num_processes", str(processes)] if processes > 1 else [])]
     given = without_tokens(sys.argv[1:] if argv is None else argv, run.args.hub_token)
-    return shlex.join([*launch, "training/distill.py", *given])
+    return without_token(shlex.join([*launch, "training/distill.py", *given]), run.args.hub_token)
 
 
 def report(
@@ -221,6 +246,8 @@ def report(
 ) -> dict[str, Any]:
     """Measure the scheduler beside the same model's plain samplers, write everything down, and push it. On one process."""
     args, state, accelerator = run.args, run.state, run.accelerator
+    if accelerator.num_processes > 1:  # the others have ended: this one decides alone
+        run.pipe.model.register_forward_pre_hook(lambda *_: stop_if_asked())
     judge = NgramJudge(texts.judge) if texts is not None else None
     samplers = {
         "bernoulli": AncestralScheduler.from_config(run.base, unmasking="bernoulli", order="random"),
@@ -239,6 +266,7 @@ def report(
         save_checkpoint(args, state, run.tensors, scheduler)
         accelerator.log({f"{name}/{key}": row[key] for key in row if key not in ("sampler", "steps")}, step=steps)
 
+    before_end(None)
     arguments = {k: v for k, v in identity(args).items() if k not in ("pretrained_model_name_or_path", "revision")}
     metrics = {
         "base_model": args.pretrained_model_name_or_path,
@@ -279,9 +307,7 @@ def report(
 def write_files(args: argparse.Namespace, scheduler: DiscreteScheduler, metrics: dict[str, Any], facts: Facts) -> None:
     """Scheduler config, metrics, pictures and card, each under a temporary name first."""
     folder = args.output_dir
-    scheduler.save_pretrained(folder / ".scheduler")
-    os.replace(folder / ".scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
-    shutil.rmtree(folder / ".scheduler")
+    write_text(folder / "scheduler_config.json", scheduler.to_json_string())
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_plot(folder / "plot.png", metrics["table"])
     write_coefficients_plot(folder / "coefficients.png", scheduler, args.num_inference_steps)

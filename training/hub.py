@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+
+from discrete_schedulers.patience import BUSY, patiently
+from discrete_schedulers.training.files import write_text
 
 UPLOADED = ["scheduler_config.json", "metrics.json", "plot.png", "coefficients.png", "README.md", "latent_adapter.*"]
 
@@ -66,13 +71,6 @@ LEGEND = {  # what the columns of a table say
     "matched_perplexity": "matched_perplexity: the same at the entropy of the data, between temperatures on both sides of it "
     "(none where a sampler does not reach it); matched_error: its standard error over the samples.",
 }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename, so that a killed run leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
@@ -156,36 +154,77 @@ def write_card(path: Path, repo_id: str, scheduler_class: str, metrics: dict[str
     write_text(path, str(ModelCard(text)))
 
 
+def push_command(folder: Path, repo_id: str) -> str:
+    """What uploads the finished files of a folder from a shell, and makes the repository where there is none."""
+    patterns = [part for pattern in UPLOADED for part in ("--include", pattern)]
+    return shlex.join(["hf", "upload", repo_id, str(folder.resolve()), ".", *patterns])
+
+
+def without_token(text: str, token: str | None) -> str:
+    """The text without this token, the one that the machine is logged in with, and what looks like one."""
+    for secret in (token, get_token()):
+        if secret:
+            text = text.replace(secret, "[token]").replace(repr(secret)[1:-1], "[token]")
+    return re.sub(r"\bhf_\w{6,}", "[token]", text)
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors repeat what was given; a token behind a misspelt name is not repeated."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(without_token(message, None))
+
+
+def access_token(text: str) -> str:
+    """A token as an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: If it cannot be one. In a header it would be refused by an error, and by lines in logs, that
+            repeat it.
+    """
+    if not re.fullmatch(r"[!-~]+", text):
+        raise argparse.ArgumentTypeError("there is a space, a line end or another character in it that no token has")
+    return text
+
+
 @contextmanager
-def nothing_is_lost(folder: Path, repo_id: str) -> Iterator[None]:
-    """Whatever the Hub or the way to it raises becomes one error that says where the results are."""
+def nothing_is_lost(folder: Path, repo_id: str, token: str | None) -> Iterator[None]:
+    """Whatever the Hub or the way to it raises becomes one error that says where the results are and how to push them."""
     try:
         yield
     except Exception as error:  # huggingface_hub passes on its HTTP library's errors, which differ between its versions
-        raise RuntimeError(
-            f"could not push to {repo_id!r}: {type(error).__name__}: {error}. Nothing is lost: the results are in {folder}, "
-            "and the same command with `--resume_from_checkpoint latest` uploads them without learning again"
-        ) from error
+        told = without_token(f"{type(error).__name__}: {error}", token)
+    else:
+        return
+    # Not from the first one: its text may hold the token, as that of a header which is not allowed does
+    raise RuntimeError(
+        f"could not push to {repo_id!r}: {told}. Nothing is lost: the results are in {folder}. To push them later: "
+        f"`{push_command(folder, repo_id)}`; the same command as before with `--resume_from_checkpoint latest` uploads them "
+        "too, without learning again"
+    ) from None
 
 
 def create_repository(folder: Path, repo_id: str, token: str | None) -> str:
     """Make the repository if it is not there, and return its full id, with the namespace of the token's owner.
 
     Raises:
-        RuntimeError: If the Hub refuses or cannot be reached.
+        RuntimeError: If the Hub refuses, stays busy or cannot be reached.
     """
-    with nothing_is_lost(folder, repo_id):
-        return HfApi(token=token).create_repo(repo_id, exist_ok=True).repo_id
+    with nothing_is_lost(folder, repo_id, token):
+        token = token and access_token(token)
+        return patiently(lambda: HfApi(token=token).create_repo(repo_id, exist_ok=True).repo_id)
 
 
 def upload(folder: Path, repo_id: str, token: str | None) -> str:
     """Upload the finished files of a folder in one commit and return the commit's address.
 
     Raises:
-        RuntimeError: If the Hub refuses or cannot be reached.
+        RuntimeError: If the Hub refuses, stays busy or cannot be reached.
     """
-    with nothing_is_lost(folder, repo_id):
-        info = HfApi(token=token).upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message="Learned scheduler", allow_patterns=UPLOADED
+    what: dict[str, Any] = {"repo_id": repo_id, "folder_path": folder, "commit_message": "Learned scheduler"}
+    with nothing_is_lost(folder, repo_id, token):
+        token = token and access_token(token)
+        # 412: somebody else's commit came between; this one asks for no certain state before it
+        return patiently(
+            lambda: HfApi(token=token).upload_folder(**what, allow_patterns=UPLOADED).commit_url, (412, *BUSY)
         )
-    return info.commit_url

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from discrete_schedulers import DiscreteScheduler, Learn2PDScheduler
+from discrete_schedulers.sampling import uniforms
 from discrete_schedulers.schedulers.scheduling_learn2pd import filter_log_odds
 from discrete_schedulers.training.data import batches, generators
 from discrete_schedulers.training.learn2pd import Decoded, fit_filter, in_blocks, threshold_for, whole_states
@@ -19,7 +20,7 @@ def learn2pd(run: Run) -> DiscreteScheduler:
     data = run.data[: 2 * args.num_samples]
     if "confidence" not in tensors:
         share = run.share(len(data))
-        parts = []
+        parts, decoded = [], {}
         for rows in batches(len(share), args.train_batch_size):
             indices = share[rows.start : rows.stop]
             start = partly_known(
@@ -29,8 +30,9 @@ def learn2pd(run: Run) -> DiscreteScheduler:
         for name, part in zip(Decoded._fields, zip(*parts, strict=True), strict=True):
             states = torch.cat(part)  # (B, T, L)
             found = run.gather(states.flatten(1).to(torch.float64 if name == "confidence" else torch.uint8), len(data))
-            tensors[name] = found.view(-1, *states.shape[1:]).to(states.dtype)
+            decoded[name] = found.view(-1, *states.shape[1:]).to(states.dtype)
         run.add_evaluations()
+        tensors |= decoded
         run.save(None)
     fit, heldout = (in_blocks(Decoded(*(tensors[name][half::2] for name in Decoded._fields)), width) for half in (0, 1))
     (generator,) = generators(args.seed, KNOWN, range(len(data), len(data) + 1))
@@ -49,8 +51,5 @@ def learn2pd(run: Run) -> DiscreteScheduler:
 def partly_known(x_0: Tensor, seed: int, indices: range, mask_token_id: int) -> Tensor:
     """Sequences of which an eighth of the positions, at least one, is known, at random places: what decoding starts from."""
     length = x_0.shape[1]
-    u = torch.stack(
-        [torch.rand(length, generator=one, dtype=torch.float64) for one in generators(seed, KNOWN, indices)]
-    )
-    is_known = u.argsort(1).argsort(1) < max(1, length // 8)
-    return torch.where(is_known.to(x_0.device), x_0, mask_token_id)
+    u = uniforms(tuple(x_0.shape), generators(seed, KNOWN, indices), x_0.device)
+    return torch.where(u.argsort(1).argsort(1) < max(1, length // 8), x_0, mask_token_id)

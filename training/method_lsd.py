@@ -45,9 +45,10 @@ def lsd(run: Run) -> DiscreteScheduler:
     rolled = roll_teacher(run.pipe, run.base, args, noise, last, done)
     progress = tqdm(rolled, desc="teacher", initial=done, total=segments, disable=not run.accelerator.is_main_process)
     for number, (x, masked) in enumerate(progress, start=done + 1):
-        tensors["states"] = torch.cat([tensors["states"], run.gather(x, args.num_samples)[None]])
-        tensors["masked"] = torch.cat([tensors["masked"], run.reduce(masked)])
-        run.add_evaluations()
+        reached, masked = run.gather(x, args.num_samples), run.reduce(masked)
+        run.add_evaluations()  # where processes meet a run may end: what goes together changes behind it
+        tensors["states"] = torch.cat([tensors["states"], reached[None]])
+        tensors["masked"] = torch.cat([tensors["masked"], masked])
         if number == segments or number % -(-segments // 16) == 0:
             run.save(None)
 

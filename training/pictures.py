@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from discrete_schedulers import DiscreteScheduler, Learn2PDScheduler
 from discrete_schedulers.schedulers.scheduling_learn2pd import filter_log_odds
+from discrete_schedulers.training.files import unwritten
 
 PANELS = {  # columns of a table, and how a picture names them
     "matched_perplexity": "perplexity at the data's entropy",
@@ -49,6 +49,8 @@ def write_plot(path: Path, rows: list[dict[str, Any]]) -> None:
         axis.grid(alpha=0.3)
         if key == "matched_perplexity":
             axis.set_yscale("log")
+            for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                formatter(lambda value, _: f"{value:g}")
     axes[0][-1].legend(fontsize=8)  # entropy, which all samplers have
     save(figure, path)
 
@@ -76,12 +78,12 @@ def write_coefficients_plot(path: Path, scheduler: DiscreteScheduler, budgets: l
                 drawings.append(lambda axis: draw_orders(axis, scheduler, budgets))
             elif name not in ("times", "counts"):
                 drawings.append(partial(draw_block, scheduler=scheduler, budgets=budgets, name=name))
-        if scheduler.config.information_curve is not None:
+        if scheduler.config.grid == "optimal":
             drawings.append(lambda axis: draw_curve(axis, scheduler))
     figure, axes = plt.subplots(1, len(drawings), figsize=(5 * len(drawings), 4), layout="constrained", squeeze=False)
     for axis, draw in zip(axes[0], drawings, strict=True):
-        draw(axis)
         axis.grid(alpha=0.3)
+        draw(axis)
     save(figure, path)
 
 
@@ -116,6 +118,7 @@ def draw_orders(axis: Any, scheduler: DiscreteScheduler, budgets: list[int]) -> 
     for steps in budgets:
         priority = torch.tensor(scheduler.config.coefficients[str(steps)]["order"])
         rows.append(((priority.max() - priority) / max(steps - 1, 1)).tolist())
+    axis.grid(False)
     image = axis.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     axis.figure.colorbar(image, ax=axis, label="step in which it opens (0 first, 1 last)")
     axis.set_yticks(range(len(budgets)), [f"{steps} steps" for steps in budgets])
@@ -154,8 +157,7 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
+    """Write a picture, whole or not at all."""
+    with unwritten(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     pyplot().close(figure)
-    os.replace(temporary, path)

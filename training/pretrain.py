@@ -20,8 +20,6 @@ import argparse
 import json
 import lzma
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -33,7 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -41,7 +39,9 @@ from transformers import PreTrainedTokenizerFast
 
 from discrete_schedulers import AncestralScheduler, DDiTModel, DiscreteDiffusionPipeline, information_curve
 from discrete_schedulers.molecules import NO_RDKIT, molecule_metrics
+from discrete_schedulers.training.files import output_folder, published, remove, unwritten
 from discrete_schedulers.training.prepare_molecules import SMILES_TOKEN, smiles_tokens
+from discrete_schedulers.training.signals import before_end, ends_at_sigterm, stop_if_asked
 
 END_TOKEN, MASK_TOKEN = "[END]", "[MASK]"
 
@@ -295,12 +295,9 @@ def heldout_nats_per_token(
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], step: int, seconds: float) -> None:
     """Write under a temporary name, then rename: a killed run never leaves half a checkpoint."""
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(tensors, temporary / "state.safetensors", {"step": str(step), "seconds": str(seconds)})
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+    with unwritten(path) as temporary:
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / "state.safetensors", {"step": str(step), "seconds": str(seconds)})
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -320,8 +317,18 @@ def training_state(model: nn.Module, average: dict[str, Tensor], optimizer: torc
 def load_checkpoint(
     path: Path, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[int, float]:
-    """Put a saved state back; returns the step to go on from and the seconds already spent."""
-    with safe_open(path / "state.safetensors", "pt") as state:
+    """Put a saved state back; returns the step to go on from and the seconds already spent.
+
+    Raises:
+        ValueError: If there is none, or it is damaged.
+    """
+    try:
+        file = safe_open(path / "state.safetensors", "pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"`--resume_from_checkpoint` {path} has no whole state.safetensors ({error}): delete it and resume from another one"
+        ) from error
+    with file as state:
         model.load_state_dict({k: state.get_tensor(f"model.{k}") for k in model.state_dict()})
         for name in average:
             average[name].copy_(state.get_tensor(f"average.{name}"))
@@ -332,10 +339,13 @@ def load_checkpoint(
         return int(state.metadata()["step"]), float(state.metadata()["seconds"])
 
 
+@ends_at_sigterm
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        output_folder(args.output_dir)
+    accelerator.wait_for_everyone()
 
     # Data
     length, bundled = args.sequence_length, {"text": "tiny-text", "molecules": "tiny-molecule"}[args.data]
@@ -416,7 +426,18 @@ def fit(
         accelerator.print(f"resumed from {path} at step {step}")
 
     # Train
-    began, running = time.time() - seconds, None
+    began, running, saved = time.time() - seconds, None, step
+
+    def checkpoint() -> None:
+        nonlocal saved
+        if accelerator.is_main_process and saved != step:
+            state = training_state(network, average, optimizer.optimizer)
+            save_checkpoint(args.output_dir / f"checkpoint-{step}", state, step, time.time() - began)
+            for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                remove(old)
+        saved = step
+
+    before_end(checkpoint)
     while step < args.max_train_steps:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * learning_rate_factor(step, args)
@@ -439,12 +460,10 @@ def fit(
         if step % 100 == 0:
             accelerator.print(f"step {step} loss {running:.3f} {time.time() - began:.0f} s", flush=True)
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            if accelerator.is_main_process:
-                state = training_state(network, average, optimizer.optimizer)
-                save_checkpoint(args.output_dir / f"checkpoint-{step}", state, step, time.time() - began)
-                for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-                    shutil.rmtree(old)
+            checkpoint()
             accelerator.wait_for_everyone()
+        stop_if_asked(accelerator)
+    before_end(None)
 
     # Finish: the moving average is the model
     for name, parameter in network.named_parameters():
@@ -465,9 +484,10 @@ def save_pipeline(
     scheduler.register_to_config(information_curve=curve.to_config())
     pipe.set_progress_bar_config(disable=True)
     card = text_card(pipe, args, results) if args.data == "text" else molecule_card(pipe, args, results)
-    pipe.to(torch.float16).save_pretrained(args.output_dir)
-    (args.output_dir / "pretrain_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
-    (args.output_dir / "README.md").write_text(card)
+    with published(args.output_dir, "model_index.json") as folder:
+        pipe.to(torch.float16).save_pretrained(folder)
+        (folder / "pretrain_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+        (folder / "README.md").write_text(card)
 
 
 def samples_at(pipe: DiscreteDiffusionPipeline, temperature: float, num_samples: int, steps: int) -> list[str]:

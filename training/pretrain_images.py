@@ -28,6 +28,7 @@ from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from discrete_schedulers import AncestralScheduler, DDiTModel, DiscreteImagePipeline, PatchCodebook, information_curve
+from discrete_schedulers.training.files import output_folder, published
 from discrete_schedulers.training.pretrain import (
     add_fit_arguments,
     check_fit_arguments,
@@ -35,6 +36,7 @@ from discrete_schedulers.training.pretrain import (
     fit,
     heldout_nats_per_token,
 )
+from discrete_schedulers.training.signals import ends_at_sigterm
 
 HELDOUT_EVERY = 10  # of every ten images of a class one is held out
 SAMPLE_STEPS, SAMPLE_ROWS = 64, 6  # of the card's picture
@@ -156,10 +158,13 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images, places, align_corners=False).clamp(0, 1)
 
 
+@ends_at_sigterm
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        output_folder(args.output_dir)
+    accelerator.wait_for_everyone()
 
     # Data
     images, labels = read_digits()
@@ -231,12 +236,13 @@ def save_pipeline(
     )
     lines = [slice(row * num_classes, (row + 1) * num_classes) for row in range(SAMPLE_ROWS)]
     sheet = [image for line in lines for image in plain[line] + guided[line]]
-    make_image_grid(sheet, SAMPLE_ROWS, 2 * num_classes).save(args.output_dir / "samples.png")
-    pipe.to(torch.float16).save_pretrained(args.output_dir)
-    (args.output_dir / "pretrain_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     grid = " x ".join(map(str, network.config.grid_shape))
     card = CARD.format(**vars(args), **results, grid=grid, num_classes=num_classes, sample_steps=SAMPLE_STEPS)
-    (args.output_dir / "README.md").write_text(card)
+    with published(args.output_dir, "model_index.json") as folder:
+        make_image_grid(sheet, SAMPLE_ROWS, 2 * num_classes).save(folder / "samples.png")
+        pipe.to(torch.float16).save_pretrained(folder)
+        (folder / "pretrain_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+        (folder / "README.md").write_text(card)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from discrete_schedulers import AbsorbingProcess, DiscreteDiffusionPipeline, DiscreteScheduler, LearnedScheduler
 from discrete_schedulers.training.data import batches, generators
+from discrete_schedulers.training.signals import stop_if_asked
 
 # Purposes of random numbers, see `data.generators`; 0 is the shared noise of `draw_noise`
 OPENED, JUDGED, DATA, PATHS, SEARCHED, CHOSEN, KNOWN, PROPOSED = range(1, 9)
@@ -72,6 +73,7 @@ class Run:
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, on the CPU."""
+        stop_if_asked(self.accelerator)
         # gloo and NCCL both take float64; the tensor has to be where the process group works
         return self.accelerator.reduce(tensor.to(self.accelerator.device), "sum").cpu()
 
@@ -86,7 +88,8 @@ class Run:
 
     def add_evaluations(self) -> None:
         """Add what went through the network since the last time to the evaluations of the run."""
-        self.state["evaluations"] += int(self.reduce(torch.tensor(sum(self.passed), dtype=torch.float64)))
+        passed = int(self.reduce(torch.tensor(sum(self.passed), dtype=torch.float64)))
+        self.state["evaluations"] += passed
         self.passed.clear()
 
     def add_seconds(self, what: str) -> None:
@@ -110,8 +113,9 @@ class Run:
         def measured(work: Callable[[], list[float]]) -> list[float]:
             place = next(asked)
             if place == len(kept):
-                kept.append(work())
+                found = work()
                 self.add_evaluations()
+                kept.append(found)  # no call and no meeting of processes in between: SIGTERM would part them
                 if len(kept) % NUMBERS_BETWEEN_CHECKPOINTS == 0:
                     self.save(None)
             return kept[place]
@@ -133,8 +137,9 @@ class Run:
         for steps in self.args.num_inference_steps:
             if str(steps) in coefficients:
                 continue
-            coefficients[str(steps)] = learn(steps)
+            blocks = learn(steps)
             self.add_evaluations()
+            coefficients[str(steps)] = blocks
             self.state.pop("numbers", None)
             self.accelerator.print(f"{steps} steps: {json.dumps(coefficients[str(steps)])}")
             self.save(scheduler(coefficients))
@@ -152,6 +157,7 @@ def gather_samples(accelerator: Accelerator, x: Tensor, num_samples: int) -> Ten
 
     Process r of P has the samples r, r + P, ...; those with one sample fewer pad.
     """
+    stop_if_asked(accelerator)
     rows = -(-num_samples // accelerator.num_processes)
     x = torch.cat([x, x[:1].expand(rows - len(x), -1)])
     everyone = accelerator.gather(x).view(accelerator.num_processes, rows, -1)

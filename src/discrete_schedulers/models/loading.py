@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from discrete_schedulers.models.checkpoints import Family, network_arguments, network_type
 from discrete_schedulers.models.ddit import DDiTModel
+from discrete_schedulers.patience import check_download, out_of_reach, patiently
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -61,18 +63,37 @@ def first_file(source: str, names: tuple[str, ...], hub: Mapping[str, Any]) -> P
             continue
         try:
             # After the Hub did not answer once, the cache alone is asked: each try takes long.
-            return Path(
-                hf_hub_download(source, name, **(hub if unknown is None else {**hub, "local_files_only": True}))
-            )
+            return download(source, name, hub if unknown is None else {**hub, "local_files_only": True})
         except RemoteEntryNotFoundError:
             continue
         except LocalEntryNotFoundError as error:  # offline: not in the cache, or not in the repository
             unknown = unknown or error
     if unknown is not None:
         raise OSError(
-            f"the Hub cannot be reached, and {' or '.join(names)} of {source!r} is not in the local cache"
+            f"the Hub {out_of_reach(unknown)}, and {' or '.join(names)} of {source!r} is not in the local cache"
         ) from unknown
     return None
+
+
+def download(source: str, name: str, hub: Mapping[str, Any]) -> Path:
+    """One file of a repository, in the cache.
+
+    Args:
+        source (`str`): Repository id.
+        name (`str`): File name.
+        hub (`dict`): Arguments of `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        OSError: As `huggingface_hub` raises it, after some tries where the Hub is busy; or if the file came damaged.
+    """
+
+    def once() -> Path:
+        began = time.time()
+        path = Path(hf_hub_download(source, name, **hub))
+        check_download(path, began)
+        return path
+
+    return patiently(once)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -369,7 +390,8 @@ def load_tokenizer(family: Family, source: str, hub: Mapping[str, Any]) -> Any:
         hub.pop("revision", None)  # of the checkpoint
     elif first_file(source, TOKENIZER_FILES, hub) is None:
         return None
-    return getattr(transformers, family.tokenizer_class).from_pretrained(source, trust_remote_code=False, **hub)
+    tokenizer_class = getattr(transformers, family.tokenizer_class)
+    return patiently(lambda: tokenizer_class.from_pretrained(source, trust_remote_code=False, **hub))
 
 
 def some(items: list[str], most: int = 5) -> list[str]:

@@ -28,6 +28,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from discrete_schedulers.information import InformationCurve, optimal_times
+from discrete_schedulers.patience import out_of_reach, patiently
 from discrete_schedulers.processes import AbsorbingProcess, Process, UniformProcess, indicator
 from discrete_schedulers.sampling import (
     Generators,
@@ -136,12 +137,13 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             OSError: If there is no config, or the Hub cannot be reached.
         """
         try:
-            return super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+            load = super().load_config
+            return patiently(lambda: load(pretrained_model_name_or_path, *args, **kwargs))
         except OSError as error:
             if isinstance(error.__context__, FileNotFoundError):  # huggingface_hub: not reached, and not in its cache
                 name = str(pretrained_model_name_or_path)
                 raise OSError(
-                    f"the Hub cannot be reached, and the scheduler {name!r} is not in the local cache"
+                    f"the Hub {out_of_reach(error)}, and the scheduler {name!r} is not in the local cache"
                 ) from error
             raise
 
