@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import json
 import math
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -275,6 +278,22 @@ def test_euler_by_hand() -> None:
     assert bridge.walk(1) == pytest.approx((1, 0))
 
 
+@pytest.mark.parametrize(("prior", "is_exact"), [("mask", True), ("uniform", True), ("mixture", False)])
+def test_bayes_by_the_riemannian_normal(prior: Any, is_exact: bool) -> None:
+    """One token of three, and a mask: the approximate law of X_t is near enough that samples have the data's law. Where two
+    bridges take turns, they do not, whatever the number of steps."""
+    scheduler = RDLMScheduler(4, 3, prior)
+    scheduler.set_timesteps(64)
+    law, x, generator = torch.tensor([0.6, 0.3, 0.1]), scheduler.sample_prior((8000, 1), dtype=torch.float64), seeded(2)
+    prior_logits = torch.cat([law.double().log(), torch.zeros(1)])
+    for t in scheduler.timesteps:
+        told = 0 if t == 1 else scheduler.bridge.log_density(x, t.expand(8000))
+        x = scheduler.step(prior_logits.expand(x.shape) + told, t, x, generator=generator).prev_sample
+    counts = torch.bincount(scheduler.tokens(x).flatten(), minlength=4).double()
+    assert int(counts[3]) == 0
+    assert (chi_square_z(counts[:3], law.double()) < 4.5) == is_exact
+
+
 # The scheduler and the pipeline
 
 
@@ -474,3 +493,40 @@ def test_loss_is_the_cross_entropy() -> None:
         )
         assert float(exact) < float(other)
     assert float(exact) < 0.7 * expected
+
+
+def load_example() -> ModuleType:
+    path = Path(__file__).parents[1] / "examples" / "train_rdlm.py"
+    spec = importlib.util.spec_from_file_location("train_rdlm", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_learns_a_law(tmp_path: Path) -> None:
+    """Small: four spins. The samples are far nearer to the law than spins that know nothing of each other."""
+    small = ["--length", "4", "--hidden_size", "32", "--num_blocks", "1", "--max_train_steps", "150", "--batch", "128"]
+    small += ["--learning_rate", "0.005", "--num_inference_steps", "1", "24", "--num_eval_samples", "3000"]
+    table = load_example().main([*small, "--output_dir", str(tmp_path)])
+    assert json.loads((tmp_path / "table.json").read_text()) == table
+    one, many = table
+    assert (one["steps"], many["steps"]) == (1, 24)
+    assert one["TV, samples"] == pytest.approx(one["TV, independent spins"], abs=0.1)
+    assert many["TV, draws of the law"] < 0.05
+    assert many["TV, samples"] < many["TV, independent spins"] / 3
+    pipe = RDLMPipeline.from_pretrained(tmp_path)
+    assert pipe(num_samples=2, num_inference_steps=2).sequences.shape == (2, 4)
+
+
+def test_the_example_on_text(tmp_path: Path) -> None:
+    small = ["--data", "text", "--length", "12", "--hidden_size", "16", "--num_blocks", "1", "--max_train_steps", "2"]
+    small += ["--batch", "4", "--num_inference_steps", "2", "--num_eval_samples", "3"]
+    table = load_example().main([*small, "--output_dir", str(tmp_path)])
+    assert table[0]["of held-out text"] > 0.8
+    assert len(table[0]["first sample"]) == 12
+    texts = RDLMPipeline.from_pretrained(tmp_path)(num_samples=2, num_inference_steps=2).texts
+    assert [len(text) for text in texts] == [12, 12]
+    with pytest.raises(SystemExit):
+        load_example().main(["--length", "0"])

@@ -179,7 +179,8 @@ class LogarithmBridge:
         mask_token_id (`int`, *optional*): The mask, which no clean token is. `None`: there is none.
         prior (`str`, defaults to `"mask"`): Where bridges start: in the `"mask"`, in the centre (`"uniform"`), or the
             `"mixture"`: bridges from the centre at times above `switch_time`, from the mask below it. Its two halves are not
-            one process: where they meet, samples go on with a denoiser of states that they were not drawn from.
+            one process: where they meet, samples go on with a denoiser of states that they were not drawn from, and their
+            law stays biased whatever the number of steps.
         beta_start (`float`, defaults to 1e-3): Noise per unit of time at t = 1.
         beta_end (`float`, defaults to 0.2): At t = 0.
         beta_schedule (`str`, defaults to `"geometric"`): How beta goes from one to the other: `"geometric"`, `"linear"` or
