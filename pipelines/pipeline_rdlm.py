@@ -23,8 +23,8 @@ class RDLMPipeline(DiffusionPipeline):
     """Sample token sequences from a diffusion on the sphere. Unconditional: the network was not shown known tokens.
 
     Args:
-        model (`torch.nn.Module`): From points (B, L, V) and times (B,) to an output with `logits` (B, L, V), such as
-            [`SphereTransformerModel`].
+        model (`torch.nn.Module`): From points (B, L, V) and times (B,) to an output with `logits` (B, L, V), its config with
+            `vocab_size` and perhaps `max_length`, such as [`SphereTransformerModel`].
         scheduler (`RDLMScheduler`): The walk.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): For texts.
 
