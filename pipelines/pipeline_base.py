@@ -11,9 +11,11 @@ The loop never asks which scheduler or network it has.
 
 from __future__ import annotations
 
+import numbers
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,6 +29,7 @@ from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
 from discrete_schedulers.models import DDiTModel, HollowTransformerModel
 from discrete_schedulers.models.diffusion_gemma import PromptAndCanvas, canvas_length
+from discrete_schedulers.processes import check_tokens
 from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import DiscreteScheduler
 
@@ -43,6 +46,63 @@ def require_ours(scheduler: Any) -> None:
             f"`scheduler` is a {type(scheduler).__name__}; this pipeline runs discrete_schedulers' own, and those of diffusers "
             "for tokens as ForeignScheduler(...)"
         )
+
+
+def check_network(model: Any, facts: Any) -> None:
+    """Raises `ValueError` if this is no network, or `facts` are not arguments of [`NetworkDenoiser`] or `None`."""
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"`model` is {model!r}; it must be a torch.nn.Module (`from_pretrained` loads one by its name)"
+        )
+    known = {field.name for field in fields(NetworkDenoiser)} - {"model", "cache"}
+    unknown = sorted(set(facts) - known) if isinstance(facts, Mapping) else [repr(facts)] if facts is not None else []
+    if unknown:
+        raise ValueError(
+            f"`denoiser` has {', '.join(unknown)}; it must be a dict with any of: {', '.join(sorted(known))}"
+        )
+
+
+def check_count(name: str, value: Any, most: int | None = None) -> None:
+    """Raises `ValueError` if a value is not an integer from 1 to `most`."""
+    allowed = "it must be an integer of at least 1" if most is None else f"allowed are 1 to {most}"
+    is_count = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+    if not is_count or (most is not None and int(value) > most):
+        raise ValueError(f"`{name}` is {value!r}; {allowed}")
+
+
+def class_ids(class_labels: Any) -> Tensor:
+    """One or more classes as a tensor (P,), whatever their range.
+
+    Raises:
+        ValueError: If these are not numbers.
+    """
+    try:
+        return torch.as_tensor(class_labels).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"`class_labels` is {class_labels!r}; allowed are an integer, or a list or tensor of them"
+        ) from error
+
+
+def returned_latents(returned: Any, latents: Tensor, vocab_size: int) -> Tensor:
+    """The tokens that a callback returned, or those that there were.
+
+    Raises:
+        ValueError: If it did not return a dictionary, or other tokens than those of this run.
+    """
+    if not isinstance(returned, dict):
+        raise ValueError(
+            f"`callback_on_step_end` returned {returned!r}; it must return a dict: the one it got, or {{}}"
+        )
+    new = returned.pop("latents", latents)
+    if new is not latents:
+        check_tokens("latents", new, vocab_size)
+        if new.shape != latents.shape:
+            shapes = tuple(new.shape), tuple(latents.shape)
+            raise ValueError(
+                f"`callback_on_step_end` returned latents of shape {shapes[0]}; they must keep {shapes[1]}"
+            )
+    return new
 
 
 def is_bundled(name: str) -> bool:
@@ -161,7 +221,8 @@ class DiscretePipeline(DiffusionPipeline):
                     callback_kwargs = {}
                     for name in tensor_inputs or self._callback_tensor_inputs:
                         callback_kwargs[name] = locals()[name]
-                    latents = callback_on_step_end(self, i, t, callback_kwargs).pop("latents", latents)
+                    returned = callback_on_step_end(self, i, t, callback_kwargs)
+                    latents = returned_latents(returned, latents, denoiser.vocab_size)
                 progress_bar.update()
         return latents, num_model_calls
 
@@ -169,8 +230,10 @@ class DiscretePipeline(DiffusionPipeline):
         """What a callback gets: the names it asks for itself, or these, or `["latents"]`.
 
         Raises:
-            ValueError: If a name is none of these.
+            ValueError: If it cannot be called, or a name is none of these.
         """
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` is {callback_on_step_end!r}; it must be a function, or None")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             names = callback_on_step_end.tensor_inputs
         names = names or ["latents"]
@@ -206,6 +269,14 @@ class DiscretePipeline(DiffusionPipeline):
                 stacklevel=4,
             )
 
+    def check_latents(self, latents: Tensor | None) -> None:
+        """Raises `ValueError` if `latents` are not `None` or one or more tokens of this model, int64 (B, L)."""
+        if latents is None:
+            return
+        check_tokens("latents", latents, self.config.denoiser["vocab_size"])
+        if latents.numel() == 0:
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)}; it must have one position at least")
+
     def prepare_latents(
         self, known: Tensor, latents: Tensor | None, generator: Generators, device: torch.device
     ) -> tuple[Tensor, Tensor]:
@@ -218,7 +289,7 @@ class DiscretePipeline(DiffusionPipeline):
             )
         if latents is None:
             latents = self.scheduler.sample_prior(tuple(known.shape), generator, device)
-        elif tuple(latents.shape) != tuple(known.shape) or latents.dtype != torch.int64:
+        elif tuple(latents.shape) != tuple(known.shape):
             raise ValueError(
                 f"`latents` is {latents.dtype} of shape {tuple(latents.shape)}; it must be int64 of shape {tuple(known.shape)}"
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +37,9 @@ from discrete_schedulers.pipelines.pipeline_base import (
     DiscretePipeline,
     StepCallback,
     bundled_folder,
+    check_count,
+    check_network,
+    class_ids,
     is_bundled,
     network_facts,
     one_device,
@@ -42,6 +47,7 @@ from discrete_schedulers.pipelines.pipeline_base import (
 )
 from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import DiscreteScheduler, MaskGITScheduler, SpreadScheduler
+from discrete_schedulers.schedulers.scheduling_utils import check_grid_shape
 
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
@@ -110,10 +116,13 @@ class DiscreteImagePipeline(DiscretePipeline):
     ) -> None:
         super().__init__()
         require_ours(scheduler)
+        check_network(model, denoiser)
         facts = network_facts(model, scheduler) | dict(denoiser or {})
         if facts.get("grid_shape") is None:
             raise ValueError("`denoiser` has no `grid_shape`: (height, width) of an image in tokens")
-        facts["grid_shape"] = list(facts["grid_shape"])
+        facts["grid_shape"] = check_grid_shape(facts["grid_shape"])
+        if not isinstance(decoder, torch.nn.Module):
+            raise ValueError(f"`decoder` is {decoder!r}; it must be a VQModel, or a module with `encode` and `decode`")
         self.register_to_config(denoiser=facts, signed_pixels=signed_pixels)
         self.register_modules(
             model=model, scheduler=scheduler, decoder=decoder, tokenizer=tokenizer, text_encoder=text_encoder
@@ -260,7 +269,11 @@ class DiscreteImagePipeline(DiscretePipeline):
         """
         tensor_inputs = self.tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_scheduler()
+        self.check_latents(latents)
         self.check_inputs(prompt, negative_prompt, class_labels, num_images_per_prompt, output_type)
+        self.check_numbers(
+            num_inference_steps, guidance_scale, micro_conditioning_aesthetic_score, *micro_conditioning_crop_coord
+        )
         grid = self.prepare_grid(height, width)
         known = self.prepare_known(image, mask_image, grid)  # (P, L)
         prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -322,22 +335,31 @@ class DiscreteImagePipeline(DiscretePipeline):
             )
         if class_labels is not None and self.num_classes is None:
             raise ValueError("`class_labels` is given, but this model has no classes (`num_classes` in its config)")
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            raise ValueError(
-                f"`num_images_per_prompt` is {num_images_per_prompt!r}; it must be an integer of at least 1"
-            )
+        check_count("num_images_per_prompt", num_images_per_prompt)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}; allowed: {', '.join(map(repr, OUTPUT_TYPES))}")
+
+    def check_numbers(
+        self, num_inference_steps: int, guidance_scale: float, aesthetic_score: float, *crop: float
+    ) -> None:
+        """Raises `ValueError` if a number of the call is not allowed: before text is encoded, which takes long."""
+        self.scheduler.set_timesteps(num_inference_steps)
+        given = {"guidance_scale": [guidance_scale], "micro_conditioning_aesthetic_score": [aesthetic_score]}
+        for name, values in (given | {"micro_conditioning_crop_coord": crop}).items():
+            if not all(isinstance(value, numbers.Real) and math.isfinite(value) for value in values):
+                raise ValueError(f"`{name}` is {values}; allowed are finite numbers")
+        if len(crop) != 2:
+            raise ValueError(f"`micro_conditioning_crop_coord` is {crop}; it must be two numbers, the corner (x, y)")
 
     def prepare_grid(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Rows and columns of tokens; a scheduler with a grid follows it."""
         facts, size = self.config.denoiser, pixels_per_token(self.decoder)
+        for name, given in (("height", height), ("width", width)):
+            if given is not None and (not isinstance(given, int) or given < size or given % size):
+                raise ValueError(f"`{name}` is {given!r}; it must be a multiple of {size}, the pixels of a token")
         grid = [
             given // size if given else own for given, own in zip((height, width), facts["grid_shape"], strict=True)
         ]
-        for name, given in (("height", height), ("width", width)):
-            if given is not None and (given < size or given % size):
-                raise ValueError(f"`{name}` is {given}; it must be a multiple of {size}, the pixels of a token")
         if grid != list(facts["grid_shape"]) and not facts.get("grid_input"):
             own = " x ".join(str(size * side) for side in facts["grid_shape"])
             raise ValueError(
@@ -370,7 +392,7 @@ class DiscreteImagePipeline(DiscretePipeline):
             return None
         if class_labels is None:
             return torch.tensor([self.num_classes], device=self._execution_device)
-        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        labels = class_ids(class_labels).to(self._execution_device)
         if labels.is_floating_point() or (
             len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes
         ):
