@@ -51,9 +51,7 @@ def pixels_of(image: PipelineImageInput, height: int, width: int) -> Tensor:
     except (ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"`image` could not be read ({error}); {allowed}") from error
     if pixels.numel() and not (float(pixels.min()) >= 0 and float(pixels.max()) <= 1):
-        raise ValueError(
-            f"`image` has values from {pixels.min():g} to {pixels.max():g}; arrays and tensors have [0, 1]"
-        )
+        raise ValueError(f"`image` has values from {pixels.min():g} to {pixels.max():g}; allowed are numbers in [0, 1]")
     return pixels
 
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from discrete_schedulers.blocks import BlockCache
 from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
 from discrete_schedulers.guidance import GuidanceScale, GuidedDenoiser
+from discrete_schedulers.interop import FOREIGN
 from discrete_schedulers.models import DDiTModel
 from discrete_schedulers.models.checkpoints import denoiser_facts, end_token_ids, find_family
 from discrete_schedulers.models.diffusion_gemma import PromptAndCanvas, canvas_length
@@ -35,11 +36,16 @@ from discrete_schedulers.pipelines.pipeline_base import (
     SCHEDULER_FACTS,
     DiscretePipeline,
     StepCallback,
+    as_dtype,
     bundled_folder,
     check_count,
+    check_facts,
+    check_index,
     check_network,
     class_ids,
     is_bundled,
+    name_of,
+    named_json_errors,
     network_facts,
     require_ours,
 )
@@ -166,7 +172,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
                 not fit the family.
             OSError: As `huggingface_hub` raises it: no such repository, no access, no connection.
         """
-        name = str(pretrained_model_name_or_path)
+        name = name_of(pretrained_model_name_or_path)
         declared = {"family": family, "mask_token_id": mask_token_id, "shift": shift}
         declared = {key: value for key, value in declared.items() if value is not None}
         if not is_bundled(name):
@@ -185,7 +191,9 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
                 raise ValueError(
                     f"{name!r} is of {kind}, for images: load it with DiscreteImagePipeline.from_pretrained"
                 )
-            return super().from_pretrained(name, **kwargs)
+            check_index(cls, name, first, kwargs)
+            with named_json_errors(name):
+                return super().from_pretrained(name, **kwargs)
         with bundled_folder(name) as folder:
             pipe = super().from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=name)
@@ -203,6 +211,13 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         unknown = kwargs.keys() - {"scheduler", "tokenizer", "denoiser"}
         if unknown:
             raise ValueError(f"`{min(unknown)}` is not an argument for {name!r}, which has no model_index.json")
+        check_facts(kwargs.get("denoiser"))
+        if kwargs.get("scheduler") is not None and not isinstance(kwargs["scheduler"], tuple(FOREIGN)):
+            require_ours(kwargs["scheduler"])
+        for key, value in declared.items():
+            if key != "family" and (not isinstance(value, int) or (key == "shift" and value not in (0, 1))):
+                raise ValueError(f"`{key}` is {value!r}; it must be {'0 or 1' if key == 'shift' else 'an id'}")
+        dtype = as_dtype(dtype)
         row = find_family(name, config, declared.pop("family", None))
         network = build_network(row, config)
         tokenizer = kwargs["tokenizer"] if "tokenizer" in kwargs else load_tokenizer(row, name, hub)

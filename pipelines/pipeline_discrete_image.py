@@ -36,11 +36,15 @@ from discrete_schedulers.pipelines.pipeline_base import (
     HUB_ARGUMENTS,
     DiscretePipeline,
     StepCallback,
+    as_dtype,
     bundled_folder,
     check_count,
+    check_index,
     check_network,
     class_ids,
     is_bundled,
+    name_of,
+    named_json_errors,
     network_facts,
     one_device,
     require_ours,
@@ -155,14 +159,17 @@ class DiscreteImagePipeline(DiscretePipeline):
             ValueError: If a bundled id is not one of this package's, or a repository is of no known family or does not fit it.
             OSError: As `huggingface_hub` raises it: no such repository, no access, no connection.
         """
-        name = str(pretrained_model_name_or_path)
+        name = name_of(pretrained_model_name_or_path)
         if not is_bundled(name):
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             index = first_file(name, ("model_index.json",), hub)
             held = {} if index is None else read_config(index)
             if held.get("_class_name") not in (cls.__name__, "DiscreteImagePipeline"):
                 return cls.from_published(name, held, weight_name, **kwargs)
-            return super().from_pretrained(name, **kwargs)
+            assert index is not None
+            check_index(cls, name, index, kwargs)
+            with named_json_errors(name):
+                return super().from_pretrained(name, **kwargs)
         with bundled_folder(name) as folder:
             pipe = super().from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=name)
@@ -176,7 +183,7 @@ class DiscreteImagePipeline(DiscretePipeline):
         `from_pretrained`."""
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         dtype = kwargs.pop("torch_dtype", None)
-        dtype = kwargs.pop("dtype", dtype)
+        dtype = as_dtype(kwargs.pop("dtype", dtype))
         device = one_device(name, kwargs.pop("device_map", None))
         scheduler, facts = kwargs.pop("scheduler", None), kwargs.pop("denoiser", None)
         network_class = text_to_image_class(name, index, hub)
@@ -282,7 +289,7 @@ class DiscreteImagePipeline(DiscretePipeline):
         counts = {len(given) for given in (prompts, negatives, labels, known) if given is not None} - {1}
         if len(counts) > 1 or 0 in counts:
             raise ValueError(
-                f"prompts, classes and pictures are {sorted(counts)} in number; allowed: one, or all as many"
+                f"'prompts', 'classes' and 'pictures' are {sorted(counts)} in number; allowed: one, or all as many"
             )
         batch = max(counts, default=1) * num_images_per_prompt
 
@@ -363,7 +370,8 @@ class DiscreteImagePipeline(DiscretePipeline):
         if grid != list(facts["grid_shape"]) and not facts.get("grid_input"):
             own = " x ".join(str(size * side) for side in facts["grid_shape"])
             raise ValueError(
-                f"`height` and `width` are {height} and {width}; this model makes images of {own} pixels only"
+                f"`height` and `width` are {height} and {width}; this model makes images of {own} pixels only: leave "
+                "them out, or they must be these"
             )
         if self.scheduler.config.get("grid_shape") is not None and list(self.scheduler.config.grid_shape) != grid:
             self.scheduler.register_to_config(grid_shape=grid)

@@ -7,28 +7,41 @@ say what comes out.
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import pickle
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scheduler_cases import CASES, SchedulerCase
-from tiny import MASK, WORDS, seeded, tiny_model
+from tiny import MASK, WORDS, seeded, tiny_model, tiny_pipeline
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import discrete_schedulers
 from discrete_schedulers import (
     AbsorbingProcess,
     AncestralScheduler,
     DDiTModel,
+    DiscreteDiffusionPipeline,
+    DiscreteImagePipeline,
     DiscreteScheduler,
     InformationCurve,
     LearnedScheduler,
     LSDScheduler,
     NetworkDenoiser,
+    PatchCodebook,
     RowLogits,
     SpreadScheduler,
     UniformProcess,
@@ -50,8 +63,9 @@ IDS = torch.zeros(B, L, dtype=torch.int64)
 SUBJECT = re.compile(r"`[^`]+`|--\w+|\w+\.(json|safetensors|bin|txt|xz|parquet)|'[^']+'")
 ALLOWED = re.compile(
     r"must|allowed|needs?\b|(is|are) (needed|required|for|missing)|is a number from|has not|at most|known|cannot|has no\b|"
-    r"lacks|learned budgets|leaves|newer version|is not (read|JSON|in|a folder)|unexpected keyword|choose from|is another|"
-    r"of at least|is of|does not|download it|run the network|to fill in|one (per|for|each)",
+    r"lacks|learned budgets|leaves|newer version|is not (read|JSON|in|for|bundled|a folder)|unexpected keyword|choose from|is another|"
+    r"of at least|is of|does not|download it|run the network|to fill in|one (per|for|each)|"
+    r"valid JSON|no file named|do not fit|save that|pass `",
     re.IGNORECASE,
 )
 VAGUE = re.compile(
@@ -616,3 +630,832 @@ def test_ten_thousand_steps(case: SchedulerCase) -> None:
 PLAIN = {case.name: {"event_share": "grid"} for case in EACH if case.kwargs.get("event_share") == "learned"}
 PLAIN |= {case.name: {"grid": "uniform"} for case in EACH if case.kwargs.get("grid") == "learned"}
 PLAIN |= {case.name: {"strength": "cap"} for case in EACH if case.kwargs.get("strength") == "learned"}
+
+
+# The text pipeline: its arguments, before its network is called
+
+
+def words_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", mask_token="[MASK]"
+    )
+
+
+OTHER_ORDER = ["[PAD]", "[UNK]", "[MASK]", *WORDS[2:-1]]
+INT = torch.int64
+COUNT = "it must be an integer of at least 1"
+LAST = len(WORDS) - 1
+TEXT: dict[str, tuple[dict[str, Any], str]] = {
+    "a number for a prompt": ({"prompt": 5}, "`prompt` is 5; it must be a text"),
+    "a number among prompts": ({"prompt": ["the", 5]}, r"`prompt` is \['the', 5\]; it must be"),
+    "no prompts": ({"prompt": []}, r"`prompt` is \[\]; it must be a text or a list of texts, at least one"),
+    "bytes for a prompt": ({"prompt": b"the"}, "`prompt` is b'the'; it must be"),
+    "ids for a prompt": ({"prompt": torch.zeros(1, 3, dtype=INT)}, r"`prompt` is tensor\(.*it must be"),
+    "a prompt longer than the model": ({"prompt": "the " * 40}, "`prompt` has 40 tokens; `length` 32 leaves nothing"),
+    "a prompt as long as the model": ({"prompt": "the " * 32}, "`prompt` has 32 tokens; `length` 32 leaves nothing"),
+    "a prompt as long as asked": (
+        {"prompt": "the cat", "length": 2},
+        "`prompt` has 2 tokens; `length` 2 leaves nothing",
+    ),
+    "a prompt and more than the model": (
+        {"prompt": "the cat", "max_new_tokens": 31},
+        "`prompt`: the samples would have 33 tokens; this model takes at most 32",
+    ),
+    "prompt and template": ({"prompt": "a", "template": "a"}, "`prompt` and `template` cannot both be given"),
+    "a number for a template": ({"template": 5}, "`template` is 5; it must be a text"),
+    "a list of ids for a template": ({"template": [[1, -1]]}, r"`template` is \[\[1, -1\]\]; it must be a text"),
+    "an array for a template": ({"template": np.zeros((1, 3))}, r"`template` is array\(.*it must be a text"),
+    "a template without masks": ({"template": "the cat"}, r"`template` has a text without mask tokens .*fill in"),
+    "a float template": ({"template": torch.zeros(1, 3)}, "`template` is torch.float32 .*must be int64"),
+    "a template of one axis": (
+        {"template": torch.zeros(3, dtype=INT)},
+        r"`template` is .*shape \(3,\); .*must be int64",
+    ),
+    "a template of ids too high": ({"template": torch.full((1, 3), 99)}, "`template` has ids from 99 to 99; allowed"),
+    "a template of ids below -1": ({"template": torch.full((1, 3), -2)}, "`template` has ids from -2 to -2; allowed"),
+    "a template too long": (
+        {"template": torch.full((1, 33), -1)},
+        "`template`: the samples would have 33 tokens; this model takes at most 32",
+    ),
+    "messages without a template": (
+        {"messages": [{"role": "user", "content": "x"}]},
+        "`messages` need a tokenizer with",
+    ),
+    "a negative prompt alone": ({"prompt": "a", "negative_prompt": "a"}, "`negative_prompt` is for guidance"),
+    "a number for a negative prompt": (
+        {"prompt": "the", "negative_prompt": 5, "guidance_scale": 2.0},
+        "`negative_prompt` is 5; it must be a text",
+    ),
+    "a negative prompt too long": (
+        {"prompt": "the", "negative_prompt": "the cat", "guidance_scale": 2.0},
+        "`negative_prompt` has 2 tokens, its prompt 1: .*cannot be longer",
+    ),
+    "NaN guidance": ({"prompt": "a", "guidance_scale": NAN}, "`guidance_scale` is nan; it must be a finite number"),
+    "guidance as text": ({"prompt": "a", "guidance_scale": "x"}, "`guidance_scale` is 'x'; it must be a finite"),
+    "no guidance scale": ({"prompt": "a", "guidance_scale": None}, "`guidance_scale` is None; it must be"),
+    "guidance by nothing": ({"guidance_scale": 2.0}, "`guidance_scale` needs something to be guided by"),
+    "classes of none": ({"class_labels": 1}, "`class_labels` were passed, but this model has no classes"),
+    "samples as text": ({"num_samples": "2"}, f"`num_samples` is '2'; {COUNT}"),
+    "0 samples": ({"num_samples": 0}, f"`num_samples` is 0; {COUNT}"),
+    "-1 samples": ({"num_samples": -1}, f"`num_samples` is -1; {COUNT}"),
+    "1.5 samples": ({"num_samples": 1.5}, f"`num_samples` is 1.5; {COUNT}"),
+    "True samples": ({"num_samples": True}, f"`num_samples` is True; {COUNT}"),
+    "no samples": ({"num_samples": None}, f"`num_samples` is None; {COUNT}"),
+    "length of 0": ({"length": 0}, "`length` is 0; allowed are 1 to 32"),
+    "length below 0": ({"length": -3}, "`length` is -3; allowed are 1 to 32"),
+    "length of the model and one": ({"length": 33}, "`length` is 33; allowed are 1 to 32"),
+    "length of 4.5": ({"length": 4.5}, "`length` is 4.5; allowed are 1 to 32"),
+    "length as text": ({"length": "4"}, "`length` is '4'; allowed are 1 to 32"),
+    "length of True": ({"length": True}, "`length` is True; allowed are 1 to 32"),
+    "0 new tokens": ({"max_new_tokens": 0}, "`max_new_tokens` is 0; allowed are 1 to 32"),
+    "2.5 new tokens": ({"max_new_tokens": 2.5}, "`max_new_tokens` is 2.5; allowed are 1 to 32"),
+    "two lengths": ({"length": 4, "max_new_tokens": 3}, "`length` and `max_new_tokens` cannot both be given"),
+    "0 steps": ({"num_inference_steps": 0}, f"`num_inference_steps` is 0; {COUNT}"),
+    "2.5 steps": ({"num_inference_steps": 2.5}, f"`num_inference_steps` is 2.5; {COUNT}"),
+    "steps as text": ({"num_inference_steps": "4"}, f"`num_inference_steps` is '4'; {COUNT}"),
+    "a seed for a generator": ({"generator": 4}, "`generator` is 4; it must be a torch.Generator"),
+    "a list of seeds": ({"generator": [4]}, r"`generator` is \[4\]; it must be a torch.Generator"),
+    "no generators": ({"generator": []}, "`generator` is a list of 0, but 1 samples are wanted: one each"),
+    "latents of ids too high": ({"latents": torch.full((1, 4), 99)}, f"`latents` has ids from 99 to 99; .*0 to {LAST}"),
+    "latents of ids below 0": ({"latents": torch.full((1, 4), -1)}, "`latents` has ids from -1 to -1; allowed"),
+    "latents as a list": ({"latents": [[1, 2]]}, "`latents` is a list; it must be an int64 tensor"),
+    "float latents": ({"latents": torch.zeros(1, 4)}, "`latents` is torch.float32 of shape .*must be int64"),
+    "latents of one axis": ({"latents": torch.zeros(4, dtype=INT)}, r"`latents` is torch.int64 of shape \(4,\)"),
+    "latents of nothing": (
+        {"latents": torch.zeros(1, 0, dtype=INT)},
+        r"`latents` has shape \(1, 0\); it must have one",
+    ),
+    "latents too long": (
+        {"latents": torch.zeros(1, 40, dtype=INT)},
+        "`latents`: the samples would have 40 tokens; .*at most",
+    ),
+    "latents for two": ({"latents": torch.zeros(2, 4, dtype=INT)}, r"`latents` is .*\(2, 4\); it must be .*\(1, 4\)"),
+    "an end as text": ({"eos_token_id": "x"}, "`eos_token_id` is 'x'; it must be an id"),
+    "an end of 1.5": ({"eos_token_id": 1.5}, "`eos_token_id` is 1.5; it must be an id"),
+    "a processor that is none": ({"logits_processor": 5}, "`logits_processor` is a int; it must be"),
+    "a callback that is none": ({"callback_on_step_end": 5}, "`callback_on_step_end` is 5; it must be a function"),
+    "a tensor that is not there": (
+        {"callback_on_step_end_tensor_inputs": ["logits"]},
+        r"`callback_on_step_end_tensor_inputs` has \['logits'\]; allowed: \['latents'\]",
+    ),
+    "pictures": ({"output_type": "pil"}, "`output_type` is 'pil'; allowed: 'text', 'pt', 'np', 'latent'"),
+    "no such argument": ({"wobble": 3}, "unexpected keyword argument 'wobble'"),
+}
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_the_text_pipeline_refuses(name: str, refuses: Callable) -> None:
+    arguments, message = TEXT[name]
+    pipe = tiny_pipeline()
+    refuses(lambda: pipe(**arguments), message)
+
+
+def nan_model() -> DDiTModel:
+    model = tiny_model()
+    model.output_layer.linear.bias.data.fill_(NAN)
+    return model
+
+
+RUN: dict[str, Any] = {"length": 5, "num_inference_steps": 2}
+PARTS: dict[str, tuple[Callable[[], Any], str, int]] = {
+    "a tokenizer with more words": (
+        lambda: tiny_pipeline(
+            tokenizer=words_tokenizer([*(f"w{i}" for i in range(LAST)), "[MASK]", "[PAD]", "[UNK]", "the"])
+        )(prompt="the", **RUN),
+        "`prompt` has the id 24, but this model has ids up to 21: its tokenizer is another model's",
+        0,
+    ),
+    "a tokenizer with other words": (
+        lambda: tiny_pipeline(tokenizer=words_tokenizer(OTHER_ORDER))(prompt="cat [MASK] dog", **RUN),
+        r"`tokenizer` has the mask token '\[MASK\]' at id 2, but the model's mask is 21",
+        0,
+    ),
+    "a mask that is a real token": (
+        lambda: tiny_pipeline(AncestralScheduler(len(WORDS), 3), denoiser={"mask_token_id": 3})(prompt="the", **RUN),
+        r"`tokenizer` has the mask token '\[MASK\]' at id 21, but the model's mask is 3",
+        0,
+    ),
+    "a scheduler with another mask": (
+        lambda: swapped(AncestralScheduler(len(WORDS), 3))(**RUN),
+        "`scheduler` has mask_token_id 3, but the model has 21: they must be equal",
+        0,
+    ),
+    "a scheduler for another V": (
+        lambda: swapped(AncestralScheduler(30, MASK))(**RUN),
+        "`scheduler` has vocab_size 30, but the model has 22: they must be equal",
+        0,
+    ),
+    "a scheduler for another process": (
+        lambda: swapped(AncestralScheduler(len(WORDS), process="uniform"))(**RUN),
+        "`scheduler` has mask_token_id None, but the model has 21: they must be equal",
+        0,
+    ),
+    "coefficients for another N": (
+        lambda: swapped(LearnedScheduler(**FACTS, coefficients={"4": {"rate": [1.0] * 4}}))(**RUN),
+        "no coefficients for `num_inference_steps` 2; learned budgets: 4",
+        0,
+    ),
+    "coefficients for another L": (
+        lambda: swapped(LearnedScheduler(**FACTS, coefficients={"2": {"order": [1.0, 2.0, 3.0]}}))(**RUN),
+        "'order' has 3 priorities, but `sample` has 5 positions: they must be equal",
+        0,
+    ),
+    "a facts table that is none": (lambda: tiny_pipeline(denoiser=[1]), r"`denoiser` has \[1\]; it must be a dict", 0),
+    "a fact of a newer version": (
+        lambda: tiny_pipeline(denoiser={"wobble": 1}),
+        "`denoiser` has wobble; it must be",
+        0,
+    ),
+    "a wrong fact": (lambda: tiny_pipeline(denoiser={"time_input": "u"})(**RUN), "`time_input` is 'u'; allowed:", 0),
+    "a name for a model": (
+        lambda: DiscreteDiffusionPipeline("gpt2", AncestralScheduler(**FACTS)),
+        "`model` is 'gpt2'; it must be a torch.nn.Module",
+        0,
+    ),
+    "no scheduler": (lambda: DiscreteDiffusionPipeline(tiny_model(), None), "`scheduler` is a NoneType; .*must be", 0),
+    "no tokenizer for a prompt": (
+        lambda: tiny_pipeline(tokenizer=None)(prompt="the", **RUN),
+        "`prompt` or `template` is text, but this pipeline has no tokenizer",
+        0,
+    ),
+    "no length anywhere": (lambda: tiny_pipeline(denoiser={"max_length": None})(), "`length` is required", 0),
+    # what only the network or the caller's own function can say comes after its first call
+    "a network of NaN": (lambda: tiny_pipeline(model=nan_model())(**RUN), NO_LAW, 1),
+    "a processor that makes NaN": (lambda: tiny_pipeline()(**RUN, logits_processor=lambda _, s: s * NAN), NO_LAW, 1),
+    "a callback without an answer": (
+        lambda: tiny_pipeline()(**RUN, callback_on_step_end=lambda *_: None),
+        "`callback_on_step_end` returned None; it must return a dict",
+        1,
+    ),
+    "a callback with wrong ids": (
+        lambda: tiny_pipeline()(**RUN, callback_on_step_end=lambda *a: {"latents": a[-1]["latents"] + 99}),
+        r"`latents` has ids from \d+ to \d+; allowed are 0 to 21",
+        1,
+    ),
+    "a callback that cuts": (
+        lambda: tiny_pipeline()(**RUN, callback_on_step_end=lambda *a: {"latents": a[-1]["latents"][:, 1:]}),
+        r"`callback_on_step_end` returned latents of shape \(1, 4\); they must keep \(1, 5\)",
+        1,
+    ),
+}
+
+
+def swapped(scheduler: DiscreteScheduler) -> DiscreteDiffusionPipeline:
+    pipe = tiny_pipeline()
+    pipe.scheduler = scheduler
+    return pipe
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_that_do_not_fit(name: str, refuses: Callable) -> None:
+    run, message, calls = PARTS[name]
+    refuses(run, message, calls)
+
+
+ALL_FROZEN = torch.arange(2 * 5).view(2, 5) % LAST
+FINE: dict[str, tuple[dict[str, Any], Tensor | None, int]] = {
+    "all frozen": ({"template": ALL_FROZEN}, ALL_FROZEN, 0),
+    "a template of no positions": ({"template": ALL_FROZEN[:, :0]}, ALL_FROZEN[:, :0], 0),
+    "a template of no rows": ({"template": ALL_FROZEN[:0]}, ALL_FROZEN[:0], 0),
+    "one position": ({"length": 1}, None, 1),
+    "more steps than positions": ({"length": 3, "num_inference_steps": 40}, None, 3),
+    "an empty prompt": ({"prompt": "", "length": 4, "num_inference_steps": 1}, None, 1),
+    "NumPy's integers": (
+        {"length": np.int64(3), "num_samples": np.int32(1), "num_inference_steps": np.int64(1)},
+        None,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_the_text_pipeline_accepts(name: str, network_calls: NetworkCalls) -> None:
+    """What comes out, and after how many calls of the network at most."""
+    arguments, expected, calls = FINE[name]
+    output = tiny_pipeline()(**({"num_inference_steps": 2} | arguments), generator=seeded())
+    assert network_calls.number == output.num_model_calls <= calls
+    assert expected is None or torch.equal(output.sequences, expected)
+    assert (output.sequences != MASK).all()
+
+
+# The image pipeline
+
+PICTURE, PAINT = np.zeros((1, 8, 12, 1)), np.ones((8, 12))
+
+
+def painted(**changes: Any) -> dict[str, Any]:
+    return {"image": PICTURE, "mask_image": PAINT} | changes
+
+
+IMAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "a prompt": ({"prompt": "cat"}, "`prompt` or `negative_prompt` is given, but this pipeline has no tokenizer"),
+    "a class as text": ({"class_labels": "cat"}, "`class_labels` is 'cat'; allowed are an integer"),
+    "a class below 0": ({"class_labels": -1}, "`class_labels` is -1; allowed are integers from 0 to 2"),
+    "a class too high": ({"class_labels": [0, 9]}, r"`class_labels` is \[0, 9\]; allowed are integers from 0 to 2"),
+    "a NaN class": ({"class_labels": [NAN]}, r"`class_labels` is \[nan\]; allowed are integers"),
+    "no class in a list": ({"class_labels": [None]}, r"`class_labels` is \[None\]; allowed are an integer"),
+    "classes in uneven lists": ({"class_labels": [[0], [1, 2]]}, r"`class_labels` is \[\[0\], \[1, 2\]\]; allowed are"),
+    "no classes": ({"class_labels": torch.zeros(0, dtype=INT)}, "'classes' .*allowed: one, or all as many"),
+    "-1 images": ({"num_images_per_prompt": -1}, f"`num_images_per_prompt` is -1; {COUNT}"),
+    "1.5 images": ({"num_images_per_prompt": 1.5}, f"`num_images_per_prompt` is 1.5; {COUNT}"),
+    "height as text": ({"height": "8"}, "`height` is '8'; it must be a multiple of 2"),
+    "height of 8.0": ({"height": 8.0}, "`height` is 8.0; it must be a multiple of 2"),
+    "height of 9": ({"height": 9}, "`height` is 9; it must be a multiple of 2"),
+    "height of 0": ({"height": 0}, "`height` is 0; it must be a multiple of 2"),
+    "NaN width": ({"width": NAN}, "`width` is nan; it must be a multiple of 2"),
+    "another size": (
+        {"height": 10},
+        "`height` and `width` are 10 and None; this model makes images of 8 x 12 pixels only",
+    ),
+    "0 steps": ({"num_inference_steps": 0}, f"`num_inference_steps` is 0; {COUNT}"),
+    "steps as text": ({"num_inference_steps": "4"}, f"`num_inference_steps` is '4'; {COUNT}"),
+    "NaN guidance": ({"guidance_scale": NAN, "class_labels": 1}, r"`guidance_scale` is \[nan\]; allowed are finite"),
+    "infinite guidance": (
+        {"guidance_scale": INF, "class_labels": 1},
+        r"`guidance_scale` is \[inf\]; allowed are finite",
+    ),
+    "guidance as text": (
+        {"guidance_scale": "2", "class_labels": 1},
+        r"`guidance_scale` is \['2'\]; allowed are finite",
+    ),
+    "a schedule of none": ({"guidance_schedule": "square"}, "`guidance_schedule` is 'square'; allowed: 'constant'"),
+    "a picture by its name": (painted(image="cat.png"), "`image` has 'cat.png'; allowed are PIL pictures"),
+    "a number for a picture": (painted(image=5), "`image` has 5; allowed are PIL pictures"),
+    "no pictures": (painted(image=[]), "`image` has no entries; allowed are PIL pictures"),
+    "a picture of one axis": (painted(image=np.zeros(3)), "`image` could not be read .*allowed are PIL"),
+    "a picture of NaN": (painted(image=PICTURE * NAN), "`image` has values from nan to nan; .*allowed are numbers in"),
+    "a picture of bytes": (
+        painted(image=PICTURE + 255),
+        "`image` has values from 255 to 255; .*allowed are numbers in",
+    ),
+    "a picture in colours": (painted(image=np.zeros((1, 8, 12, 3))), r"`images` has shape \(1, 3, 8, 12\); allowed is"),
+    "a picture alone": ({"image": PICTURE}, "`mask_image` is missing"),
+    "a mask alone": ({"mask_image": PAINT}, "`image` is missing"),
+    "a mask by its name": (painted(mask_image="m.png"), "`mask_image` has 'm.png'; allowed are PIL pictures"),
+    "no masks": (painted(mask_image=[]), "`mask_image` has no entries; allowed are"),
+    "a mask in colours": (painted(mask_image=np.ones((1, 8, 12, 3))), r"`mask_image` has shape .*; allowed: \(H, W\)"),
+    "a mask of one axis": (painted(mask_image=np.ones(8)), r"`mask_image` has shape \(8,\); allowed: \(H, W\)"),
+    "a mask of NaN": (painted(mask_image=PAINT * NAN), "`mask_image` has NaN at 96 of 96 pixels; allowed"),
+    "two masks for three": (
+        painted(image=np.zeros((3, 8, 12, 1)), mask_image=np.ones((2, 8, 12))),
+        "`mask_image` has 2 masks for 3 pictures; allowed",
+    ),
+    "a score as text": (
+        {"micro_conditioning_aesthetic_score": "x"},
+        r"`micro_conditioning_aesthetic_score` is \['x'\]; allowed",
+    ),
+    "a corner of three": (
+        {"micro_conditioning_crop_coord": (1, 2, 3)},
+        "`micro_conditioning_crop_coord` is .*must be two",
+    ),
+    "a seed for a generator": ({"generator": 4}, "`generator` is 4; it must be a torch.Generator"),
+    "too few generators": (
+        {"generator": [seeded()], "num_images_per_prompt": 2},
+        "`generator` is a list of 1, .*one each",
+    ),
+    "latents of ids too high": ({"latents": torch.full((1, 24), 99)}, "`latents` has ids from 99 to 99; allowed"),
+    "latents of another length": (
+        {"latents": torch.zeros(1, 3, dtype=INT)},
+        r"`latents` is .*must be int64 of shape \(1, 24",
+    ),
+    "latents as a grid": (
+        {"latents": torch.zeros(1, 4, 6, dtype=INT)},
+        r"`latents` is .*\(1, 4, 6\); it must be int64",
+    ),
+    "text": ({"output_type": "text"}, "`output_type` is 'text'; allowed: 'pil', 'np', 'pt', 'latent'"),
+    "a callback that is none": ({"callback_on_step_end": 3}, "`callback_on_step_end` is 3; it must be a function"),
+}
+
+
+@pytest.fixture(scope="module")
+def picture_pipeline() -> DiscreteImagePipeline:
+    facts = {"vocab_size": 13, "mask_token_id": 12}
+    network = DDiTModel(13, 32, 1, 4, 16, 24, num_classes=3, grid_shape=(4, 6))
+    pipe = DiscreteImagePipeline(network.eval(), AncestralScheduler(**facts), PatchCodebook(num_codes=12))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_the_image_pipeline_refuses(name: str, picture_pipeline: DiscreteImagePipeline, refuses: Callable) -> None:
+    arguments, message = IMAGES[name]
+    refuses(lambda: picture_pipeline(**arguments), message)
+
+
+IMAGE_PARTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no scheduler": ({"scheduler": 5}, "`scheduler` is a int; .*must be"),
+    "no decoder": ({"decoder": None}, "`decoder` is None; it must be a VQModel"),
+    "a name for a decoder": ({"decoder": "vq"}, "`decoder` is 'vq'; it must be a VQModel"),
+    "a name for a model": ({"model": "x"}, "`model` is 'x'; it must be a torch.nn.Module"),
+    "a grid as text": ({"denoiser": {"grid_shape": "4x6"}}, r"`grid_shape` is '4x6'; it must be \[height, width\]"),
+    "a grid of one side": ({"denoiser": {"grid_shape": [24]}}, r"`grid_shape` is \[24\]; it must be"),
+    "a grid below 0": ({"denoiser": {"grid_shape": [-4, -6]}}, r"`grid_shape` is \[-4, -6\]; it must be"),
+    "a number for a grid": ({"denoiser": {"grid_shape": 24}}, "`grid_shape` is 24; it must be"),
+    "no grid": ({"denoiser": {"grid_shape": None}}, "`denoiser` has no `grid_shape`"),
+    "a fact of a newer version": ({"denoiser": {"wobble": 1}}, "`denoiser` has wobble; it must be a dict"),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_PARTS)
+def test_parts_of_the_image_pipeline_that_do_not_fit(
+    name: str, picture_pipeline: DiscreteImagePipeline, refuses: Callable
+) -> None:
+    changes, message = IMAGE_PARTS[name]
+    parts = {"model": picture_pipeline.model, "scheduler": picture_pipeline.scheduler, "decoder": PatchCodebook(12)}
+    refuses(lambda: DiscreteImagePipeline(**(parts | changes)), message)
+
+
+# What is loaded: a pipeline's folder, a folder of a family's repository, and a scheduler's
+
+WEIGHTS = "model/diffusion_pytorch_model.safetensors"
+EVIL = "from pathlib import Path\nPath({ran!r}).mkdir()\nimport torch\nclass Evil(torch.nn.Module):\n    pass\n"
+MDLM = {"model_type": "mdlm", "architectures": ["MDLM"], "cond_dim": 16, "hidden_dim": 32, "n_blocks": 2, "n_heads": 4}
+MDLM |= {"model_length": 32, "dropout": 0.1, "time_conditioning": True, "vocab_size": len(WORDS)}
+MDLM |= {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForMaskedLM": "evil.Evil"}}
+
+
+class Code:
+    """A pickle of it makes a folder where it is read."""
+
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.ran),)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    return {key: value.clone().contiguous() for key, value in tiny_model().state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Tensor]) -> Path:
+    """Folders `pipe` and `family` that load, with code beside them that would leave a folder `ran` if it were run."""
+    root = tmp_path_factory.mktemp("saved")
+    tiny_pipeline().save_pretrained(root / "pipe")
+    AncestralScheduler(**FACTS).save_pretrained(root / "scheduler")
+    (root / "family").mkdir()
+    (root / "family" / "config.json").write_text(json.dumps(MDLM))
+    save_file(state, root / "family" / "model.safetensors")
+    save_file(state, root / "outside.safetensors")
+    for folder in (root / "pipe", root / "pipe" / "model", root / "family"):
+        (folder / "evil.py").write_text(EVIL.format(ran=str(root / "ran")))
+    return root
+
+
+Change = Callable[[Path, dict[str, Tensor]], Any]
+
+
+def nothing(folder: Path, state: dict[str, Tensor]) -> None:
+    """The folder as it is."""
+
+
+def written(name: str, content: str | bytes) -> Change:
+    """A file with other content."""
+    return lambda folder, _: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def updated(name: str, **values: Any) -> Change:
+    """A JSON file with other values; `None` for one takes it out."""
+
+    def change(folder: Path, _: Any) -> None:
+        held = json.loads((folder / name).read_text()) | values
+        (folder / name).write_text(json.dumps({key: value for key, value in held.items() if value is not None}))
+
+    return change
+
+
+def without(name: str) -> Change:
+    """A file or folder less."""
+    return lambda folder, _: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+
+def cut(name: str, end: int) -> Change:
+    """A file that ends early."""
+    return lambda folder, _: (folder / name).write_bytes((folder / name).read_bytes()[:end])
+
+
+def weights(name: str, made: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Change:
+    """Other tensors."""
+    return lambda folder, state: save_file(made(dict(state)), folder / name)
+
+
+def pickled(name: str, instead_of: str) -> Change:
+    """A pickle that runs code, in the place of weights."""
+
+    def change(folder: Path, _: Any) -> None:
+        (folder / instead_of).unlink()
+        (folder / name).write_bytes(pickle.dumps({"weight": Code(folder.parent / "ran")}))
+
+    return change
+
+
+def sharded(table: Any, name: str = "model.safetensors") -> Change:
+    """Weights in two shards and an index that says where they are."""
+
+    def change(folder: Path, state: dict[str, Tensor]) -> None:
+        (folder / name).unlink()
+        keys, parent = list(state), (folder / name).parent
+        save_file({key: state[key] for key in keys[:9]}, parent / "a.safetensors")
+        save_file({key: state[key] for key in keys[9:]}, parent / "b.safetensors")
+        held = table(keys, folder) if callable(table) else table
+        (folder / f"{name}.index.json").write_text(json.dumps(held))
+
+    return change
+
+
+def all_to(shard: Any) -> Callable[[list[str], Path], dict]:
+    return lambda keys, folder: {"weight_map": dict.fromkeys(keys, str(shard) if isinstance(shard, Path) else shard)}
+
+
+def first_row(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    key = "vocab_embed.embedding"
+    return state | {key: state[key][:1].clone()}
+
+
+BESIDE = "index.json names .*shards must be .safetensors or .bin files beside it, without a path"
+NEVER = "and code of a repository is never run; it must be"
+DAMAGED = "(is|It is) damaged.*delete it and download it again"
+LOADED: dict[str, tuple[str, Change, str]] = {
+    # model_index.json
+    "an index that is no JSON": ("pipe", written("model_index.json", "{not"), "model_index.json is not JSON"),
+    "an index that is cut": ("pipe", cut("model_index.json", 50), "model_index.json is not JSON"),
+    "an empty index": ("pipe", written("model_index.json", ""), "model_index.json is not JSON"),
+    "an index of bytes": ("pipe", written("model_index.json", b"\xff\xfe\x00"), "model_index.json is not JSON"),
+    "an index that is a list": (
+        "pipe",
+        written("model_index.json", "[1]"),
+        "model_index.json holds a list; it must be",
+    ),
+    "a foreign pipeline": ("pipe", updated("model_index.json", _class_name="Evil"), f"is of 'Evil', {NEVER}"),
+    "a pipeline of its own code": (
+        "pipe",
+        updated("model_index.json", _class_name=["evil", "Evil"]),
+        rf"is of \['evil', 'Evil'\], {NEVER}",
+    ),
+    "no pipeline": ("pipe", updated("model_index.json", _class_name=None), f"is of None, {NEVER}"),
+    "a model of its own code": (
+        "pipe",
+        updated("model_index.json", model=["evil", "Evil"]),
+        rf"\['evil', 'Evil'\] for 'model', {NEVER}",
+    ),
+    "a function of the system": (
+        "pipe",
+        updated("model_index.json", model=["os", "system"]),
+        rf"\['os', 'system'\] for 'model', {NEVER}",
+    ),
+    "a process": (
+        "pipe",
+        updated("model_index.json", tokenizer=["subprocess", "Popen"]),
+        rf"\['subprocess', 'Popen'\] for 'tokenizer', {NEVER}",
+    ),
+    "a scheduler of its own code": (
+        "pipe",
+        updated("model_index.json", scheduler=["evil", "Evil"]),
+        rf"\['evil', 'Evil'\] for 'scheduler', {NEVER}",
+    ),
+    "a model without a library": (
+        "pipe",
+        updated("model_index.json", model="DDiTModel"),
+        f"'DDiTModel' for 'model', {NEVER}",
+    ),
+    "no model": ("pipe", updated("model_index.json", model=[None, None]), rf"\[None, None\] for 'model', {NEVER}"),
+    "a model of a newer version": (
+        "pipe",
+        updated("model_index.json", model=["discrete_schedulers", "DDiT2Model"]),
+        "the class 'DDiT2Model' for 'model', which this version of discrete_schedulers does not have",
+    ),
+    "a function for a model": (
+        "pipe",
+        updated("model_index.json", model=["discrete_schedulers", "nll"]),
+        "the class 'nll' for 'model', which this version of discrete_schedulers does not have",
+    ),
+    "a scheduler of a newer version": (
+        "pipe",
+        updated("model_index.json", scheduler=["discrete_schedulers", "HyperScheduler"]),
+        "the class 'HyperScheduler' for 'scheduler', which this version .* does not have",
+    ),
+    "a scheduler for pictures": (
+        "pipe",
+        updated("model_index.json", scheduler=["diffusers", "DDIMScheduler"]),
+        "`scheduler` is a DDIMScheduler; it must be",
+    ),
+    "a part of a newer version": (
+        "pipe",
+        updated("model_index.json", refiner=["discrete_schedulers", "DDiTModel"]),
+        "a part 'refiner', which this version does not know; known: model, scheduler, tokenizer",
+    ),
+    "a fact of a newer version": (
+        "pipe",
+        updated("model_index.json", denoiser={"wobble": 1}),
+        "`denoiser` has wobble; it must be a dict with any of",
+    ),
+    "a lost scheduler": ("pipe", without("scheduler"), "a part 'scheduler', but .* lacks the folder"),
+    "a lost model": ("pipe", without("model"), "a part 'model', but .* lacks the folder"),
+    "a lost tokenizer": ("pipe", without("tokenizer"), "a part 'tokenizer', but .* lacks the folder"),
+    "a tokenizer that is cut": ("pipe", cut("tokenizer/tokenizer.json", 50), "is not JSON .*download it again"),
+    # the parts of a pipeline
+    "a scheduler config that is cut": (
+        "pipe",
+        cut("scheduler/scheduler_config.json", 30),
+        "scheduler_config.json.* valid JSON",
+    ),
+    "a scheduler config that is a list": (
+        "pipe",
+        written("scheduler/scheduler_config.json", "[]"),
+        r"scheduler_config.json of .* holds \[\]; it must be a JSON object",
+    ),
+    "a grid of a newer version": (
+        "pipe",
+        updated("scheduler/scheduler_config.json", grid="spiral"),
+        "`grid` is 'spiral'; allowed: 'uniform', ",
+    ),
+    "a V as text": (
+        "pipe",
+        updated("scheduler/scheduler_config.json", vocab_size="22"),
+        "`vocab_size` is '22'; it must",
+    ),
+    "a config without V": (
+        "pipe",
+        updated("scheduler/scheduler_config.json", vocab_size=None),
+        "`vocab_size` is missing",
+    ),
+    "a block of a newer version": (
+        "pipe",
+        updated("scheduler/scheduler_config.json", coefficients={"2": {"wobble": [1.0, 1.0]}}),
+        "no scheduler of this version knows a block 'wobble'",
+    ),
+    "a model config that is cut": ("pipe", cut("model/config.json", 30), "config.json.* is not a valid JSON"),
+    "a model config for another V": (
+        "pipe",
+        updated("model/config.json", vocab_size=30),
+        r"expected shape .*\[30.*\[22",
+    ),
+    "a model config with text": (
+        "pipe",
+        updated("model/config.json", hidden_size="big"),
+        "`hidden_size` is 'big'; it must",
+    ),
+    "a model config that cannot be": ("pipe", updated("model/config.json", num_heads=5), r"`num_heads` \(5\)"),
+    "weights that are cut": ("pipe", cut(WEIGHTS, -100), DAMAGED),
+    "weights without content": ("pipe", written(WEIGHTS, b""), DAMAGED),
+    "weights with another header": ("pipe", written(WEIGHTS, b"\xff" * 64), DAMAGED),
+    "a page in the place of weights": ("pipe", written(WEIGHTS, "<html>404</html>"), DAMAGED),
+    "a pickle in the place of weights": ("pipe", pickled("model/diffusion_pytorch_model.bin", WEIGHTS), DAMAGED),
+    "a pickle that calls itself safe": ("pipe", pickled(WEIGHTS, WEIGHTS), DAMAGED),
+    "lost weights": ("pipe", without(WEIGHTS), "no file named .*in directory"),
+    "other names": ("pipe", weights(WEIGHTS, lambda s: {f"x.{k}": v for k, v in s.items()}), "do not fit .*missing: "),
+    "one weight less": (
+        "pipe",
+        weights(WEIGHTS, lambda s: {k: v for k, v in s.items() if k != "vocab_embed.embedding"}),
+        "do not fit the config of this DDiTModel: missing: vocab_embed.embedding. They must be all",
+    ),
+    "one weight more": (
+        "pipe",
+        weights(WEIGHTS, lambda s: s | {"blocks.0.lora": torch.ones(2)}),
+        "do not fit the config of this DDiTModel: unexpected: blocks.0.lora",
+    ),
+    "a weight of another shape": ("pipe", weights(WEIGHTS, first_row), r"expected shape .*\[22, 32\].*got .*\[1, 32\]"),
+    "shards outside": (
+        "pipe",
+        sharded(all_to("../../outside.safetensors"), WEIGHTS),
+        r"'\.\./\.\./outside.safetensors' .*parent-directory reference, which is not allowed",
+    ),
+    # a repository of a family
+    "a family's config that is cut": ("family", cut("config.json", 40), "config.json is not JSON"),
+    "a family's config that is a list": ("family", written("config.json", "[]"), "config.json holds a list; it must"),
+    "an unknown family": (
+        "family",
+        updated("config.json", model_type="gpt17", architectures=["Gpt17"]),
+        "model_type 'gpt17' .*code of a repository is never run",
+    ),
+    "no family": ("family", updated("config.json", model_type=None, architectures=None), "is of no known family"),
+    "a family's config without a size": (
+        "family",
+        updated("config.json", hidden_dim=None),
+        "config.json lacks hidden_dim",
+    ),
+    "a family's config with text": ("family", updated("config.json", hidden_dim="x"), "`hidden_size` is 'x'; it must"),
+    "a family's config below 0": ("family", updated("config.json", hidden_dim=-32), "`hidden_size` is -32; it must"),
+    "a family's config for another V": (
+        "family",
+        updated("config.json", vocab_size=30),
+        r"\(22,\), the config says \(30,",
+    ),
+    "a family's weights that are cut": ("family", cut("model.safetensors", -100), DAMAGED),
+    "a family's weights without content": ("family", written("model.safetensors", b""), DAMAGED),
+    "a page for a family's weights": ("family", written("model.safetensors", "<html>404</html>"), DAMAGED),
+    "a pointer of Git LFS": (
+        "family",
+        written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"),
+        DAMAGED,
+    ),
+    "lost weights of a family": (
+        "family",
+        without("model.safetensors"),
+        "has no weights: looked for model.safetensors",
+    ),
+    "weights of another model": (
+        "family",
+        weights("model.safetensors", lambda s: {"encoder.weight": torch.ones(2, 2)}),
+        "do not fit family 'MDLM' and config.json: missing: .*unexpected: encoder.weight",
+    ),
+    "a family's weight of another shape": (
+        "family",
+        weights("model.safetensors", first_row),
+        r"is \(1, 32\), the config",
+    ),
+    "weights that are whole numbers": (
+        "family",
+        weights("model.safetensors", lambda s: {k: v.long() for k, v in s.items()}),
+        "is torch.int64, parameters must be floating-point",
+    ),
+    "a pickle of code": (
+        "family",
+        pickled("pytorch_model.bin", "model.safetensors"),
+        "holds more than tensors, which is not",
+    ),
+    "a pickle of a list": (
+        "family",
+        lambda f, _: ((f / "model.safetensors").unlink(), torch.save([1, 2], f / "pytorch_model.bin")),
+        "pytorch_model.bin is not a table of tensors",
+    ),
+    "shards in the folder above": ("family", sharded(all_to("../outside.safetensors")), BESIDE),
+    "shards anywhere": ("family", sharded(all_to(Path("/etc/outside.safetensors"))), BESIDE),
+    "shards by a detour": ("family", sharded(all_to("x/../../outside.safetensors")), BESIDE),
+    "shards above, in Windows": ("family", sharded(all_to("..\\outside.safetensors")), BESIDE),
+    "shards that are code": ("family", sharded(all_to("evil.py")), BESIDE),
+    "shards without a name": ("family", sharded(all_to("")), BESIDE),
+    "shards of numbers": ("family", sharded(all_to(5)), BESIDE),
+    "a shard that is lost": (
+        "family",
+        sharded(all_to("c.safetensors")),
+        "lacks c.safetensors, which model.safetensors.index",
+    ),
+    "one shard for all": (
+        "family",
+        sharded(all_to("a.safetensors")),
+        "do not fit family 'MDLM' and config.json: missing",
+    ),
+    "a table of shards without a map": ("family", sharded({"metadata": {}}), "weight_map None; it must be a table"),
+    "a table of shards that is a list": ("family", sharded([1]), "index.json holds a list; it must be"),
+    "a map of shards that is a list": (
+        "family",
+        sharded({"weight_map": ["a"]}),
+        r"weight_map \['a'\]; it must be a table",
+    ),
+    "an empty map of shards": ("family", sharded({"weight_map": {}}), "weight_map {}; it must be a table"),
+    # a scheduler
+    "a scheduler's config that is a list": (
+        "scheduler",
+        written("scheduler_config.json", "[1]"),
+        r"holds \[1\]; it must be",
+    ),
+    "a scheduler's config that is cut": ("scheduler", cut("scheduler_config.json", 40), "is not a valid JSON"),
+    "a scheduler that a newer version has": (
+        "scheduler",
+        updated("scheduler_config.json", _class_name="HyperScheduler"),
+        "is of 'HyperScheduler', which this version of discrete_schedulers does not have; known: Ancestral",
+    ),
+    "a scheduler's config with text": (
+        "scheduler",
+        updated("scheduler_config.json", top_p="x"),
+        "`top_p` is 'x'; it must",
+    ),
+    "no scheduler in the folder": (
+        "scheduler",
+        without("scheduler_config.json"),
+        "no file named scheduler_config.json",
+    ),
+}
+
+
+def load(kind: str, folder: Path, **arguments: Any) -> Any:
+    if kind == "scheduler":
+        return AncestralScheduler.from_pretrained(folder, **arguments)
+    return DiscreteDiffusionPipeline.from_pretrained(
+        folder, **({"tokenizer": None} if kind == "family" else {}), **arguments
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", LOADED)
+def test_what_is_loaded(name: str, saved: Path, state: dict[str, Tensor], tmp_path: Path, refuses: Callable) -> None:
+    kind, change, message = LOADED[name]
+    folder = tmp_path / "copy"
+    shutil.copytree(saved / kind, folder)
+    shutil.copy(saved / "outside.safetensors", tmp_path)
+    change(folder, state)
+    refuses(lambda: load(kind, folder), message)
+    assert not (saved / "ran").exists(), "code was run"
+
+
+ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "an unknown family": ("family", {"family": "gpt17"}, "`family` is 'gpt17'; allowed: 'SEDD', "),
+    "a family of a pipeline": (
+        "pipe",
+        {"family": "MDLM"},
+        "`family` is not for .*, whose model_index.json says it|is not",
+    ),
+    "a mask too far": ("family", {"mask_token_id": 99}, "`mask_token_id` is 99; allowed are 0 to 21"),
+    "a mask as text": ("family", {"mask_token_id": "x"}, "`mask_token_id` is 'x'; it must be an id"),
+    "a shift of 2": ("family", {"shift": 2}, "`shift` is 2; it must be 0 or 1"),
+    "no such argument": ("family", {"wobble": 1}, "`wobble` is not an argument for"),
+    "foreign code": ("family", {"trust_remote_code": True}, "`trust_remote_code` is not an argument for"),
+    "a dtype that is none": (
+        "family",
+        {"torch_dtype": "float33"},
+        "`torch_dtype` is 'float33'; allowed: torch.float32",
+    ),
+    "whole numbers": ("family", {"torch_dtype": torch.int64}, "`torch_dtype` is torch.int64; allowed: torch.float32"),
+    "a device that is none": ("family", {"device_map": "tpu9"}, "`device_map` is 'tpu9'; allowed: a device"),
+    "a name for a scheduler": ("family", {"scheduler": "x"}, "`scheduler` is a str; it must be"),
+    "a list of facts": ("family", {"denoiser": [1]}, r"`denoiser` has \[1\]; it must be a dict"),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_of_loading(name: str, saved: Path, refuses: Callable) -> None:
+    kind, arguments, message = ARGUMENTS[name]
+    refuses(lambda: load(kind, saved / kind, **arguments), message)
+
+
+NAMES: dict[str, tuple[Any, str]] = {
+    "not bundled": ("discrete-schedulers/huge", "'discrete-schedulers/huge' is not bundled; bundled: .*tiny-text"),
+    "no folder": ("/nowhere/at/all", "`pretrained_model_name_or_path` is '/nowhere/at/all'; there is no such folder"),
+    "three names": ("a/b/c", "`pretrained_model_name_or_path` is 'a/b/c'; .* must be of the form 'namespace/name'"),
+    "not in the cache": (
+        "someone/model",
+        "the Hub cannot be reached, and model_index.json .*'someone/model' is not in",
+    ),
+    "a number": (5, "`pretrained_model_name_or_path` is 5; it must be a folder"),
+    "nothing": (None, "`pretrained_model_name_or_path` is None; it must be a folder"),
+    "an empty name": ("", "`pretrained_model_name_or_path` is ''; it must be a folder"),
+    "an empty folder": (".", "'.' has (neither model_index.json nor config.json|no model_index.json)"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cls", [DiscreteDiffusionPipeline, DiscreteImagePipeline])
+def test_names_of_what_is_not_there(cls: type, name: str, refuses: Callable) -> None:
+    asked, message = NAMES[name]
+    refuses(lambda: cls.from_pretrained(asked), message)
+
+
+def test_what_was_not_changed_loads(saved: Path) -> None:
+    """The folders behind these tables are good: it is the change that is refused."""
+    for kind in ("pipe", "family", "scheduler"):
+        assert load(kind, saved / kind) is not None
+    assert load("family", saved / "family", torch_dtype="bfloat16").model.dtype == torch.bfloat16
+    assert not (saved / "ran").exists()
+
+
+def test_an_unknown_key_is_named_in_the_log(saved: Path, tmp_path: Path, warnings_of_diffusers: Callable) -> None:
+    """A newer version may write one more knob; diffusers says that it is not read."""
+    shutil.copytree(saved / "scheduler", tmp_path / "copy")
+    updated("scheduler_config.json", wobble=3)(tmp_path / "copy", {})
+    AncestralScheduler.from_pretrained(tmp_path / "copy")
+    assert any("wobble" in line and "not expected" in line for line in warnings_of_diffusers())

@@ -96,7 +96,7 @@ def check_step_back(t: Tensor | float, s: Tensor | float) -> None:
     else:  # several times as fast
         is_right = 0 < float(t) >= float(s)
     if not is_right:
-        wrong = torch.as_tensor(t).tolist(), torch.as_tensor(s).tolist()
+        wrong = [time.tolist() if isinstance(time, Tensor) else time for time in (t, s)]
         raise ValueError(f"`t` is {wrong[0]} and `s` is {wrong[1]}; a reverse step needs 0 <= s <= t and t > 0")
 
 

@@ -163,13 +163,17 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, which says of a Hub that cannot be reached that the repository does not have the file.
+        """As in diffusers, which says of a Hub that cannot be reached that the repository does not have the file, and loads the
+        config of any class as one of this.
 
         Raises:
             OSError: If there is no config, or the Hub cannot be reached.
+            ValueError: If it is not the config of a scheduler that this version has.
         """
         try:
-            return super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+            loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+            cls.check_loaded(str(pretrained_model_name_or_path), loaded[0] if isinstance(loaded, tuple) else loaded)
+            return loaded
         except OSError as error:
             if isinstance(error.__context__, FileNotFoundError):  # huggingface_hub: not reached, and not in its cache
                 name = str(pretrained_model_name_or_path)
@@ -177,6 +181,18 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
                     f"the Hub cannot be reached, and the scheduler {name!r} is not in the local cache"
                 ) from error
             raise
+
+    @classmethod
+    def check_loaded(cls, name: str, config: Any) -> None:
+        """Raises `ValueError` if this is no config, or that of a class which is not here: one of a newer version."""
+        if not isinstance(config, Mapping):
+            raise ValueError(f"scheduler_config.json of {name!r} holds {config!r}; it must be a JSON object")
+        kind, known = config.get("_class_name", cls.__name__), sorted(c.__name__ for c in cls._get_compatibles())
+        if kind not in (*known, cls.__name__):
+            raise ValueError(
+                f"scheduler_config.json of {name!r} is of {kind!r}, which this version of discrete_schedulers does not have; "
+                f"known: {', '.join(known)}"
+            )
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
