@@ -535,7 +535,7 @@ def test_arguments_of_uniformization_that_are_refused() -> None:
     [
         ({"density": "gamma"}, "`density` is 'gamma'; allowed: 'schedule', 'beta'"),
         ({"beta_a": 0.0}, "`beta_a` and `beta_b` are 0.0 and 3.0; both must be positive"),
-        ({"beta_b": math.nan}, "`beta_a` and `beta_b` are 3.0 and nan"),
+        ({"beta_b": math.nan}, "`beta_b` is nan"),
     ],
 )
 def test_arguments_of_transition_times_that_are_refused(kwargs: dict[str, Any], message: str) -> None:

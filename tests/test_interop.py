@@ -490,7 +490,7 @@ def test_foreign_schedulers_that_are_refused(arguments: dict[str, Any], message:
 def test_a_pipeline_refuses_what_is_not_for_tokens() -> None:
     pipe = our_pipeline("absorbing")
     pipe.scheduler = diffusers.DDIMScheduler()
-    with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler; this pipeline runs discrete_schedulers' own"):
+    with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler; it must be one of discrete_schedulers' own"):
         pipe(length=LENGTH)
     with pytest.raises(ValueError, match=r"those of diffusers for tokens as ForeignScheduler\(...\)"):
         DiscreteDiffusionPipeline(tiny_model(), diffusers.AmusedScheduler(MASK))

@@ -520,7 +520,7 @@ def test_positions_are_those_of_amused(schedule: str) -> None:
             r"`score_temperature` for 1 steps is \[-1.0\]",
         ),
         (MaskGITScheduler, {"mask_schedule": "uniform"}, "`mask_schedule` is 'uniform'; allowed: 'cosine', 'linear'"),
-        (MaskGITScheduler, {"choice_temperature": math.nan}, r"`choice_temperature` is \[nan\]"),
+        (MaskGITScheduler, {"choice_temperature": math.nan}, "`choice_temperature` is nan"),
     ],
 )
 def test_arguments_that_are_refused(cls: type, kwargs: dict, message: str) -> None:

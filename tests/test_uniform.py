@@ -307,7 +307,9 @@ def test_learned_knobs(cls: type[DiscreteScheduler], knob: str) -> None:
         learned.set_timesteps(3)
     cls(V, grid="learned", coefficients={"2": {"times": [1, 0.4, 0]}}).set_timesteps(2)  # the constant is meant
     for bad in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match=rf"`{knob}` is \[{bad}\]; allowed are numbers in \[0, 1\]"):
+        with pytest.raises(
+            ValueError, match=rf"`{knob}` is \[?{bad}\]?; (allowed are numbers in \[0, 1\]|it must be a finite)"
+        ):
             cls(V, **{knob: bad})
     with pytest.raises(ValueError, match=rf"`{knob}` for 2 steps is \[0.5, 1.5\]"):
         cls(V, coefficients={"2": {knob: [0.5, 1.5]}})
@@ -575,7 +577,7 @@ def test_diffusers_corrections_have_our_conditional() -> None:
         ({"positions_per_correction": 0}, "`positions_per_correction` is 0; it must be at least 1"),
         ({"selection": "lowest"}, "`selection` is 'lowest'; allowed: 'random', 'lowest_margin'"),
         ({"selection_temperature": -1.0}, r"`selection_temperature` is \[-1.0\]; allowed"),
-        ({"selection_temperature": math.nan}, r"`selection_temperature` is \[nan\]"),
+        ({"selection_temperature": math.nan}, "`selection_temperature` is nan"),
         ({"tempered": "both"}, "`tempered` is 'both'; allowed: 'leave_one_out', 'denoiser'"),
         (
             {"process": "absorbing", "mask_token_id": 2},

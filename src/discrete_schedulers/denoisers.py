@@ -141,6 +141,8 @@ class NetworkDenoiser:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
         if self.process == "absorbing" and self.mask_token_id is None:
             raise ValueError("`mask_token_id` is missing: an absorbing process needs the id of the mask")
+        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"`mask_token_id` is {self.mask_token_id}; it must lie in [0, {self.vocab_size})")
         if self.process == "absorbing" and self.parametrization == "leave_one_out":
             raise ValueError("`parametrization='leave_one_out'` is for the uniform process")
         if self.process == "uniform" and self.shift and self.shift_first == "copy":
@@ -227,6 +229,11 @@ class NetworkDenoiser:
         """As a call, with `raw` in the place of the network: a function with the arguments and the output of `self.raw`."""
         if positions is None:
             return self.clean_logits(raw(x_t, t, **conditions), x_t, t)
+        if positions.dtype != torch.bool or positions.shape != x_t.shape:
+            raise ValueError(
+                f"`positions` is {positions.dtype} of shape {tuple(positions.shape)}; it must be bool of "
+                f"shape {tuple(x_t.shape)}"
+            )
         active = positions.any(1)
         if not active.any():
             return RowLogits(torch.empty(0, self.vocab_size, device=x_t.device), positions)
@@ -390,7 +397,10 @@ class NetworkDenoiser:
         """The network's time input, float32 (B,), or nothing."""
         if self.time_input is None:
             return ()
-        t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
+        t = as_time(t, x_t.device)
+        if t.numel() not in (1, len(x_t)):
+            raise ValueError(f"`t` has {t.numel()} times; it must be one, or one for each of {len(x_t)} rows")
+        t = t.reshape(-1).expand(len(x_t))
         if self.time_input == "steps_left":
             if self.num_steps is None:
                 raise ValueError("`num_steps` is missing: this network is told how many steps are left")

@@ -157,8 +157,12 @@ def uniforms(
         `torch.Tensor`: Of the given shape.
 
     Raises:
-        ValueError: If a list of generators does not have one entry per row.
+        ValueError: If these are no generators, or a list of them does not have one entry per row.
     """
+    if generator is not None:
+        each = generator if isinstance(generator, list) else [generator]
+        if not all(isinstance(one, torch.Generator) for one in each):
+            raise ValueError(f"`generator` is {generator!r}; it must be a torch.Generator, a list of them, or None")
     if not isinstance(generator, list):
         source = torch.device(device) if generator is None else generator.device
         return torch.rand(shape, generator=generator, device=source, dtype=dtype).to(device)
@@ -186,12 +190,16 @@ def gumbels(shape: tuple[int, ...], generator: Generators, device: torch.device 
 def check_finite(total: Tensor) -> None:
     """Raises `ValueError` if the total weight of a row is NaN or infinite. Where the host would have to wait for the answer the
     device itself fails, with a `RuntimeError`, and nothing waits."""
-    finite = torch.isfinite(total)
+    finite, cause = torch.isfinite(total), "where float16 overflows, run the network in bfloat16 or float32"
     if not on_host(total):
-        torch._assert_async(finite.all(), "`model_output` has NaN, +inf or no finite entry in a row to draw from")
+        torch._assert_async(
+            finite.all(), f"`model_output` has NaN, +inf or no finite entry in a row to draw from; {cause}"
+        )
     elif not finite.all():
         bad, rows = int((~finite).sum()), total.numel()
-        raise ValueError(f"`model_output` has NaN, +inf or no finite entry in {bad} of {rows} rows to draw from")
+        raise ValueError(
+            f"`model_output` has NaN, +inf or no finite entry in {bad} of {rows} rows to draw from; {cause}"
+        )
 
 
 def positive_weights(logits: Tensor, out: Tensor | None = None) -> Tensor:
@@ -225,7 +233,9 @@ def invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         cumulative = weights.double().cumsum(-1)
         total = cumulative[:, -1:]
         # `right=True` finds the first entry *above* the target, so a state of weight 0 is passed over.
-        return torch.searchsorted(cumulative, u[:, None] * total, right=True).squeeze(-1), total.squeeze(-1)
+        # Beyond the last state: NaN, which whoever reads the sums refuses; until then a state that there is.
+        states = torch.searchsorted(cumulative, u[:, None] * total, right=True).clamp_(max=width - 1)
+        return states.squeeze(-1), total.squeeze(-1)
     whole = width // BLOCK * BLOCK
     sums = weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
     rest = weights[:, whole:].sum(-1, keepdim=True)  # 0 where all blocks are whole, and then never drawn
@@ -239,7 +249,7 @@ def invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     place = block * BLOCK + torch.arange(BLOCK, device=weights.device)  # (r, BLOCK)
     inside = weights.gather(1, place.clamp(max=width - 1)).double().masked_fill_(place >= width, 0.0).cumsum_(-1)
     token = torch.searchsorted(inside, left * inside[:, -1:], right=True)
-    return (block * BLOCK + token).squeeze(-1), total.squeeze(-1)
+    return token.add_(block, alpha=BLOCK).clamp_(max=width - 1).squeeze(-1), total.squeeze(-1)
 
 
 def categorical(logits: Tensor, u: Tensor) -> Tensor:
@@ -432,7 +442,9 @@ def spread_subset(
     batch, length = is_eligible.shape
     height, width = grid_shape or (1, length)
     if height * width != length:
-        raise ValueError(f"`grid_shape` {grid_shape} has {height * width} cells, but the sample has {length} positions")
+        raise ValueError(
+            f"`grid_shape` {grid_shape} has {height * width} cells, but the sample has {length} positions: they must be equal"
+        )
     device = is_eligible.device
     noise = uniforms((batch, length), generator, device)  # breaks ties: squared distances are whole numbers
     place = torch.arange(length, device=device)

@@ -93,7 +93,7 @@ class UniformEntropyBoundScheduler(DiscreteScheduler):
             return everywhere
         rows = (self.annealed(some, index) for _, some in RowLogits.everywhere(logits).chunks())
         entropies = [entropy_of(some, normalised(positive_weights(some))).double() for some in rows]
-        entropy = torch.cat(entropies).view(logits.shape[:2])
+        entropy = torch.cat([everywhere.new_empty(0, dtype=torch.float64), *entropies]).view(logits.shape[:2])
         ranked = entropy.sort(dim=1, stable=True).values
         count = (ranked.cumsum(1) - ranked <= self.per_step("entropy_bound", index)).sum(1)
         return top_subset(everywhere, count, -entropy)
