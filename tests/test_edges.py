@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,8 @@ import diffusers
 import pytest
 import torch
 from laws import random_denoiser
+from packaging.requirements import Requirement
+from packaging.version import Version
 from scheduler_cases import CASES, SchedulerCase
 from test_latent import adapted
 from tiny import LENGTH, MASK, WORDS, randomised, seeded, tiny_pipeline
@@ -81,6 +85,26 @@ def test_the_compiler_warns_of_nothing() -> None:
     for folder in ("src", "pipelines", "training", "examples", "benchmarks", "tests"):
         for path in (ROOT / folder).rglob("*.py"):
             compile(path.read_text(), str(path), "exec")
+
+
+# What the package says it needs
+
+
+def pins(name: str) -> dict[str, Version]:
+    lines = [line.split("==") for line in (ROOT / name).read_text().splitlines() if "==" in line]
+    return {name: Version(version) for name, version in lines}
+
+
+def test_constraints_are_the_ends_of_what_is_allowed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    allowed = {item.name: item.specifier for item in map(Requirement, lines) if item.name != project["name"]}
+    oldest, newest = pins("constraints-oldest.txt"), pins("constraints.txt")
+    assert {name for name in allowed if newest.get(name) not in allowed[name]} == set()
+    floors = {name: Version(bound.version) for name in allowed for bound in allowed[name] if bound.operator == ">="}
+    assert floors.keys() == allowed.keys()
+    del floors["torch"]  # not tested: see CONTRIBUTING.md
+    assert oldest == floors
 
 
 # Copies
