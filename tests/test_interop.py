@@ -71,7 +71,13 @@ class Processor:
 def gemma() -> DiffusionGemmaForBlockDiffusion:
     """Two layers, random weights."""
     text = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "sliding_window": 16}
+    text |= {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_global_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "sliding_window": 16,
+    }
     text |= {"num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 16}
     text |= {"layer_types": ["sliding_attention", "full_attention"]}
     vision = {"model_type": "gemma4_vision", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}

@@ -12,6 +12,7 @@ the time input. Conversions, with K states and survival alpha (Lou et al. 2024; 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ CHOICES = {
     "revealed_logits": ("none", "leave_one_out", "shadow"),
     "attention": ("full", "block_causal"),
 }
+
+# torch numbers hooks without a lock: two threads could get one number, and one hook would be lost
+HOOKS = threading.Lock()
 
 
 class Denoiser(Protocol):
@@ -87,7 +91,7 @@ class NetworkDenoiser:
             of these positions only, in row-major order.
         head (`str`, *optional*): For a network that does not: the name of the submodule that makes logits of hidden states
             (B, L, H), each position by itself (`"lm_head"`, `"cls"`). It is then run at the wanted positions only, as (R, H),
-            by a hook that is there during the call. Not for calls of one network from several threads at once.
+            by a hook that is there during the call, for the thread that calls.
         revealed_logits (`str`, defaults to `"none"`): What the logits at revealed positions are, absorbing process: nothing of
             use (`"none"`: a network that sees the token copies it, or was not trained there), the law of the token given all
             others (`"leave_one_out"`: a hollow network), or an estimate of that law by shadow masks (`"shadow"`, see
@@ -458,9 +462,13 @@ class NetworkDenoiser:
 
 @contextmanager
 def head_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
-    """As long as it is open the module gets hidden states (B, L, H) at these positions only, bool (B, L), as (R, H)."""
+    """As long as it is open the module gets hidden states (B, L, H) at these positions only, bool (B, L), as (R, H). Other
+    threads that call it meanwhile get theirs as they are."""
+    owner = threading.get_ident()
 
     def gather(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if threading.get_ident() != owner:
+            return arguments
         hidden, *others = arguments
         if hidden.shape[:-1] != positions.shape:
             shapes = tuple(hidden.shape), tuple(positions.shape)
@@ -469,11 +477,13 @@ def head_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
             )
         return hidden[positions.to(hidden.device)], *others
 
-    handle = head.register_forward_pre_hook(gather)
+    with HOOKS:
+        handle = head.register_forward_pre_hook(gather)
     try:
         yield
     finally:
-        handle.remove()
+        with HOOKS:
+            handle.remove()
 
 
 def logits_of(output: Any) -> Tensor:

@@ -434,7 +434,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
                 f"`timesteps` has {len(t)} entries; it must have one, or one for each of {len(original_samples)} rows"
             )
         if not t.is_floating_point():
-            t = torch.stack([self.times[self.step_index(index)] for index in t])
+            t = torch.stack([self.calls[self.step_index(index)] for index in t])
         t = t.double().to(original_samples.device).expand(len(original_samples))
         tokens = None if noise is None or noise.is_floating_point() else noise
         return self.noise_process.add_noise(original_samples, t, generator, tokens)
