@@ -380,6 +380,8 @@ def test_best_is_kept_among_those_with_enough_entropy() -> None:
 
 def test_row_entropy() -> None:
     assert row_entropy(torch.tensor([[0, 1], [0, 1], [1, 1], [0, 0]])) == pytest.approx(1.5 * math.log(2))
+    thirds = math.log(3) - 2 / 3 * math.log(2)
+    assert row_entropy(torch.tensor([[0], [0], [1]])) == pytest.approx(thirds, rel=1e-14)  # in float64
 
 
 def learned_kl(name: str, num_steps: int, seed: int, rows: int, iterations: int) -> tuple[float, bool]:

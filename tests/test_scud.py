@@ -218,6 +218,8 @@ def test_every_order_of_the_events_is_equally_likely() -> None:
     two = torch.bincount(order.counts(2 / 3)[:, 2], minlength=2)
     assert chi_square_z(two, torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)) < 4.5
     assert (order.counts(1 / 3) <= order.counts(2 / 3)).all()
+    crowded = torch.tensor([[process.most_events + 3, 0]])  # more events than are ever drawn
+    assert torch.equal(process.draw_order(crowded, seeded()).counts(1.0), crowded)
 
 
 # The sampler
@@ -660,6 +662,12 @@ def test_runs_begin_anew() -> None:
 def test_arguments_that_are_refused(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kernel_scheduler(**kwargs)
+
+
+@pytest.mark.parametrize("law", [[0.5, 0.6], [1.5, -0.5], [[0.5, 0.5]]])
+def test_priors_that_are_refused(law: list) -> None:
+    with pytest.raises(ValueError, match="`prior_law` must be a vector of probabilities"):
+        JumpKernel(torch.tensor(law))
 
 
 def test_calls_that_are_refused() -> None:
