@@ -48,7 +48,7 @@ from discrete_schedulers import (
     optimal_times,
 )
 from discrete_schedulers.sampling import Generators
-from discrete_schedulers.schedulers.scheduling_utils import FactorisedScheduler
+from discrete_schedulers.schedulers.scheduling_utils import FactorisedScheduler, jump_share
 
 CLASSES = list(dict.fromkeys(case.cls for case in CASES))
 ABSORBING = [cls for cls in CLASSES if "absorbing" in cls.processes]
@@ -428,6 +428,14 @@ def test_grids_fall_strictly_from_1_to_0_in_float64(case: SchedulerCase, num_ste
     assert (scheduler.times.diff() < 0).all()
 
 
+def test_share_of_jumps_by_hand() -> None:
+    """(1 - e^-x) / x is 1 at 0, and its slope is a number there."""
+    total = torch.tensor([0.0, math.log(2), 50.0], dtype=torch.float64, requires_grad=True)
+    share = jump_share(total)
+    torch.testing.assert_close(share.tolist(), [1.0, 0.5 / math.log(2), 0.02], rtol=1e-14, atol=0)
+    assert torch.autograd.grad(share.sum(), total)[0].isfinite().all()
+
+
 def test_grids_by_hand() -> None:
     def times(**kwargs: Any) -> list[float]:
         scheduler = AncestralScheduler(vocab_size=5, mask_token_id=4, **kwargs)
@@ -642,6 +650,14 @@ def test_equal_names_have_equal_defaults() -> None:
             if name in ("process", "mask_token_id") and cls not in ABSORBING:
                 continue
             assert defaults.setdefault(name, parameter.default) == parameter.default, (cls.__name__, name)
+
+
+def test_a_hub_out_of_reach_is_named(tmp_path: Path) -> None:
+    """The tests are offline; a folder without a config is another matter."""
+    with pytest.raises(OSError, match="the Hub cannot be reached, and the scheduler 'nobody/nothing'"):
+        AncestralScheduler.from_pretrained("nobody/nothing", cache_dir=tmp_path)
+    with pytest.raises(OSError, match="no file named scheduler_config.json"):
+        AncestralScheduler.from_pretrained(tmp_path)
 
 
 def test_compatibles_are_all_classes() -> None:
