@@ -188,6 +188,15 @@ def test_gradient_in_batches() -> None:
     whole, parts = (
         score_function_gradient(kernel, given, toy.denoiser, paths, times_of(1), weights, size) for size in (50, 7)
     )
+    sizes: list[int] = []
+    many, told = paths.repeat(1, 11, 1), weights.repeat(11)
+
+    def counting(x_t: Tensor, t: Tensor | float) -> Tensor:
+        sizes.append(len(x_t))
+        return toy.denoiser(x_t, t)
+
+    score_function_gradient(kernel, given, counting, many, times_of(1), told)
+    assert sizes == [512, 38]  # rows in a call where nothing else is said
     assert whole["open"].shape == (0,)
     for name, block in whole.items():
         assert torch.allclose(block, parts[name], rtol=0, atol=1e-14)
@@ -324,6 +333,9 @@ def test_features() -> None:
     counts = ngram_features(torch.tensor([[5, 1, 5, 1]]), 2, 8) * 2
     assert counts[0, :8].tolist() == [0, 2, 0, 0, 0, 2, 0, 0]
     assert sorted(counts[0, 8:].tolist()) in ([0] * 6 + [1, 2], [0] * 7 + [3])
+    code = 40_000 * 48271 + 50_000  # whole numbers, by Python
+    place = (code ^ code >> 13) * 69621 % (2**31 - 1) % 1000
+    assert ngram_features(torch.tensor([[40_000, 50_000]]), 2, 1000)[0, 1000:].nonzero().tolist() == [[place]]
     assert not torch.equal(ngram_features(torch.tensor([[1, 2]]), 2, 64), ngram_features(torch.tensor([[2, 1]]), 2, 64))
 
 

@@ -102,6 +102,11 @@ def explicit_d(objective: str, x: Tensor, teacher_x: Tensor, t: float, network: 
 # Phi
 
 
+def test_objectives_are_for_the_scales_of_the_scheduler() -> None:
+    for scale in SCALE_OF.values():
+        assert LSDScheduler(vocab_size=V, mask_token_id=MASK, scale=scale).config.scale == scale
+
+
 @pytest.mark.parametrize("t", [0.9, 0.5, 0.15])
 @pytest.mark.parametrize("objective", SCALE_OF)
 def test_fit_phi_is_the_minimiser(objective: str, t: float) -> None:
@@ -113,6 +118,21 @@ def test_fit_phi_is_the_minimiser(objective: str, t: float) -> None:
     assert all(d(phi) < d(phi + step) for step in (-1e-3, 1e-3))
     if objective != "generalised_kl":
         assert abs(phi - 1) > 0.02  # the states differ
+
+
+def test_a_power_takes_a_few_passes() -> None:
+    """Newton's method, also for few rows of a flat network; halving the range would take some thirty."""
+    passes = []
+
+    def gentle(x: Tensor, t: Tensor | float) -> Tensor:
+        passes.append(len(x))
+        return 0.2 * NETWORK(x, t)
+
+    x, teacher_x = two_states(0.5, batch=1)
+    phi = fit_phi(as_denoiser(gentle), PROCESS, x, teacher_x, time_of(0.5), "softmax_kl", 4, alone)
+    d = explicit_d("softmax_kl", x, teacher_x, 0.5, gentle)
+    assert d(phi) <= min(d(0.999 * phi), d(1.001 * phi))
+    assert len(passes) < 2 * 12  # two states each
 
 
 @pytest.mark.parametrize("noise_schedule", ["loglinear", "linear", "cosine", "geometric"])

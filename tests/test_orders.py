@@ -53,6 +53,13 @@ def test_the_two_largest_of_narrow_and_wide_rows() -> None:
         assert [t.tolist() for t in top_two(law)] == [[0.5], [0.25]]
 
 
+def test_logits_without_a_temperature_are_scored_as_they_are() -> None:
+    """Not even rounded: top-p of 1 keeps all, also what the sum of the others hides."""
+    scheduler = ConfidenceScheduler(vocab_size=7, mask_token_id=MASK, score_law="tempered")
+    logits = torch.tensor([[0.0, -50.0, -60.0]], dtype=torch.float64)
+    assert scheduler.scored_logits(logits).tolist() == logits.tolist()
+
+
 def test_who_goes_by_blocks() -> None:
     scheduler = ConfidenceScheduler(vocab_size=7, mask_token_id=MASK, block_length=4)
     assert [scheduler.goes_by_blocks(size) for size in (4, 8, 6, 2)] == [True, True, False, False]

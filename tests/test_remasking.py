@@ -388,6 +388,13 @@ def test_mass_of_confidence_by_hand() -> None:
         learned.set_timesteps(3)
 
 
+def test_without_mass_it_is_ancestral_sampling_draw_by_draw() -> None:
+    denoiser, x = random_denoiser(4), torch.full((5, 12), 3)
+    ancestral = AncestralScheduler(vocab_size=4, mask_token_id=3, noise_schedule="linear", unmasking="bernoulli")
+    samples = [run(scheduler, denoiser, 6, x, seeded(1)) for scheduler in (confident(remask_mass=0.0), ancestral)]
+    assert torch.equal(*samples)
+
+
 def test_confidence_is_that_of_the_law_drawn_from() -> None:
     """After temperature and top-p, of the token that was drawn; kept for each row until the position is drawn again."""
     scheduler = confident(top_p=0.8)

@@ -428,6 +428,13 @@ def test_grids_fall_strictly_from_1_to_0_in_float64(case: SchedulerCase, num_ste
     assert (scheduler.times.diff() < 0).all()
 
 
+def test_chances_are_worked_out_before_the_first_call() -> None:
+    """So that a compiled step only reads them."""
+    scheduler = AncestralScheduler(vocab_size=5, mask_token_id=4, noise_schedule="linear")
+    scheduler.set_timesteps(4)
+    torch.testing.assert_close(scheduler.openings.tolist(), [1 / 4, 1 / 3, 1 / 2, 1.0], rtol=1e-14, atol=0)
+
+
 def test_share_of_jumps_by_hand() -> None:
     """(1 - e^-x) / x is 1 at 0, and its slope is a number there."""
     total = torch.tensor([0.0, math.log(2), 50.0], dtype=torch.float64, requires_grad=True)
@@ -813,6 +820,38 @@ def test_a_missing_budget_lists_those_there_are(name: str) -> None:
     with pytest.raises(ValueError, match=f"no coefficients for `num_inference_steps` 5; learned budgets: {known}"):
         scheduler.set_timesteps(5)
     assert scheduler.num_inference_steps is None  # and nothing has changed
+    with pytest.raises(ValueError, match=r"learned budgets: none$"):
+        AncestralScheduler(vocab_size=5, mask_token_id=4).budget(5)
+
+
+KNOBS = {
+    "Confidence": "score_temperature",
+    "ConfidenceRemasking": "remask_mass",
+    "DiscreteDDIM": "sigma_share",
+    "FlowMatching": "divergence_free",
+    "GibbsCorrector": "selection_temperature",
+    "InformedCorrector": "selection_temperature",
+    "Learn2PD": "threshold",
+    "MaskGIT": "choice_temperature",
+    "PredictorCorrector": "corrector_step",
+    "Psi": "kappa",
+    "ThetaRK2": "theta",
+    "ThetaTrapezoidal": "theta",
+    "WINO": "accept_threshold",
+}
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_learned_knob_is_read_and_missed_at_once(name: str) -> None:
+    """The number of its step; for a budget without one an error, before anything changes."""
+    case, knob = next(case for case in CASES if case.cls.__name__ == name + "Scheduler"), KNOBS[name]
+    scheduler = case.build(5, coefficients={"2": {knob: [0.5, 0.25]}})
+    with pytest.raises(ValueError, match="no coefficients for `num_inference_steps` 3; learned budgets: 2"):
+        scheduler.set_timesteps(3)
+    assert scheduler.num_inference_steps is None
+    assert len(scheduler.times) == 2
+    scheduler.set_timesteps(2)
+    assert [scheduler.per_step(knob, step) for step in range(2)] == [0.5, 0.25]
 
 
 def test_a_missing_block_lists_those_there_are() -> None:
