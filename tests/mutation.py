@@ -1,6 +1,6 @@
 """Mutation run: plant small faults in the sources, one at a time, and see whether the fast tests notice.
 
-    python tests/mutation.py --sample 600            (resumable; state in .mutation/, summary in tests/mutation.json)
+    python tests/mutation.py --sample 300            (resumable; state in .mutation/, summary in tests/mutation.json)
 
 First the fast tests run once with a tracer: which test runs which line, and how long it takes. Then each mutant of a random
 sample is tried in a fork of a process that has collected all tests, with those that run the mutated lines, until one fails or
@@ -16,8 +16,8 @@ import ast
 import functools
 import gc
 import hashlib
-import importlib
 import json
+import math
 import os
 import random
 import resource
@@ -26,7 +26,7 @@ import sys
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -43,8 +43,6 @@ SOURCES = [
 TESTS = """adaptive correctors diffusers_contract exact_simulation information informed interop jump_steps learn2pd
     learned likelihood marginal mixture objectives order_search orders processes remasking sampling schedulers scud
     speed spread temperatures theta uniform""".split()
-WARM = """numpy scipy.optimize scipy.stats torch diffusers.configuration_utils diffusers.models.modeling_utils
-    transformers accelerate datasets hypothesis.strategies huggingface_hub safetensors.torch tokenizers""".split()
 
 
 def both_ways(pairs: str) -> dict[str, str]:
@@ -58,6 +56,8 @@ NAMES = both_ways("any all, min max, amin amax, argmin argmax, cummin cummax, mi
 OPTIONS = ["-m", "not slow", *"-q -p no:cacheprovider -p no:xdist --hypothesis-seed=0 --no-header --tb=line".split()]
 LOG = os.dup(1)  # pytest takes 1 away
 FAULT = 99
+FAILED: dict[str, list[int]] = {"failed": []}  # in place of the lines of a test
+LARGEST = 1000  # sample; smaller ones are its beginnings
 MEMORY = 12 * 2**30  # of address space, for a mutant that runs away
 DROPPED = {"clamp", "double", "abs", "nan_to_num", "round", "flip"}  # x.clamp(...) becomes x
 PLAIN = (bool, int, float, str, tuple, list, dict, set, frozenset)
@@ -206,10 +206,11 @@ def plant(mutant: dict[str, Any], functions: list[FunctionType]) -> None:
 
 
 class Recorder:
-    """Pytest plugin: the lines of our sources that each test runs, and its seconds."""
+    """Pytest plugin: the lines of our sources that each test runs, and its seconds. Tests that fail are left out."""
 
     def __init__(self) -> None:
         self.of = functools.cache(lambda name: {str(ROOT / s): s for s in SOURCES}.get(os.path.realpath(name)))
+        self.lines: dict[str, set[int]] = defaultdict(set)
         self.tests: dict[str, dict[str, list[int]]] = {}
         self.seconds: Counter[str] = Counter()
 
@@ -227,83 +228,82 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Any:
-        self.lines: dict[str, set[int]] = defaultdict(set)
+        self.lines.clear()
+        failed = item.session.testsfailed
         sys.settrace(self.trace)
         try:
             return (yield)
         finally:
             sys.settrace(None)
-            self.tests[item.nodeid] = {source: sorted(lines) for source, lines in self.lines.items()}
+            is_good = item.session.testsfailed == failed
+            self.tests[item.nodeid] = {s: sorted(lines) for s, lines in self.lines.items()} if is_good else FAILED
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.seconds[report.nodeid] += report.duration
-        if report.failed:
-            self.tests.pop(report.nodeid, None)
-
-    def pytest_sessionfinish(self) -> None:
-        for name in [name for name in self.seconds if name not in self.tests]:
-            os.write(LOG, f"does not pass, left out: {name}\n".encode())
-        old = read(STATE / "map.json")
-        write(STATE / "map.json", {name: old.get(name, {}) | getattr(self, name) for name in ("tests", "seconds")})
 
 
-def record_changed(files: list[str]) -> None:
-    """Records the test files that have changed since their last record: all of them if a source has."""
-
-    def digest(names: Sequence[str]) -> str:
-        return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names)).hexdigest()
-
-    now = {name: digest([name, *SOURCES]) for name in files}
-    old = read(STATE / "files.json")
-    if changed := [name for name in files if old.get(name) != now[name]]:
-        record = read(STATE / "map.json") or {"tests": {}, "seconds": {}}
-        for part in record.values():
-            for name in [name for name in part if name.split("::")[0] in changed]:
-                del part[name]
-        write(STATE / "map.json", record)
-        fork(lambda: pytest.main([*OPTIONS, *changed], plugins=[Recorder()]))
-        write(STATE / "files.json", now)
+def run_tests(items: list[Any], before: Callable[[Any], None] = lambda item: None, maxfail: float = math.inf) -> int:
+    """Runs collected tests, and returns how many failed."""
+    for item, following in zip(items, [*items[1:], None], strict=False):
+        before(item)
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if item.session.testsfailed >= maxfail:
+            break
+    return items[0].session.testsfailed if items else 0
 
 
 class Forks:
     """Pytest plugin: instead of all tests runs some of them for each mutant, in a fork of its own."""
 
-    def __init__(self, todo: list[dict[str, Any]], record: dict[str, Any], cap: float) -> None:
-        self.todo, self.record, self.cap = todo, record, cap
+    def __init__(self, todo: list[dict[str, Any]], cap: float) -> None:
+        self.todo, self.cap = todo, cap
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        record = self.record(session)
         items = {item.nodeid: item for item in session.items}
         functions = [thing for thing in gc.get_objects() if isinstance(thing, FunctionType)]
         gc.freeze()
         for mutant in self.todo:
-            chosen = [items[name] for name in choose(mutant, self.record, self.cap) if name in items]
+            chosen = [items[name] for name in choose(mutant, record, self.cap) if name in items]
 
             def run(mutant: dict[str, Any] = mutant, chosen: list[Any] = chosen) -> int:
                 try:
                     plant(mutant, functions)
                 except Exception:  # the module cannot be imported
                     return 1
-                for item, following in zip(chosen, [*chosen[1:], None], strict=False):
-                    limit_time(self.record["seconds"][item.nodeid])
-                    item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-                    if session.testsfailed:
-                        return 1
-                return 0
+                return run_tests(chosen, lambda test: limit_time(record["seconds"][test.nodeid]), 1)
 
-            settle(mutant, fork(run, self.record, [item.nodeid for item in chosen]))
+            settle(mutant, fork(run, 30 + sum(record["seconds"][item.nodeid] for item in chosen)))
         return True
 
+    def record(self, session: pytest.Session) -> dict[str, Any]:
+        """Seconds of each test, and for each file and line the tests that run it. Tests are recorded that have not been since
+        the sources changed."""
+        digest = hashlib.sha256(b"".join((ROOT / source).read_bytes() for source in SOURCES)).hexdigest()
+        record = read(STATE / "record.json")
+        if record.get("sources") != digest:
+            record = {"sources": digest, "tests": {}, "seconds": {}}
 
-def read_record() -> dict[str, Any]:
-    """Seconds of each test, and for each file and line the tests that run it."""
-    record = read(STATE / "map.json")
-    lines: dict[str, dict[int, list[str]]] = {source: defaultdict(list) for source in SOURCES}
-    for name, of_test in record["tests"].items():
-        for source, numbers in of_test.items():
-            for number in numbers:
-                lines[source][number].append(name)
-    return {"seconds": record["seconds"], "lines": lines}
+        def run() -> int:
+            recorder = Recorder()
+            session.config.pluginmanager.register(recorder)
+            run_tests(unknown)
+            for part in ("tests", "seconds"):
+                record[part] |= getattr(recorder, part)
+            write(STATE / "record.json", record)
+            return 0
+
+        if unknown := [item for item in session.items if item.nodeid not in record["tests"]]:
+            assert fork(run) == 0, "the tests could not be recorded"
+            record = read(STATE / "record.json")
+        lines: dict[str, dict[int, list[str]]] = {source: defaultdict(list) for source in SOURCES}
+        for name, of_test in record["tests"].items():
+            for source, numbers in of_test.items() if of_test != FAILED else ():
+                for number in numbers:
+                    lines[source][number].append(name)
+        idle = [name for name, of_test in record["tests"].items() if not of_test]
+        return {"seconds": record["seconds"], "lines": lines, "idle": idle}
 
 
 def choose(mutant: dict[str, Any], record: dict[str, Any], cap: float) -> list[str]:
@@ -311,6 +311,7 @@ def choose(mutant: dict[str, Any], record: dict[str, Any], cap: float) -> list[s
     as k times as slow. They run by file, those named like the module before the others."""
     (first, last), seconds, of_line = mutant["lines"], record["seconds"], record["lines"][mutant["source"]]
     names = {name for line, some in of_line.items() if first <= line <= last for name in some}
+    names |= set() if mutant["is_inside"] else set(record["idle"])  # such as look at signatures and class attributes
     cases: Counter[str] = Counter()
     ranked = []
     for name in sorted(names, key=lambda name: (seconds[name], name)):
@@ -332,10 +333,9 @@ def limit_time(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (int(usage.ru_utime + usage.ru_stime + 5 + 2 * seconds), -1))
 
 
-def fork(run: Callable[[], int], record: dict[str, Any] | None = None, names: Sequence[str] = ()) -> int:
-    """What it returns in a child process, or minus the signal that ended it; FAULT if it raises. With a record the child
-    has CPU time for these tests, and more."""
-    seconds = 1e6 if record is None else 30 + sum(record["seconds"][name] for name in names)
+def fork(run: Callable[[], int], seconds: float = 1e6) -> int:
+    """What it returns in a child process with so many seconds of CPU time, or minus the signal that ended it; FAULT if it
+    raises."""
     child = os.fork()
     if child == 0:
         limit_time(seconds)
@@ -356,9 +356,9 @@ def fork(run: Callable[[], int], record: dict[str, Any] | None = None, names: Se
 
 
 def settle(mutant: dict[str, Any], code: int) -> None:
-    """Writes down what became of a mutant, by the exit code of its tests: 5 is that there are none."""
+    """Writes down what became of a mutant, by the exit code of its tests."""
     results = read(STATE / "results.json")
-    result = {0: "survived", 5: "survived", FAULT: "fault"}.get(code, "timeout" if code < 0 else "killed")
+    result = {0: "survived", FAULT: "fault"}.get(code, "timeout" if code < 0 else "killed")
     results[mutant["key"]] = result
     write(STATE / "results.json", results)
     os.write(LOG, f"{time.strftime('%H:%M:%S')} {result:8} {mutant['line']:4} {mutant['key']}\n".encode())
@@ -391,21 +391,15 @@ def summarise(everything: list[dict[str, Any]], results: dict[str, str]) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=600, help="mutants to try, drawn from those of all files")
+    parser.add_argument("--sample", type=int, default=300, help=f"mutants of all files to try, at most {LARGEST}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cap", type=float, default=15.0, help="seconds of tests for one mutant")
     parser.add_argument("--again", default=None, help="try survivors again whose key has this text ('' for all)")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after this time")
     arguments = parser.parse_args()
     STATE.mkdir(exist_ok=True)
     os.chdir(ROOT)
-    for name in WARM:
-        importlib.import_module(name)
-    files = [f"tests/test_{name}.py" for name in TESTS]
-    record_changed(files)
-    record = read_record()
     everything = [mutant for source in SOURCES for mutant in mutants(source)]
-    sample = random.Random(arguments.seed).sample(everything, min(arguments.sample, len(everything)))
+    sample = random.Random(arguments.seed).sample(everything, LARGEST)[: arguments.sample]
     results = read(STATE / "results.json")
     again = arguments.again
     todo = [
@@ -414,8 +408,9 @@ def main() -> None:
         if mutant["key"] not in results
         or (again is not None and again in mutant["key"] and results[mutant["key"]] == "survived")
     ]
-    if todo:  # all tests are collected once
-        fork(lambda: pytest.main([*OPTIONS, *files], plugins=[Forks(todo, record, arguments.cap)]))
+    if todo:
+        files = [f"tests/test_{name}.py" for name in TESTS]
+        pytest.main([*OPTIONS, *files], plugins=[Forks(todo, arguments.cap)])
     results = read(STATE / "results.json")
     summarise(everything, {m["key"]: results[m["key"]] for m in sample if m["key"] in results})
 

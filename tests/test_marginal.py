@@ -361,6 +361,10 @@ def test_ratio_remembers_some_calls() -> None:
     assert values[0] > 0.5  # four times as many as in the data
     assert 0.3 < values[1] < values[2]  # half of what is remembered, then all: the ones are forgotten
     assert values[2] == pytest.approx(float(fresh({}, zeros)[0]), abs=1e-6)
+    constant = LogisticRatio(
+        torch.zeros_like(data), lambda x: subset_features(x, 2, 2)
+    )  # no feature of the data varies
+    assert constant({}, ones).isfinite().all()
 
 
 def test_two_sample_statistic() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import itertools
 import json
 import math
+import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -657,6 +660,29 @@ def test_equal_names_have_equal_defaults() -> None:
             if name in ("process", "mask_token_id") and cls not in ABSORBING:
                 continue
             assert defaults.setdefault(name, parameter.default) == parameter.default, (cls.__name__, name)
+
+
+DEFAULT = re.compile(r"^ +(\w+) \(`[^`]*`, (?:defaults to `?([^`]+?)`?|\*optional\*)\):", re.MULTILINE)
+MODULES = "processes sampling information exact scud training.objectives training.marginal training.temperatures"
+
+
+def test_defaults_are_those_of_the_docstrings() -> None:
+    """Of all schedulers, and of the functions and classes beside them."""
+    things: list[Any] = list(CLASSES)
+    for name in [*MODULES.split(), "training.jump_steps"]:
+        module = importlib.import_module(f"discrete_schedulers.{name}")
+        things += [t for t in vars(module).values() if getattr(t, "__module__", "") == module.__name__ and callable(t)]
+    number = 0
+    for thing in things:
+        parameters = inspect.signature(thing).parameters
+        for name, value in DEFAULT.findall(thing.__doc__ or ""):
+            default = parameters[name].default
+            said = eval(
+                value or "None", {"torch": torch, "inf": math.inf} | vars(sys.modules[thing.__module__])
+            )  # names of constants too
+            assert (default, type(default)) == (said, type(said)), (thing, name)
+            number += 1
+    assert number > 250
 
 
 def test_a_hub_out_of_reach_is_named(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from laws import Joint, all_states, chi_square_z, exact_denoiser, random_joint, state_index, total_variation
+from scipy.stats import poisson
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -24,7 +26,7 @@ from discrete_schedulers import (
     SCUDScheduler,
     UniformProcess,
 )
-from discrete_schedulers.scud import EventOrder, JumpKernel, MatrixKernel
+from discrete_schedulers.scud import EventOrder, JumpKernel, MatrixKernel, poisson_cdf
 
 V, L, MASK = 3, 3, 3
 
@@ -662,6 +664,11 @@ def test_runs_begin_anew() -> None:
 def test_arguments_that_are_refused(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kernel_scheduler(**kwargs)
+
+
+def test_cumulative_law_of_counts() -> None:
+    found = poisson_cdf(torch.tensor([[2.5], [0.0]], dtype=torch.float64), 3)
+    np.testing.assert_allclose(found, poisson.cdf(range(4), [[2.5], [0.0]]), rtol=1e-13)
 
 
 @pytest.mark.parametrize("law", [[0.5, 0.6], [1.5, -0.5], [[0.5, 0.5]]])
