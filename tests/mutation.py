@@ -394,20 +394,16 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=300, help=f"mutants of all files to try, at most {LARGEST}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cap", type=float, default=15.0, help="seconds of tests for one mutant")
-    parser.add_argument("--again", default=None, help="try survivors again whose key has this text ('' for all)")
+    parser.add_argument("--again", action="store_true", help="try survivors again that have no reason in the summary")
     arguments = parser.parse_args()
     STATE.mkdir(exist_ok=True)
     os.chdir(ROOT)
     everything = [mutant for source in SOURCES for mutant in mutants(source)]
     sample = random.Random(arguments.seed).sample(everything, LARGEST)[: arguments.sample]
     results = read(STATE / "results.json")
-    again = arguments.again
-    todo = [
-        mutant
-        for mutant in sample
-        if mutant["key"] not in results
-        or (again is not None and again in mutant["key"] and results[mutant["key"]] == "survived")
-    ]
+    known = {key for key, reason in read(SUMMARY).get("survivors", {}).items() if reason}
+    open_cases = {key for key, result in results.items() if result == "survived"} - known if arguments.again else ()
+    todo = [mutant for mutant in sample if mutant["key"] not in results or mutant["key"] in open_cases]
     if todo:
         files = [f"tests/test_{name}.py" for name in TESTS]
         pytest.main([*OPTIONS, *files], plugins=[Forks(todo, arguments.cap)])

@@ -348,6 +348,14 @@ def test_rows_are_chosen_and_dense_alike_in_the_loop() -> None:
     assert torch.equal(alone[0], sparse[1])
 
 
+def test_the_chance_to_open_is_at_most_1_despite_rounding() -> None:
+    """With all the remasking that there can be it is 1 in every step that has tokens to remask."""
+    for noise_schedule, num_steps in itertools.product(("loglinear", "cosine"), (14, 20, 22, 24)):
+        scheduler = build("cap", eta=1.0, noise_schedule=noise_schedule)
+        scheduler.set_timesteps(num_steps)
+        assert all(scheduler.open_probability(k) <= 1 for k in range(num_steps))
+
+
 # Confidence
 
 

@@ -666,6 +666,16 @@ def test_arguments_that_are_refused(kwargs: dict[str, Any], message: str) -> Non
         kernel_scheduler(**kwargs)
 
 
+def test_what_a_kernel_remembers() -> None:
+    """Of x_0 after the events of t = 1, at least one: by the sum over their number."""
+    process, mean = ordinal(), 4.0 * math.log(1000)
+    matrix, law = dense(process), torch.zeros(V, V, dtype=torch.float64)
+    for count in range(1, 120):
+        law += poisson.pmf(count, mean) / -math.expm1(-mean) * torch.linalg.matrix_power(matrix, count)
+    furthest = max(total_variation(row, process.kernel.prior_law) for row in law)
+    assert process.remembered() == pytest.approx(furthest, rel=1e-6)
+
+
 def test_cumulative_law_of_counts() -> None:
     found = poisson_cdf(torch.tensor([[2.5], [0.0]], dtype=torch.float64), 3)
     np.testing.assert_allclose(found, poisson.cdf(range(4), [[2.5], [0.0]]), rtol=1e-13)

@@ -27,6 +27,7 @@ from laws import (
 from torch import Tensor
 
 from discrete_schedulers import AncestralScheduler, RowLogits, ThetaRK2Scheduler, ThetaTrapezoidalScheduler
+from discrete_schedulers.schedulers import theta_utils
 from discrete_schedulers.schedulers.theta_utils import ThetaScheduler
 
 MASKED = {"vocab_size": 4, "mask_token_id": 3}
@@ -329,6 +330,20 @@ def test_rows_that_the_calls_read() -> None:
     assert torch.equal(x_s != 6, first | (x != 6))
     everywhere = scheduler.positions(6, x_s, generator)  # the last call
     assert torch.equal(everywhere, x_s == 6)
+
+
+@pytest.mark.parametrize("cls", [ThetaTrapezoidalScheduler, ThetaRK2Scheduler])
+def test_who_does_not_open_now_waits(cls: type[ThetaScheduler], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the coin falls on the border of the two halves."""
+    scheduler, x = cls(**MASKED, noise_schedule="linear", theta=0.5), torch.full((1, 3), 3)
+    scheduler.set_timesteps(4)
+    u = scheduler.first_chance(0) / scheduler.either_chance(0)
+    coins = torch.tensor([[0.999 * u, u, 1.001 * u]], dtype=torch.float64)
+    monkeypatch.setattr(theta_utils, "uniforms", lambda *_: coins)
+    rows = RowLogits(torch.zeros(3, 4), torch.ones(1, 3, dtype=torch.bool))
+    y = scheduler.step(rows, 0, x, generator=seeded()).prev_sample
+    assert (y == 3).tolist() == [[False, True, True]]
+    assert scheduler.half.positions[0, 1:].all()
 
 
 def test_rk2_takes_its_guess_back() -> None:
