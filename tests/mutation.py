@@ -134,12 +134,12 @@ def spots(spot: Spot) -> Iterator[Spot]:
             if not isinstance(child, ast.AST):
                 continue
             lines, is_inside = spot.lines, spot.is_inside or (isinstance(node, ast.FunctionDef) and field == "body")
-            is_simple = isinstance(child, ast.stmt) and not hasattr(child, "body")
             is_head = isinstance(child, ast.expr) and isinstance(node, ast.stmt) and hasattr(node, "body")  # of an if
             if isinstance(node, ast.FunctionDef) and field == "args":  # defaults matter where the function is called
                 lines = (node.lineno, node.end_lineno or 0)
-            elif is_inside and (is_simple or is_head):
-                lines = (child.lineno, child.end_lineno or 0)
+            elif is_inside and (is_head or isinstance(child, ast.stmt)):
+                last = child.test if isinstance(child, ast.If) else child
+                lines = (child.lineno, last.end_lineno or 0)
             yield from spots(spot._replace(node=child, lines=lines, is_inside=is_inside))
 
 
@@ -302,7 +302,7 @@ class Forks:
             for source, numbers in of_test.items() if of_test != FAILED else ():
                 for number in numbers:
                     lines[source][number].append(name)
-        idle = [name for name, of_test in record["tests"].items() if not of_test]
+        idle = {name for name, of_test in record["tests"].items() if not of_test}
         return {"seconds": record["seconds"], "lines": lines, "idle": idle}
 
 
@@ -311,7 +311,9 @@ def choose(mutant: dict[str, Any], record: dict[str, Any], cap: float) -> list[s
     as k times as slow. They run by file, those named like the module before the others."""
     (first, last), seconds, of_line = mutant["lines"], record["seconds"], record["lines"][mutant["source"]]
     names = {name for line, some in of_line.items() if first <= line <= last for name in some}
-    names |= set() if mutant["is_inside"] else set(record["idle"])  # such as look at signatures and class attributes
+    stem = Path(mutant["source"]).stem.removeprefix("scheduling_")
+    if not mutant["is_inside"]:  # and those that look at signatures, class attributes and constants
+        names |= {name for name in seconds if name in record["idle"] or stem in name.split("::")[0]}
     cases: Counter[str] = Counter()
     ranked = []
     for name in sorted(names, key=lambda name: (seconds[name], name)):
@@ -322,7 +324,6 @@ def choose(mutant: dict[str, Any], record: dict[str, Any], cap: float) -> list[s
         if total + seconds[name] <= cap:
             chosen.append(name)
             total += seconds[name]
-    stem = Path(mutant["source"]).stem.removeprefix("scheduling_")
     order = {name: number for number, name in enumerate(chosen)}
     return sorted(chosen, key=lambda name: (stem not in name.split("::")[0], name.split("::")[0], order[name]))
 

@@ -393,6 +393,28 @@ def test_a_second_call_needs_its_first(kwargs: dict[str, Any]) -> None:
         scheduler.step(logits, 1, x)
 
 
+@every_method
+@both_processes
+def test_draws_of_the_second_call_follow_its_law(
+    cls: type[ThetaScheduler], hazard: str, kwargs: dict[str, Any]
+) -> None:
+    """Given what the first call made of a position: at once, before later steps hide how many are still masked."""
+    scheduler, width = cls(**kwargs, hazard=hazard, theta=0.4), kwargs["vocab_size"]
+    scheduler.set_timesteps(3)
+    x = torch.full((1, 40_000), width - 1)
+    logits = torch.tensor([[0.3, 1.5, 0.0, -0.4], [0.9, 0.1, 0.2, 0.5]], dtype=torch.float64)[:, -width:]
+    if scheduler.config.process == "absorbing":
+        logits[:, -1] = -math.inf
+    y = scheduler.step(logits[0].expand(*x.shape, width), 2, x, generator=seeded(1)).prev_sample
+    x_s = scheduler.step(logits[1].expand(*x.shape, width), 3, y, generator=seeded(2)).prev_sample
+    p_0, p_star = logits.softmax(-1)[:, None, None]
+    for state in range(width):
+        law = scheduler.second_law(p_0, p_star, 1, x[:, :1], torch.tensor([[state]]))[0, 0]
+        counts = torch.bincount(x_s[y == state], minlength=width)
+        assert counts.sum() > 500
+        assert chi_square_z(counts, law) < 4.5 if law.max() < 1 else counts[law.argmax()] == counts.sum()
+
+
 # Runs
 
 
