@@ -365,6 +365,9 @@ def test_pc_sampler_far_to_the_right() -> None:
 
 
 def test_token_frequencies_are_checked_and_saved(tmp_path: Path) -> None:
+    assert build(PCSamplerScheduler, 4).surprise.tolist() == pytest.approx(
+        [math.log(TOKENS + 1)] * (TOKENS + 1), rel=1e-14
+    )
     frequencies = [1 / 3, 0.1, 1e-12, 1.0]
     scheduler = build(PCSamplerScheduler, 2, token_frequencies=frequencies)
     scheduler.save_pretrained(tmp_path)

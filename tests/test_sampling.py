@@ -77,6 +77,12 @@ def test_no_generator_is_torchs_own() -> None:
     assert torch.equal(first, uniforms((2, 3), None, "cpu"))
 
 
+def test_gumbels_are_finite_at_the_end_of_u(monkeypatch: pytest.MonkeyPatch) -> None:
+    """u = 0 counts as the middle of its cell: -log(54 log 2)."""
+    monkeypatch.setattr(sampling, "uniforms", lambda shape, *_: torch.zeros(shape, dtype=torch.float64))
+    assert sampling.gumbels((1, 1), None, "cpu").item() == pytest.approx(-math.log(54 * math.log(2)), rel=1e-14)
+
+
 # Categorical: the law
 
 
