@@ -63,8 +63,8 @@ IDS = torch.zeros(B, L, dtype=torch.int64)
 SUBJECT = re.compile(r"`[^`]+`|--\w+|\w+\.(json|safetensors|bin|txt|xz|parquet)|'[^']+'")
 ALLOWED = re.compile(
     r"must|allowed|needs?\b|(is|are) (needed|required|for|missing)|is a number from|has not|at most|known|cannot|has no\b|"
-    r"lacks|learned budgets|leaves|newer version|is not (read|JSON|in|for|bundled|a folder)|unexpected keyword|choose from|is another|"
-    r"of at least|is of|does not|download it|run the network|to fill in|one (per|for|each)|"
+    r"lacks|learned budgets|leaves|newer version|is not (read|JSON|in|for|bundled|a folder)|unexpected keyword|choose from|"
+    r"is another|of at least|is of|does not|download it|run the network|to fill in|one (per|for|each)|"
     r"valid JSON|no file named|do not fit|save that|pass `",
     re.IGNORECASE,
 )
