@@ -478,14 +478,10 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
 
     def clean_tokens(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """A token for each row, (R,), from the clean law that the call `index` draws from: see `shaped_logits`."""
-        tokens, mask = rows.pick(sample), self.config.mask_token_id
-
-        def shaped(logits: Tensor, part: slice) -> Tensor:
-            if self.is_shaped(index):
-                return self.shaped_logits(logits, index, tokens[part])
-            return logits if mask is None else without_column_(logits, mask)
-
-        return draw_tokens(rows, generator, shaped)
+        if not self.is_shaped(index):
+            return draw_tokens(rows, generator, without=self.config.mask_token_id)
+        tokens = rows.pick(sample)
+        return draw_tokens(rows, generator, lambda logits, part: self.shaped_logits(logits, index, tokens[part]))
 
     def is_shaped(self, index: int) -> bool:
         """Whether the call `index` draws from another law than the network's own."""
