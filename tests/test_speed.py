@@ -244,7 +244,9 @@ BUDGETS = {
     "path planning": Budget(PathPlanningScheduler, {}, "all", 0.39, 640),
     "DDIM, uniform": Budget(DiscreteDDIMScheduler, {}, "all", 0.9, 166),
     "entropy bound, uniform": Budget(UniformEntropyBoundScheduler, {}, "all", 6.6, 1200),
-    "ancestral, uniform": Budget(AncestralScheduler, {"process": "uniform"}, "all", 20, 6700),
+    "ancestral, uniform": Budget(AncestralScheduler, {"process": "uniform"}, "all", 0.65, 215),
+    "Psi": Budget(PsiScheduler, {}, "all", 0.6, 230),
+    "tau-leaping, uniform": Budget(TauLeapingScheduler, {"process": "uniform"}, "all", 0.65, 252),
 }
 
 

@@ -297,11 +297,11 @@ class RowWeights:
     total: Tensor
     found: dict[str, Tensor]
 
-    def at(self, columns: Tensor, part: slice = slice(None)) -> Tensor:
-        """The weights in these columns (r, n) of some of the rows, (r, n), from their logits."""
+    def at(self, columns: Tensor, part: slice = slice(None), is_raw: bool = False) -> Tensor:
+        """The weights in these columns (r, n) of some of the rows, (r, n), from their logits; with `is_raw` of any."""
         logits = self.rows.entries(columns, part).to(self.shift.dtype)  # a copy, whatever the dtype
         weights = logits.sub_(self.shift[part]).mul_(self.factor).exp2_()
-        if self.without is None:
+        if self.without is None or is_raw:
             return weights
         without = self.without[part, None] if isinstance(self.without, Tensor) else self.without
         return weights.masked_fill_(columns == without, 0.0)
@@ -485,6 +485,37 @@ def draw_shaped(rows: RowLogits, u: Tensor, shaped: RowFunction, without: int | 
     weights = weigh(rows, without=without, measures={"token": lambda w, part: invert(w, u[part])[0]}, shaped=shaped)
     weights.check()
     return weights.found["token"]
+
+
+def draw_others(rows: RowLogits, u: Tensor, own: Tensor, shaped: RowFunction | None) -> tuple[Tensor, Tensor]:
+    """A token for each row that is not its own one, and the share of its law that others have.
+
+    Args:
+        rows (`RowLogits`): Laws of R positions, as logits.
+        u (`torch.Tensor` of shape `(R,)`): Uniforms in [0, 1), float64.
+        own (`torch.Tensor` of shape `(R,)`): The token of each row, int64.
+        shaped (`Callable`, *optional*): As in `draw_tokens`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Drawn states (R,), int64, of any value where others have no share, and 1 - p(own)
+            (R,), float64.
+    """
+    if shaped is None:
+        weights = weigh(rows, without=own)
+        tokens, others = weights.draw(u), weights.total
+        mine = weights.at(own[:, None], is_raw=True).squeeze(1).double()
+    else:
+
+        def drawn_beside(weights: Tensor, part: slice) -> Tensor:
+            token, total = invert(weights.scatter(1, own[part, None], 0.0), u[part])
+            return torch.stack([token.double(), total], dim=1)
+
+        measures = {"mine": lambda w, part: w.gather(1, own[part, None]).squeeze(1), "others": drawn_beside}
+        found = weigh(rows, measures=measures, shaped=shaped).found
+        tokens, others, mine = found["others"][:, 0].long(), found["others"][:, 1], found["mine"].double()
+    whole = mine + others
+    check_finite(torch.where(whole > 0, others, math.nan))
+    return tokens, 1 / (1 + mine / others)
 
 
 def draw_from_law(logits: Tensor, generator: Generators, law: RowFunction) -> Tensor:

@@ -35,6 +35,7 @@ from discrete_schedulers.sampling import (
     bernoulli_subset,
     check_finite,
     draw_from_law,
+    draw_others,
     draw_states,
     draw_tokens,
     on_host,
@@ -213,6 +214,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.timesteps = self.calls.to(device)
         self.last_call: int | None = None  # tells the calls at one time apart
         self.openings: Tensor | None = None  # `open_probability` of each call, worked out when it is needed
+        self.jumps: Tensor | None = None  # `jump_intensities` of each call, (calls, 3), likewise
 
     def call_times(self, times: Tensor) -> Tensor:
         """The time of each model call, in order, on a grid (N + 1,): one for each step. Methods with more calls say so."""
@@ -240,6 +242,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.num_inference_steps = int(steps)
         if self.opens_by_chance and isinstance(self.noise_process, AbsorbingProcess):
             self.chance(0)
+        elif isinstance(self.noise_process, UniformProcess):
+            self.jumps_at(0)
 
     def time_grid(self, num_inference_steps: int) -> Tensor:
         """The grid of N + 1 times that the config asks for."""
@@ -552,6 +556,65 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             self.openings = torch.tensor(chances, dtype=torch.float64)
         return self.openings[index]
 
+    # Choose, then sample, uniform process
+
+    def jump_intensities(self, index: int) -> tuple[float | Tensor, float | Tensor, float | Tensor] | None:
+        """How a token is left in the call `index`, uniform process, where a class has it: the intensities of a jump to
+        x_0 ~ p_0, and to one of the other V - 1 states at random, given x_0 != x_t; and of the latter given x_0 = x_t. `None`:
+        the law is not of this form, or is not drawn exactly."""
+        return None
+
+    def jump_factor(self, index: int, total: Tensor) -> Tensor:
+        """P(jump) / Lambda in the call `index`, for the mean Lambda of the intensities over x_0 ~ p_0. P(jump) must not fall
+        with Lambda."""
+        return torch.ones_like(total)
+
+    def jumps_at(self, index: int) -> Tensor | None:
+        """`jump_intensities` of a call, float64 (3,), from a table as in `chance`."""
+        if self.jumps is None:
+            found = [self.jump_intensities(call) for call in range(len(self.calls))]
+            rows = [[float(value) for value in some] for some in found if some is not None]
+            if len(rows) < len(found):
+                return None
+            self.jumps = torch.tensor(rows, dtype=torch.float64)
+        return self.jumps[index]
+
+    def jump_positions(self, index: int, sample: Tensor, generator: Generators) -> Tensor | None:
+        """Positions that may jump in the call `index`, bool (B, L): each with the chance that it has where p_0 says that
+        x_0 is not x_t, the largest there is. `None` without `jump_intensities`: all may."""
+        jumps = self.jumps_at(index)
+        if jumps is None:
+            return None
+        total = jumps[0] + jumps[1]
+        everywhere = torch.ones_like(sample, dtype=torch.bool)
+        return bernoulli_subset(everywhere, total * self.jump_factor(index, total), generator)
+
+    def jump_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
+        """`sample` after the jumps at the positions that may jump. With p = p_0(x_t), l(v) = p_0(v) / (1 - p) and intensities
+        (a, b, c): Lambda = (1 - p) (a + b) + p c, and given a jump x_s ~ l with probability (1 - p) a / Lambda, or else
+        any state but x_t.
+
+        Raises:
+            ValueError: If this class needs the logits of all positions at once.
+        """
+        jumps = self.jumps_at(index)
+        if jumps is None:
+            raise ValueError("`model_output` has logits of some positions only; this scheduler needs all of them")
+        own = rows.pick(sample)
+        u, coin = (rows.pick(uniforms(tuple(sample.shape), generator, sample.device)) for _ in range(2))
+
+        def shaped(logits: Tensor, part: slice) -> Tensor:
+            return self.shaped_logits(logits, index, own[part])
+
+        drawn, others = draw_others(rows, u, own, shaped if self.is_shaped(index) else None)
+        to_clean, at_random = jumps[0] * others, jumps[1] * others + jumps[2] * (1 - others)
+        factor = self.jump_factor(index, to_clean + at_random)
+        most = jumps[0] + jumps[1]
+        coin = coin * (most * self.jump_factor(index, most))  # the position was chosen with this chance
+        other = (u * (self.config.vocab_size - 1)).long()  # u is free where the token is not drawn with it
+        moved = torch.where(coin < (to_clean + at_random) * factor, other + (other >= own).long(), own)
+        return rows.put(torch.where(coin < to_clean * factor, drawn, moved), sample)
+
     def whole_counts(self, due: Tensor, generator: Generators) -> Tensor:
         """What is due (B,) as whole numbers, int64: the nearest ones, or 1 with the chance `due` where that is below 1/2."""
         coin = uniforms((len(due), 1), generator, due.device).squeeze(1)
@@ -572,7 +635,9 @@ class FactorisedScheduler(DiscreteScheduler):
         """
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
-        """`sample` with a token drawn from the clean law at each of the chosen positions."""
+        """`sample` with a token drawn from the clean law at each of the chosen masks; with uniform noise after their jumps."""
+        if isinstance(self.noise_process, UniformProcess):
+            return self.jump_rows(rows, index, sample, generator)
         return rows.put(self.clean_tokens(rows, index, sample, generator), sample)
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
@@ -640,6 +705,16 @@ def euler_law(
         return noise_process.posterior(sample, p_0, t, s)
     rate = noise_process.reverse_rate(sample, p_0, t)
     return jump_law(sample, (t - s) * scale * rate)
+
+
+def euler_jumps(
+    process: UniformProcess, t: Tensor, s: Tensor, scale: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(t - s) * scale times `UniformProcess.rate_jumps`; the step to s = 0 draws from p_0, as in `euler_law`."""
+    if s == 0:
+        return process.posterior_jumps(t, s)
+    to_clean, at_random, at_random_own = ((t - s) * scale * rate for rate in process.rate_jumps(t))
+    return to_clean, at_random, at_random_own
 
 
 def jump_law(sample: Tensor, jumps: Tensor) -> Tensor:
