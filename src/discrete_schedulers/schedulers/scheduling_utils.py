@@ -18,7 +18,8 @@ import numbers
 import os
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
@@ -95,6 +96,27 @@ class DiscreteSchedulerOutput(BaseOutput):
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
     pred_logits: Tensor | None = None
+
+
+class LaterOutput(DiscreteSchedulerOutput):
+    """The same, where what is as large as `model_output`, or takes another look at it, is worked out when it is first asked
+    for: `partial`s take the place of such values until then."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = vars(self)[item.name]  # not asked for
+            if value is not None:
+                self[item.name] = value
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("items", "values"):
+            for key in self:
+                getattr(self, key)
+        value = super().__getattribute__(name)
+        if isinstance(value, partial):
+            value = value()
+            setattr(self, name, value)
+        return value
 
 
 class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
@@ -446,20 +468,33 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         """
         self.check_step(model_output, sample)
         index = self.step_index(timestep)
-        logits = guess = None
+        output = DiscreteSchedulerOutput(sample)
         if isinstance(model_output, RowLogits):
             prev_sample = self.move_rows(model_output, index, sample, generator)
         else:
             chosen = self.positions(timestep, sample, generator)
-            logits = self.shaped_logits(model_output, index, sample) if self.is_shaped(index) else model_output
+            output = self.guesses(model_output, index, sample, chosen is None)
             if chosen is None:
-                guess = self.best_tokens(logits)
                 prev_sample = self.move_all(model_output, index, sample, generator)
             else:
                 prev_sample = self.move_rows(RowLogits.chosen(model_output, chosen), index, sample, generator)
         self.last_call = index
-        output = DiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=guess, pred_logits=logits)
+        output.prev_sample = prev_sample
         return output if return_dict else (output.prev_sample, output.pred_original_sample, output.pred_logits)
+
+    def guesses(self, logits: Tensor, index: int, sample: Tensor, with_tokens: bool) -> DiscreteSchedulerOutput:
+        """`pred_logits` and, `with_tokens`, `pred_original_sample` of the call `index`; `prev_sample` is `sample` still."""
+        is_shaped = self.is_shaped(index)
+        if torch.compiler.is_compiling() or not (is_shaped or with_tokens):
+            shaped = self.shaped_logits(logits, index, sample) if is_shaped else logits
+            return DiscreteSchedulerOutput(sample, self.best_tokens(shaped) if with_tokens else None, shaped)
+        now = copy.copy(self)  # the next `set_timesteps` sets other times
+        later: Any = partial(now.shaped_logits, logits, index, sample) if is_shaped else logits
+        return LaterOutput(sample, partial(now.best_of, later) if with_tokens else None, later)
+
+    def best_of(self, logits: Tensor | partial[Tensor]) -> Tensor:
+        """`best_tokens` of logits, or of what makes them."""
+        return self.best_tokens(logits() if isinstance(logits, partial) else logits)
 
     def check_step(self, model_output: Tensor | RowLogits, sample: Tensor) -> None:
         """Raises `ValueError` if the arguments of `step` do not fit each other or the config."""
