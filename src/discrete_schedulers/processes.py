@@ -332,6 +332,28 @@ class UniformProcess(Process):
         law = (law * other).scatter(-1, x_t[..., None], own)
         return law / law.sum(-1, keepdim=True)
 
+    def posterior_jumps(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        r"""q(x_s | x_t, p_0) by its jumps, float64. With x_0 ~ p_0, v != x_t and kept = alpha_t / alpha_s:
+
+            q(v | x_t, x_0 != x_t) = (1 - kept) [alpha_s 1[v = x_0] + (1 - alpha_s) / V] / (1 - alpha_t)
+            q(v | x_t, x_0 = x_t)  = (1 - kept) (1 - alpha_s) / V / (1 - alpha_t + V alpha_t)
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: P(jump to x_0) and P(jump to another state at random) given
+                x_0 != x_t, and P(jump to another state at random) given x_0 = x_t.
+        """
+        alpha_t, alpha_s, others = self.alpha(t), self.alpha(s), (self.vocab_size - 1) / self.vocab_size
+        leaves = (1 - alpha_t / alpha_s) / (1 - alpha_t)
+        at_random = others * leaves * (1 - alpha_s)
+        return leaves * alpha_s, at_random, at_random / self.own_gain(t)
+
+    def rate_jumps(self, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """The reverse rate by its jumps, as in `posterior_jumps`, per unit of t: g = 1 + V alpha / (1 - alpha) times as likely
+        to x_0 as to any other state, and g times as rare from x_t = x_0."""
+        gain, speed = self.own_gain(t), self.jump_speed(t) / self.vocab_size
+        at_random = (self.vocab_size - 1) * speed
+        return (gain - 1) * speed, at_random, at_random / gain
+
     def score(self, x_t: Tensor, p_0: Tensor, t: Tensor | float) -> Tensor:
         """Concrete score s(v) = p_t(x_t with v) / p_t(x_t) of every position, shape (B, L, V), float64, 1 at v = x_t."""
         alpha = self.alpha(t).to(x_t.device)

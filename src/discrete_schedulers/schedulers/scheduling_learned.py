@@ -48,7 +48,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule
+from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule, UniformProcess
 from discrete_schedulers.sampling import (
     Generators,
     RowLogits,
@@ -264,6 +264,12 @@ class LearnedScheduler(FactorisedScheduler):
         t, coefficients, config = self.times[index], self.step_coefficients(index), self.config
         return sharpened(self.noise_process, logits, sample, t, coefficients, config.temperature, config.top_p)
 
+    def jump_intensities(self, index: int) -> tuple[float | Tensor, float | Tensor, float | Tensor] | None:
+        """Those of `UniformProcess.posterior_jumps`. See [`DiscreteScheduler.jump_intensities`]."""
+        if not isinstance(self.noise_process, UniformProcess):
+            return None
+        return self.noise_process.posterior_jumps(self.times[index], self.times[index + 1])
+
     def open_probability(self, index: int) -> float:
         """u: P(a mask opens in this step), before a gate. Absorbing process."""
         t, s = self.times[index], self.times[index + 1]
@@ -280,10 +286,11 @@ class LearnedScheduler(FactorisedScheduler):
         return {"latent": uniforms((len(sample),), generator, sample.device)} if self.config.network_latent else {}
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
-        """Masks that open in this step; all masks where a gate chooses among them. See [`DiscreteScheduler.positions`]."""
-        if not isinstance(self.noise_process, AbsorbingProcess):
-            return None
+        """Masks that open in this step, all masks where a gate chooses among them, or tokens that may jump. See
+        [`DiscreteScheduler.positions`]."""
         index = self.step_index(timestep)
+        if not isinstance(self.noise_process, AbsorbingProcess):
+            return self.jump_positions(index, sample, generator)
         if self.chooses_by_logits:
             return sample == self.config.mask_token_id
         return self.opening(sample, self.open_probability(index), generator)
@@ -321,6 +328,8 @@ class LearnedScheduler(FactorisedScheduler):
         Raises:
             ValueError: If there is a gate and the rows are not those of all masks.
         """
+        if not isinstance(self.noise_process, AbsorbingProcess):
+            return super().move_rows(rows, index, sample, generator)
         coefficients = self.step_coefficients(index)
         if self.chooses_by_logits:
             is_masked = sample == self.config.mask_token_id

@@ -20,7 +20,8 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
@@ -38,6 +39,7 @@ from discrete_schedulers.sampling import (
     bernoulli_subset,
     check_finite,
     draw_from_law,
+    draw_others,
     draw_states,
     draw_tokens,
     on_host,
@@ -128,6 +130,27 @@ class DiscreteSchedulerOutput(BaseOutput):
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
     pred_logits: Tensor | None = None
+
+
+class LaterOutput(DiscreteSchedulerOutput):
+    """The same, where what is as large as `model_output`, or takes another look at it, is worked out when it is first asked
+    for: `partial`s take the place of such values until then."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = vars(self)[item.name]  # not asked for
+            if value is not None:
+                self[item.name] = value
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("items", "values"):
+            for key in self:
+                getattr(self, key)
+        value = super().__getattribute__(name)
+        if isinstance(value, partial):
+            value = value()
+            setattr(self, name, value)
+        return value
 
 
 class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
@@ -280,6 +303,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.timesteps = self.calls.to(device)
         self.last_call: int | None = None  # tells the calls at one time apart
         self.openings: Tensor | None = None  # `open_probability` of each call, worked out when it is needed
+        self.jumps: Tensor | None = None  # `jump_intensities` of each call, (calls, 3), likewise
 
     def call_times(self, times: Tensor) -> Tensor:
         """The time of each model call, in order, on a grid (N + 1,): one for each step. Methods with more calls say so."""
@@ -307,6 +331,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.num_inference_steps = int(steps)
         if self.opens_by_chance and isinstance(self.noise_process, AbsorbingProcess):
             self.chance(0)
+        elif isinstance(self.noise_process, UniformProcess):
+            self.jumps_at(0)
 
     def time_grid(self, num_inference_steps: int) -> Tensor:
         """The grid of N + 1 times that the config asks for."""
@@ -522,20 +548,33 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         """
         self.check_step(model_output, sample)
         index = self.step_index(timestep)
-        logits = guess = None
+        output = DiscreteSchedulerOutput(sample)
         if isinstance(model_output, RowLogits):
             prev_sample = self.move_rows(model_output, index, sample, generator)
         else:
             chosen = self.positions(timestep, sample, generator)
-            logits = self.shaped_logits(model_output, index, sample) if self.is_shaped(index) else model_output
+            output = self.guesses(model_output, index, sample, chosen is None)
             if chosen is None:
-                guess = self.best_tokens(logits)
                 prev_sample = self.move_all(model_output, index, sample, generator)
             else:
                 prev_sample = self.move_rows(RowLogits.chosen(model_output, chosen), index, sample, generator)
         self.last_call = index
-        output = DiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=guess, pred_logits=logits)
+        output.prev_sample = prev_sample
         return output if return_dict else (output.prev_sample, output.pred_original_sample, output.pred_logits)
+
+    def guesses(self, logits: Tensor, index: int, sample: Tensor, with_tokens: bool) -> DiscreteSchedulerOutput:
+        """`pred_logits` and, `with_tokens`, `pred_original_sample` of the call `index`; `prev_sample` is `sample` still."""
+        is_shaped = self.is_shaped(index)
+        if torch.compiler.is_compiling() or not (is_shaped or with_tokens):
+            shaped = self.shaped_logits(logits, index, sample) if is_shaped else logits
+            return DiscreteSchedulerOutput(sample, self.best_tokens(shaped) if with_tokens else None, shaped)
+        now = copy.copy(self)  # the next `set_timesteps` sets other times
+        later: Any = partial(now.shaped_logits, logits, index, sample) if is_shaped else logits
+        return LaterOutput(sample, partial(now.best_of, later) if with_tokens else None, later)
+
+    def best_of(self, logits: Tensor | partial[Tensor]) -> Tensor:
+        """`best_tokens` of logits, or of what makes them."""
+        return self.best_tokens(logits() if isinstance(logits, partial) else logits)
 
     def check_step(self, model_output: Tensor | RowLogits, sample: Tensor) -> None:
         """Raises `ValueError` if the arguments of `step` do not fit each other or the config."""
@@ -559,14 +598,10 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
 
     def clean_tokens(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """A token for each row, (R,), from the clean law that the call `index` draws from: see `shaped_logits`."""
-        tokens, mask = rows.pick(sample), self.config.mask_token_id
-
-        def shaped(logits: Tensor, part: slice) -> Tensor:
-            if self.is_shaped(index):
-                return self.shaped_logits(logits, index, tokens[part])
-            return logits if mask is None else without_column_(logits, mask)
-
-        return draw_tokens(rows, generator, shaped)
+        if not self.is_shaped(index):
+            return draw_tokens(rows, generator, without=self.config.mask_token_id)
+        tokens = rows.pick(sample)
+        return draw_tokens(rows, generator, lambda logits, part: self.shaped_logits(logits, index, tokens[part]))
 
     def is_shaped(self, index: int) -> bool:
         """Whether the call `index` draws from another law than the network's own."""
@@ -637,6 +672,65 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             self.openings = torch.tensor(chances, dtype=torch.float64)
         return self.openings[index]
 
+    # Choose, then sample, uniform process
+
+    def jump_intensities(self, index: int) -> tuple[float | Tensor, float | Tensor, float | Tensor] | None:
+        """How a token is left in the call `index`, uniform process, where a class has it: the intensities of a jump to
+        x_0 ~ p_0, and to one of the other V - 1 states at random, given x_0 != x_t; and of the latter given x_0 = x_t. `None`:
+        the law is not of this form, or is not drawn exactly."""
+        return None
+
+    def jump_factor(self, index: int, total: Tensor) -> Tensor:
+        """P(jump) / Lambda in the call `index`, for the mean Lambda of the intensities over x_0 ~ p_0. P(jump) must not fall
+        with Lambda."""
+        return torch.ones_like(total)
+
+    def jumps_at(self, index: int) -> Tensor | None:
+        """`jump_intensities` of a call, float64 (3,), from a table as in `chance`."""
+        if self.jumps is None:
+            found = [self.jump_intensities(call) for call in range(len(self.calls))]
+            rows = [[float(value) for value in some] for some in found if some is not None]
+            if len(rows) < len(found):
+                return None
+            self.jumps = torch.tensor(rows, dtype=torch.float64)
+        return self.jumps[index]
+
+    def jump_positions(self, index: int, sample: Tensor, generator: Generators) -> Tensor | None:
+        """Positions that may jump in the call `index`, bool (B, L): each with the chance that it has where p_0 says that
+        x_0 is not x_t, the largest there is. `None` without `jump_intensities`: all may."""
+        jumps = self.jumps_at(index)
+        if jumps is None:
+            return None
+        total = jumps[0] + jumps[1]
+        everywhere = torch.ones_like(sample, dtype=torch.bool)
+        return bernoulli_subset(everywhere, total * self.jump_factor(index, total), generator)
+
+    def jump_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
+        """`sample` after the jumps at the positions that may jump. With p = p_0(x_t), l(v) = p_0(v) / (1 - p) and intensities
+        (a, b, c): Lambda = (1 - p) (a + b) + p c, and given a jump x_s ~ l with probability (1 - p) a / Lambda, or else
+        any state but x_t.
+
+        Raises:
+            ValueError: If this class needs the logits of all positions at once.
+        """
+        jumps = self.jumps_at(index)
+        if jumps is None:
+            raise ValueError("`model_output` has logits of some positions only; this scheduler needs all of them")
+        own = rows.pick(sample)
+        u, coin = (rows.pick(uniforms(tuple(sample.shape), generator, sample.device)) for _ in range(2))
+
+        def shaped(logits: Tensor, part: slice) -> Tensor:
+            return self.shaped_logits(logits, index, own[part])
+
+        drawn, others = draw_others(rows, u, own, shaped if self.is_shaped(index) else None)
+        to_clean, at_random = jumps[0] * others, jumps[1] * others + jumps[2] * (1 - others)
+        factor = self.jump_factor(index, to_clean + at_random)
+        most = jumps[0] + jumps[1]
+        coin = coin * (most * self.jump_factor(index, most))  # the position was chosen with this chance
+        other = (u * (self.config.vocab_size - 1)).long()  # u is free where the token is not drawn with it
+        moved = torch.where(coin < (to_clean + at_random) * factor, other + (other >= own).long(), own)
+        return rows.put(torch.where(coin < to_clean * factor, drawn, moved), sample)
+
     def whole_counts(self, due: Tensor, generator: Generators) -> Tensor:
         """What is due (B,) as whole numbers, int64: the nearest ones, or 1 with the chance `due` where that is below 1/2."""
         coin = uniforms((len(due), 1), generator, due.device).squeeze(1)
@@ -657,7 +751,9 @@ class FactorisedScheduler(DiscreteScheduler):
         """
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
-        """`sample` with a token drawn from the clean law at each of the chosen positions."""
+        """`sample` with a token drawn from the clean law at each of the chosen masks; with uniform noise after their jumps."""
+        if isinstance(self.noise_process, UniformProcess):
+            return self.jump_rows(rows, index, sample, generator)
         return rows.put(self.clean_tokens(rows, index, sample, generator), sample)
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
@@ -725,6 +821,16 @@ def euler_law(
         return noise_process.posterior(sample, p_0, t, s)
     rate = noise_process.reverse_rate(sample, p_0, t)
     return jump_law(sample, (t - s) * scale * rate)
+
+
+def euler_jumps(
+    process: UniformProcess, t: Tensor, s: Tensor, scale: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(t - s) * scale times `UniformProcess.rate_jumps`; the step to s = 0 draws from p_0, as in `euler_law`."""
+    if s == 0:
+        return process.posterior_jumps(t, s)
+    to_clean, at_random, at_random_own = ((t - s) * scale * rate for rate in process.rate_jumps(t))
+    return to_clean, at_random, at_random_own
 
 
 def jump_law(sample: Tensor, jumps: Tensor) -> Tensor:
