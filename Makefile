@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 TEST_WORKERS ?= logical
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-fast check bench wheel clean
+.PHONY: demo test test-fast test-oldest check bench wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py --output_dir demo_results
@@ -16,6 +16,16 @@ test: $(INSTALLED)
 
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow"
+
+# The oldest versions that pyproject.toml allows, in an environment of their own; torch is the tested one, unless told.
+OLDEST := .venv-oldest/bin/python
+OLDEST_TORCH ?= $(shell grep '^torch==' constraints.txt)
+
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST) -m pip install -c constraints-oldest.txt $(OLDEST_TORCH)
+	$(OLDEST) -m pip install -c constraints-oldest.txt -e ".[dev]"
+	$(OLDEST) -m pytest -n $(TEST_WORKERS) --maxprocesses 4 --dist loadfile -m "not slow"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -31,7 +41,7 @@ wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch comes first and by itself: it is the one large download.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -310,3 +310,63 @@ def run(subject: Subject, store: Store, lsd_plus: list[dict[str, Any]]) -> None:
     for steps in settings["reference_budgets"]:
         measure("uniform", steps, [samplers(subject, {}, steps)["uniform"]] * len(seeds))
     store.finish()
+
+
+# The table
+
+LABELS = {
+    "learned": "**learned: spread order, counts, temperatures, top-p**",
+    "spread-grid": "spread order, its counts only",
+    "spread-top-p": f"spread order, equal counts, top-p {TOP_P}",
+    "spread": "spread order, equal counts",
+    "uniform": "random order, uniform grid",
+    "cosine": "random order, cosine grid",
+    "optimal": "random order, optimal grid",
+    "jys": "random order, JYS",
+    "lsd-plus": "LSD+ (repaired)",
+    "trapezoidal": "theta-trapezoidal",
+    "confidence": "confidence order (entropy)",
+    "entropy-bound": "entropy bound, tuned to the calls",
+}
+
+
+def distance(row: dict[str, Any], other: dict[str, Any], metric: str) -> float:
+    """By how much `other` is worse (larger), in standard errors of the difference."""
+    a, b = row[metric], other[metric]
+    return (b["mean"] - a["mean"]) / math.hypot(a["standard_error"], b["standard_error"])
+
+
+def table(content: dict[str, Any], metrics: dict[str, tuple[str, int]], cell: Callable[..., str]) -> str:
+    """One table for each metric; of the first also how far the others are from the learned scheduler.
+
+    Args:
+        content (`dict`): Of the part's file.
+        metrics (`dict`): Name of a metric to what it is and its decimals.
+        cell (`Callable`): Mean and standard error as text.
+    """
+    settings, rows = content["settings"], content["rows"]
+    budgets, references = ([str(n) for n in settings[key]] for key in ("budgets", "reference_budgets"))
+    parts = []
+    for number, (metric, (title, digits)) in enumerate(metrics.items()):
+        lines = [["calls", *budgets], ["---", *["---:"] * len(budgets)]]
+        for name, label in LABELS.items():
+            cells = []
+            for steps in budgets:
+                text, mine = cell(rows[name][steps][metric], digits), rows["learned"][steps]
+                far = number == 0 and name != "learned" and len(settings["seeds"]) > 1
+                cells.append(text + (f" ({distance(mine, rows[name][steps], metric):+.1f})" if far else ""))
+            lines.append([label, *cells])
+        for steps in references:
+            text = cell(rows["uniform"][steps][metric], digits)
+            lines.append([f"random order, {steps} calls", *[text] * len(budgets)])
+        parts.append(f"**{title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+    learned = list(content["learned"].values())
+    evaluations, seconds = (
+        sum(sum(one[key].values()) for one in learned) / len(learned) for key in ("evaluations", "seconds")
+    )
+    parts.append(
+        f"{settings['samples']} samples a seed, {len(settings['seeds'])} seeds, mean ± standard error; in brackets how many "
+        "standard errors of the difference a sampler is above the learned one. Learning all budgets took "
+        f"{evaluations:,.0f} sequences through the network and {seconds / 60:.0f} minutes on one core."
+    )
+    return "\n\n".join(parts)

@@ -52,6 +52,13 @@ QUICK = FULL | {
 }
 
 
+METRICS = {
+    "statistic": ("Two-sample statistic against held-out text, nats (0 is best)", 2),
+    "perplexity": ("Perplexity under the 4-gram judge, at the entropy of real text", 0),
+    "classifier": ("Accuracy of a classifier of samples against real text (0.5 is best)", 3),
+}
+
+
 class Text:
     """The bundled text model, see [`learned.Subject`]."""
 

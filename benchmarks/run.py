@@ -1,7 +1,8 @@
 """All reported numbers, in one command:
 
     python benchmarks/run.py                  # everything, about 40 minutes on two cores; a killed run goes on
-    python benchmarks/run.py joints table     # some parts: joints, tiny-text, tiny-image, molecules, antiberty, steps, costs
+    python benchmarks/run.py joints table     # some parts: joints, tiny-text, tiny-image, molecules, antiberty, steps, costs,
+                                              # distillation, learned-text, learned-image
     python benchmarks/run.py --quick          # tiny settings, to see that it runs; results in runs/benchmarks-quick
 
 Each part writes benchmarks/results/<part>.json; `table` writes the README's tables from these files. A part that is complete,
@@ -16,7 +17,10 @@ from pathlib import Path
 
 import part_antiberty
 import part_costs
+import part_distillation
 import part_joints
+import part_learned_image
+import part_learned_text
 import part_molecules
 import part_steps
 import part_tiny_image
@@ -33,6 +37,9 @@ PARTS = {
     "tiny-image": part_tiny_image.run,
     "costs": part_costs.run,
     "molecules": part_molecules.run,
+    "distillation": part_distillation.run,
+    "learned-text": part_learned_text.run,
+    "learned-image": part_learned_image.run,
 }
 CARD = ROOT / "src" / "discrete_schedulers" / "assets" / "tiny-image" / "README.md"  # has the part's table too
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import learned
+import part_distillation
+import part_learned_image
+import part_learned_text
 import part_molecules
 from part_tiny_image import SAMPLERS as IMAGE_SAMPLERS
 from samplers import SAMPLERS
@@ -277,6 +281,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "tiny-image": tiny_image,
     "costs": costs,
     "molecules": part_molecules.table,
+    "distillation": part_distillation.table,
+    "learned-text": lambda content: learned.table(content, part_learned_text.METRICS, cell),
+    "learned-image": lambda content: learned.table(content, part_learned_image.METRICS, cell),
 }
 
 

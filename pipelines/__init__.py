@@ -5,10 +5,12 @@ from discrete_schedulers.pipelines.pipeline_discrete_diffusion import (
     DiscreteDiffusionPipelineOutput,
 )
 from discrete_schedulers.pipelines.pipeline_discrete_image import DiscreteImagePipeline, DiscreteImagePipelineOutput
+from discrete_schedulers.pipelines.pipeline_rdlm import RDLMPipeline
 
 __all__ = [
     "DiscreteDiffusionPipeline",
     "DiscreteDiffusionPipelineOutput",
     "DiscreteImagePipeline",
     "DiscreteImagePipelineOutput",
+    "RDLMPipeline",
 ]

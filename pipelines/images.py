@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from diffusers import VQModel
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Tensor
 
+PICTURES = tuple(kind for kind in get_args(PipelineImageInput) if isinstance(kind, type))  # PIL's, arrays, tensors
 PROCESSOR = VaeImageProcessor(do_normalize=False, vae_scale_factor=1)
 
 
@@ -18,6 +19,14 @@ def pixels_per_token(decoder: Any) -> int:
     if isinstance(decoder, VQModel):
         return 2 ** (len(decoder.config.block_out_channels) - 1)
     return decoder.config.patch_size
+
+
+def check_pictures(name: str, pictures: Any, allowed: str) -> None:
+    """Raises `ValueError` if this is no picture, or not one picture or more in a list."""
+    each = pictures if isinstance(pictures, list) else [pictures]
+    wrong = [repr(one) for one in each if not isinstance(one, PICTURES)]
+    if wrong or not each:
+        raise ValueError(f"`{name}` has {', '.join(wrong) or 'no entries'}; {allowed}")
 
 
 def pixels_of(image: PipelineImageInput, height: int, width: int) -> Tensor:
@@ -33,13 +42,16 @@ def pixels_of(image: PipelineImageInput, height: int, width: int) -> Tensor:
         `torch.Tensor` of shape `(P, C, height, width)`: float32.
 
     Raises:
-        ValueError: If values lie outside [0, 1], as in arrays of bytes.
+        ValueError: If these are no pictures, or values lie outside [0, 1], as in arrays of bytes.
     """
-    pixels = PROCESSOR.preprocess(image, height=height, width=width).float()
+    allowed = "allowed are PIL pictures, arrays (P, H, W, C) and tensors (P, C, H, W), or a list of them, at least one"
+    check_pictures("image", image, allowed)
+    try:
+        pixels = PROCESSOR.preprocess(image, height=height, width=width).float()
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(f"`image` could not be read ({error}); {allowed}") from error
     if pixels.numel() and not (float(pixels.min()) >= 0 and float(pixels.max()) <= 1):
-        raise ValueError(
-            f"`image` has values from {pixels.min():g} to {pixels.max():g}; arrays and tensors have [0, 1]"
-        )
+        raise ValueError(f"`image` has values from {pixels.min():g} to {pixels.max():g}; allowed are numbers in [0, 1]")
     return pixels
 
 
@@ -56,13 +68,20 @@ def tokens_to_paint(mask_image: PipelineImageInput, height: int, width: int) -> 
         `torch.Tensor` of shape `(P, height, width)`: Bool.
 
     Raises:
-        ValueError: If a mask has colours.
+        ValueError: If these are no masks, or a mask has colours or NaN.
     """
+    check_pictures(
+        "mask_image", mask_image, "allowed are PIL pictures, arrays and tensors, or a list of them, at least one"
+    )
     masks = mask_image if isinstance(mask_image, list) else [mask_image]
     painted = []
     for mask in masks:
         if isinstance(mask, np.ndarray | Tensor):
             sheet = torch.as_tensor(mask)
+            if sheet.isnan().any():
+                raise ValueError(
+                    f"`mask_image` has NaN at {int(sheet.isnan().sum())} of {sheet.numel()} pixels; allowed: [0, 1]"
+                )
             sheet = sheet >= 0.5 if sheet.is_floating_point() else sheet != 0
         else:
             sheet = torch.from_numpy(np.array(mask.convert("L"))) >= 128

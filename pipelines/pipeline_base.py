@@ -11,10 +11,14 @@ The loop never asks which scheduler or network it has.
 
 from __future__ import annotations
 
+import json
+import numbers
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,16 +26,20 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
 from discrete_schedulers.models import DDiTModel, HollowTransformerModel
 from discrete_schedulers.models.diffusion_gemma import PromptAndCanvas, canvas_length
+from discrete_schedulers.models.loading import read_config
 from discrete_schedulers.patience import check_download, patiently
+from discrete_schedulers.processes import check_tokens
 from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import DiscreteScheduler
 
+LIBRARIES = ("diffusers", "discrete_schedulers", "transformers")
 BUNDLED = "discrete-schedulers/"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 SCHEDULER_FACTS = ("vocab_size", "mask_token_id", "process", "noise_schedule")  # of the model, in a scheduler's config
@@ -42,9 +50,154 @@ def require_ours(scheduler: Any) -> None:
     """Raises `ValueError` for a scheduler that this library's contract does not hold for."""
     if not isinstance(scheduler, DiscreteScheduler):
         raise ValueError(
-            f"`scheduler` is a {type(scheduler).__name__}; this pipeline runs discrete_schedulers' own, and those of diffusers "
-            "for tokens as ForeignScheduler(...)"
+            f"`scheduler` is a {type(scheduler).__name__}; it must be one of discrete_schedulers' own, or of "
+            "diffusers' for tokens as ForeignScheduler(...)"
         )
+
+
+def check_network(model: Any, facts: Any) -> None:
+    """Raises `ValueError` if this is no network, or `facts` are not arguments of [`NetworkDenoiser`] or `None`."""
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"`model` is {model!r}; it must be a torch.nn.Module (`from_pretrained` loads one by its name)"
+        )
+    check_facts(facts)
+
+
+def check_facts(facts: Any) -> None:
+    """Raises `ValueError` if these are not arguments of [`NetworkDenoiser`], or `None`."""
+    known = {field.name for field in fields(NetworkDenoiser)} - {"model", "cache"}
+    unknown = sorted(set(facts) - known) if isinstance(facts, Mapping) else [repr(facts)] if facts is not None else []
+    if unknown:
+        raise ValueError(
+            f"`denoiser` has {', '.join(unknown)}; it must be a dict with any of: {', '.join(sorted(known))}"
+        )
+
+
+def name_of(pretrained_model_name_or_path: Any) -> str:
+    """The name of a folder or repository.
+
+    Raises:
+        ValueError: If it is neither a text nor a path, or a folder that is not there and cannot be a repository.
+    """
+    name = pretrained_model_name_or_path
+    if not isinstance(name, str | Path) or not str(name):
+        raise ValueError(f"`pretrained_model_name_or_path` is {name!r}; it must be a folder, a Hub id or a bundled id")
+    if not Path(name).is_dir() and not is_bundled(str(name)):
+        try:
+            validate_repo_id(str(name))
+        except ValueError as error:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` is {str(name)!r}; there is no such folder, and a Hub id must be of the form "
+                "'namespace/name'"
+            ) from error
+    return str(name)
+
+
+def as_dtype(dtype: Any) -> torch.dtype | None:
+    """A dtype, also by its name.
+
+    Raises:
+        ValueError: If there is no such floating dtype.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise ValueError(f"`torch_dtype` is {dtype!r}; allowed: torch.float32, torch.bfloat16, torch.float16, ..., or None")
+
+
+def check_index(cls: type[DiffusionPipeline], name: str, index: Path, given: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if a model_index.json is not one of this pipeline: before anything it names is loaded or imported.
+
+    Args:
+        cls (`type`): The pipeline.
+        name (`str`): Folder or repository.
+        index (`Path`): Its model_index.json.
+        given (`dict`): Components that are passed, and so not loaded.
+    """
+    held, own = read_config(index), [base.__name__ for base in cls.__mro__ if issubclass(base, DiscretePipeline)]
+    if held.get("_class_name") not in own:
+        raise ValueError(
+            f"{index} is of {held.get('_class_name')!r}, and code of a repository is never run; it must be of {own[0]}"
+        )
+    parts, settings = cls._get_signature_keys(cls)
+    for key, value in held.items():
+        is_part = isinstance(value, list) and len(value) == 2 and all(isinstance(one, str) for one in value)
+        if key.startswith("_") or key in given or key in settings or (key not in parts and not is_part):
+            continue
+        if key not in parts:
+            raise ValueError(
+                f"{index} has a part {key!r}, which this version does not know; known: {', '.join(sorted(parts))}"
+            )
+        if value == [None, None] and key in cls._optional_components:
+            continue
+        library = value[0].partition(".")[0] if is_part else None
+        is_foreign = library not in sys.modules or library in sys.stdlib_module_names
+        if not is_part or (library not in LIBRARIES and is_foreign):
+            raise ValueError(
+                f"{index} has {value!r} for {key!r}, and code of a repository is never run; it must be [library, class], "
+                f"with a library of {', '.join(LIBRARIES)}"
+            )
+        if library == LIBRARIES[1] and not isinstance(getattr(sys.modules[library], value[1], None), type):
+            raise ValueError(
+                f"{index} has the class {value[1]!r} for {key!r}, which this version of {library} does not have"
+            )
+        if Path(name).is_dir() and not (Path(name) / key).is_dir():
+            raise ValueError(
+                f"{index} has a part {key!r}, but {name!r} lacks the folder of this name: download it again"
+            )
+
+
+@contextmanager
+def named_json_errors(name: str) -> Iterator[None]:
+    """What a file that is not JSON raises says of which model it is."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a file of {name!r} is not JSON ({error}): delete it and download it again") from error
+
+
+def check_count(name: str, value: Any, most: int | None = None) -> None:
+    """Raises `ValueError` if a value is not an integer from 1 to `most`."""
+    allowed = "it must be an integer of at least 1" if most is None else f"allowed are 1 to {most}"
+    is_count = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+    if not is_count or (most is not None and int(value) > most):
+        raise ValueError(f"`{name}` is {value!r}; {allowed}")
+
+
+def class_ids(class_labels: Any) -> Tensor:
+    """One or more classes as a tensor (P,), whatever their range.
+
+    Raises:
+        ValueError: If these are not numbers.
+    """
+    try:
+        return torch.as_tensor(class_labels).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"`class_labels` is {class_labels!r}; allowed are an integer, or a list or tensor of them"
+        ) from error
+
+
+def returned_latents(returned: Any, latents: Tensor, vocab_size: int) -> Tensor:
+    """The tokens that a callback returned, or those that there were.
+
+    Raises:
+        ValueError: If it did not return a dictionary, or other tokens than those of this run.
+    """
+    if not isinstance(returned, dict):
+        raise ValueError(
+            f"`callback_on_step_end` returned {returned!r}; it must return a dict: the one it got, or {{}}"
+        )
+    new = returned.pop("latents", latents)
+    if new is not latents:
+        check_tokens("latents", new, vocab_size)
+        if new.shape != latents.shape:
+            shapes = tuple(new.shape), tuple(latents.shape)
+            raise ValueError(
+                f"`callback_on_step_end` returned latents of shape {shapes[0]}; they must keep {shapes[1]}"
+            )
+    return new
 
 
 def is_bundled(name: str) -> bool:
@@ -181,7 +334,8 @@ class DiscretePipeline(DiffusionPipeline):
                     callback_kwargs = {}
                     for name in tensor_inputs or self._callback_tensor_inputs:
                         callback_kwargs[name] = locals()[name]
-                    latents = callback_on_step_end(self, i, t, callback_kwargs).pop("latents", latents)
+                    returned = callback_on_step_end(self, i, t, callback_kwargs)
+                    latents = returned_latents(returned, latents, denoiser.vocab_size)
                 progress_bar.update()
         return latents, num_model_calls
 
@@ -189,8 +343,10 @@ class DiscretePipeline(DiffusionPipeline):
         """What a callback gets: the names it asks for itself, or these, or `["latents"]`.
 
         Raises:
-            ValueError: If a name is none of these.
+            ValueError: If it cannot be called, or a name is none of these.
         """
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` is {callback_on_step_end!r}; it must be a function, or None")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             names = callback_on_step_end.tensor_inputs
         names = names or ["latents"]
@@ -211,7 +367,8 @@ class DiscretePipeline(DiffusionPipeline):
         for name in names:
             if self.scheduler.config[name] != self.config.denoiser[name]:
                 raise ValueError(
-                    f"`scheduler` has {name} {self.scheduler.config[name]!r}, but the model has {self.config.denoiser[name]!r}"
+                    f"`scheduler` has {name} {self.scheduler.config[name]!r}, but the model has "
+                    f"{self.config.denoiser[name]!r}: they must be equal"
                 )
         if self.scheduler.needs_revealed_logits and denoiser.revealed_logits == "none":
             raise ValueError(
@@ -226,6 +383,14 @@ class DiscretePipeline(DiffusionPipeline):
                 stacklevel=4,
             )
 
+    def check_latents(self, latents: Tensor | None) -> None:
+        """Raises `ValueError` if `latents` are not `None` or one or more tokens of this model, int64 (B, L)."""
+        if latents is None:
+            return
+        check_tokens("latents", latents, self.config.denoiser["vocab_size"])
+        if latents.numel() == 0:
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)}; it must have one position at least")
+
     def prepare_latents(
         self, known: Tensor, latents: Tensor | None, generator: Generators, device: torch.device
     ) -> tuple[Tensor, Tensor]:
@@ -238,7 +403,7 @@ class DiscretePipeline(DiffusionPipeline):
             )
         if latents is None:
             latents = self.scheduler.sample_prior(tuple(known.shape), generator, device)
-        elif tuple(latents.shape) != tuple(known.shape) or latents.dtype != torch.int64:
+        elif tuple(latents.shape) != tuple(known.shape):
             raise ValueError(
                 f"`latents` is {latents.dtype} of shape {tuple(latents.shape)}; it must be int64 of shape {tuple(known.shape)}"
             )

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from discrete_schedulers.blocks import BlockCache
 from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
 from discrete_schedulers.guidance import GuidanceScale, GuidedDenoiser
+from discrete_schedulers.interop import FOREIGN
 from discrete_schedulers.models import DDiTModel
 from discrete_schedulers.models.checkpoints import denoiser_facts, end_token_ids, find_family
 from discrete_schedulers.models.diffusion_gemma import PromptAndCanvas, canvas_length
@@ -35,8 +36,16 @@ from discrete_schedulers.pipelines.pipeline_base import (
     SCHEDULER_FACTS,
     DiscretePipeline,
     StepCallback,
+    as_dtype,
     bundled_folder,
+    check_count,
+    check_facts,
+    check_index,
+    check_network,
+    class_ids,
     is_bundled,
+    name_of,
+    named_json_errors,
     network_facts,
     require_ours,
 )
@@ -125,6 +134,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
     ) -> None:
         super().__init__()
         require_ours(scheduler)
+        check_network(model, denoiser)
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
         if canvas_length(model) is not None:  # diffusers would look for the class in its pipeline folder of that name
             self.register_to_config(model=("transformers", type(model).__name__))
@@ -162,7 +172,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
                 not fit the family.
             OSError: As `huggingface_hub` raises it: no such repository, no access, no connection.
         """
-        name = str(pretrained_model_name_or_path)
+        name = name_of(pretrained_model_name_or_path)
         declared = {"family": family, "mask_token_id": mask_token_id, "shift": shift}
         declared = {key: value for key, value in declared.items() if value is not None}
         if not is_bundled(name):
@@ -181,7 +191,9 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
                 raise ValueError(
                     f"{name!r} is of {kind}, for images: load it with DiscreteImagePipeline.from_pretrained"
                 )
-            return super().from_pretrained(name, **kwargs)
+            check_index(cls, name, first, kwargs)
+            with named_json_errors(name):
+                return super().from_pretrained(name, **kwargs)
         with bundled_folder(name) as folder:
             pipe = super().from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=name)
@@ -199,6 +211,13 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         unknown = kwargs.keys() - {"scheduler", "tokenizer", "denoiser"}
         if unknown:
             raise ValueError(f"`{min(unknown)}` is not an argument for {name!r}, which has no model_index.json")
+        check_facts(kwargs.get("denoiser"))
+        if kwargs.get("scheduler") is not None and not isinstance(kwargs["scheduler"], tuple(FOREIGN)):
+            require_ours(kwargs["scheduler"])
+        for key, value in declared.items():
+            if key != "family" and (not isinstance(value, int) or (key == "shift" and value not in (0, 1))):
+                raise ValueError(f"`{key}` is {value!r}; it must be {'0 or 1' if key == 'shift' else 'an id'}")
+        dtype = as_dtype(dtype)
         row = find_family(name, config, declared.pop("family", None))
         network = build_network(row, config)
         tokenizer = kwargs["tokenizer"] if "tokenizer" in kwargs else load_tokenizer(row, name, hub)
@@ -299,6 +318,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         """
         tensor_inputs = self.tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_scheduler()
+        self.check_latents(latents)
         self.check_inputs(prompt, messages, template, num_samples, length, max_new_tokens, output_type)
         end_ids(eos_token_id, None)
         labels = self.prepare_labels(class_labels)
@@ -341,17 +361,27 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             raise ValueError(f"{size[0]} and `template` cannot both be given: a template has its own length")
         if isinstance(template, Tensor):
             self.check_template(template)
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"`num_samples` is {num_samples!r}; it must be an integer of at least 1")
+        check_count("num_samples", num_samples)
         longest = self.config.denoiser.get("max_length")
         for name, value in sizes.items():
-            if value is not None and (value < 1 or (longest is not None and value > longest)):
-                raise ValueError(f"`{name}` is {value}; allowed are 1 to {longest or 'any'}")
+            if value is not None:
+                check_count(name, value, longest)
         if output_type not in ("text", "pt", "np", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}; allowed: 'text', 'pt', 'np', 'latent'")
         if self.tokenizer is None and (prompt is not None or isinstance(template, str | list)):
             raise ValueError(
                 "`prompt` or `template` is text, but this pipeline has no tokenizer: pass ids as `template`"
+            )
+        self.check_tokenizer()
+
+    def check_tokenizer(self) -> None:
+        """Raises `ValueError` if the tokenizer's mask is another token than the model's: a mask in a text would then be a word
+        to the model, and some word a mask."""
+        mask, own = self.config.denoiser["mask_token_id"], getattr(self.tokenizer, "mask_token_id", None)
+        if mask is not None and own is not None and own != mask:
+            raise ValueError(
+                f"`tokenizer` has the mask token {self.tokenizer.mask_token!r} at id {own}, but the model's mask is {mask}: it "
+                "is another model's tokenizer, or set `pipe.tokenizer.mask_token`"
             )
 
     def check_blocks(self, frame: Frame, num_inference_steps: int) -> None:
@@ -411,7 +441,10 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             return None if number is None or fixed else torch.tensor([number])
         if number is None:
             raise ValueError("`class_labels` were passed, but this model has no classes")
-        labels = torch.as_tensor(class_labels, dtype=torch.int64).reshape(-1).cpu()
+        labels = class_ids(class_labels).cpu()
+        if labels.is_floating_point():
+            raise ValueError(f"`class_labels` is {class_labels}; allowed are integers from 0 to {number}")
+        labels = labels.long()
         if not len(labels) or not 0 <= int(labels.min()) <= int(labels.max()) <= number:
             raise ValueError(f"`class_labels` is {labels.tolist()}; allowed are 0 to {number}, the last one for any")
         return labels
@@ -449,9 +482,16 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             specials = [] if tokenizer is None else [tokenizer.pad_token_id, tokenizer.eos_token_id]
             padding = next(i for i in [*specials, 0, 1] if i is not None and i != mask)
             frame = prefix_frame(rows, length, max_new_tokens, ends, padding)
+        given = {"messages": messages, "prompt": prompt, "template": template, "latents": latents}
+        source = next((name for name, value in given.items() if value is not None), "max_new_tokens")
         if longest is not None and frame.known.shape[1] > longest:
             raise ValueError(
-                f"the samples would have {frame.known.shape[1]} tokens; this model takes at most {longest}"
+                f"`{source}`: the samples would have {frame.known.shape[1]} tokens; this model takes at most {longest}"
+            )
+        if frame.known.numel() and int(frame.known.max()) >= facts["vocab_size"]:
+            raise ValueError(
+                f"`{source}` has the id {int(frame.known.max())}, but this model has ids up to {facts['vocab_size'] - 1}: its "
+                "tokenizer is another model's"
             )
         if facts["process"] == "absorbing":
             frame.known = frame.known.masked_fill(frame.known == mask, -1)
@@ -489,7 +529,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             conditions["class_labels"] = labels.expand(count)
             negative["class_labels"] = torch.full((count,), number)
         if is_guided and (negative_prompt is not None or not is_labelled):
-            rows = None if negative_prompt is None else prompt_rows(self.tokenizer, negative_prompt)
+            rows = None if negative_prompt is None else prompt_rows(self.tokenizer, negative_prompt, "negative_prompt")
             ids = negative_ids(frame, rows, facts["mask_token_id"], facts.get("frozen_token_ids", ()))
 
         def batch(tensor: Tensor) -> Tensor:

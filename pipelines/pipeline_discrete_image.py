@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,14 +36,22 @@ from discrete_schedulers.pipelines.pipeline_base import (
     HUB_ARGUMENTS,
     DiscretePipeline,
     StepCallback,
+    as_dtype,
     bundled_folder,
+    check_count,
+    check_index,
+    check_network,
+    class_ids,
     is_bundled,
+    name_of,
+    named_json_errors,
     network_facts,
     one_device,
     require_ours,
 )
 from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import DiscreteScheduler, MaskGITScheduler, SpreadScheduler
+from discrete_schedulers.schedulers.scheduling_utils import check_grid_shape
 
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
@@ -110,10 +120,13 @@ class DiscreteImagePipeline(DiscretePipeline):
     ) -> None:
         super().__init__()
         require_ours(scheduler)
+        check_network(model, denoiser)
         facts = network_facts(model, scheduler) | dict(denoiser or {})
         if facts.get("grid_shape") is None:
             raise ValueError("`denoiser` has no `grid_shape`: (height, width) of an image in tokens")
-        facts["grid_shape"] = list(facts["grid_shape"])
+        facts["grid_shape"] = check_grid_shape(facts["grid_shape"])
+        if not isinstance(decoder, torch.nn.Module):
+            raise ValueError(f"`decoder` is {decoder!r}; it must be a VQModel, or a module with `encode` and `decode`")
         self.register_to_config(denoiser=facts, signed_pixels=signed_pixels)
         self.register_modules(
             model=model, scheduler=scheduler, decoder=decoder, tokenizer=tokenizer, text_encoder=text_encoder
@@ -146,14 +159,17 @@ class DiscreteImagePipeline(DiscretePipeline):
             ValueError: If a bundled id is not one of this package's, or a repository is of no known family or does not fit it.
             OSError: As `huggingface_hub` raises it: no such repository, no access, no connection.
         """
-        name = str(pretrained_model_name_or_path)
+        name = name_of(pretrained_model_name_or_path)
         if not is_bundled(name):
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             index = first_file(name, ("model_index.json",), hub)
             held = {} if index is None else read_config(index)
             if held.get("_class_name") not in (cls.__name__, "DiscreteImagePipeline"):
                 return cls.from_published(name, held, weight_name, **kwargs)
-            return super().from_pretrained(name, **kwargs)
+            assert index is not None
+            check_index(cls, name, index, kwargs)
+            with named_json_errors(name):
+                return super().from_pretrained(name, **kwargs)
         with bundled_folder(name) as folder:
             pipe = super().from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=name)
@@ -167,7 +183,7 @@ class DiscreteImagePipeline(DiscretePipeline):
         `from_pretrained`."""
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         dtype = kwargs.pop("torch_dtype", None)
-        dtype = kwargs.pop("dtype", dtype)
+        dtype = as_dtype(kwargs.pop("dtype", dtype))
         device = one_device(name, kwargs.pop("device_map", None))
         scheduler, facts = kwargs.pop("scheduler", None), kwargs.pop("denoiser", None)
         network_class = text_to_image_class(name, index, hub)
@@ -260,7 +276,11 @@ class DiscreteImagePipeline(DiscretePipeline):
         """
         tensor_inputs = self.tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_scheduler()
+        self.check_latents(latents)
         self.check_inputs(prompt, negative_prompt, class_labels, num_images_per_prompt, output_type)
+        self.check_numbers(
+            num_inference_steps, guidance_scale, micro_conditioning_aesthetic_score, *micro_conditioning_crop_coord
+        )
         grid = self.prepare_grid(height, width)
         known = self.prepare_known(image, mask_image, grid)  # (P, L)
         prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -269,7 +289,7 @@ class DiscreteImagePipeline(DiscretePipeline):
         counts = {len(given) for given in (prompts, negatives, labels, known) if given is not None} - {1}
         if len(counts) > 1 or 0 in counts:
             raise ValueError(
-                f"prompts, classes and pictures are {sorted(counts)} in number; allowed: one, or all as many"
+                f"'prompts', 'classes' and 'pictures' are {sorted(counts)} in number; allowed: one, or all as many"
             )
         batch = max(counts, default=1) * num_images_per_prompt
 
@@ -322,26 +342,36 @@ class DiscreteImagePipeline(DiscretePipeline):
             )
         if class_labels is not None and self.num_classes is None:
             raise ValueError("`class_labels` is given, but this model has no classes (`num_classes` in its config)")
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            raise ValueError(
-                f"`num_images_per_prompt` is {num_images_per_prompt!r}; it must be an integer of at least 1"
-            )
+        check_count("num_images_per_prompt", num_images_per_prompt)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}; allowed: {', '.join(map(repr, OUTPUT_TYPES))}")
+
+    def check_numbers(
+        self, num_inference_steps: int, guidance_scale: float, aesthetic_score: float, *crop: float
+    ) -> None:
+        """Raises `ValueError` if a number of the call is not allowed: before text is encoded, which takes long."""
+        self.scheduler.set_timesteps(num_inference_steps)
+        given = {"guidance_scale": [guidance_scale], "micro_conditioning_aesthetic_score": [aesthetic_score]}
+        for name, values in (given | {"micro_conditioning_crop_coord": crop}).items():
+            if not all(isinstance(value, numbers.Real) and math.isfinite(value) for value in values):
+                raise ValueError(f"`{name}` is {values}; allowed are finite numbers")
+        if len(crop) != 2:
+            raise ValueError(f"`micro_conditioning_crop_coord` is {crop}; it must be two numbers, the corner (x, y)")
 
     def prepare_grid(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Rows and columns of tokens; a scheduler with a grid follows it."""
         facts, size = self.config.denoiser, pixels_per_token(self.decoder)
+        for name, given in (("height", height), ("width", width)):
+            if given is not None and (not isinstance(given, int) or given < size or given % size):
+                raise ValueError(f"`{name}` is {given!r}; it must be a multiple of {size}, the pixels of a token")
         grid = [
             given // size if given else own for given, own in zip((height, width), facts["grid_shape"], strict=True)
         ]
-        for name, given in (("height", height), ("width", width)):
-            if given is not None and (given < size or given % size):
-                raise ValueError(f"`{name}` is {given}; it must be a multiple of {size}, the pixels of a token")
         if grid != list(facts["grid_shape"]) and not facts.get("grid_input"):
             own = " x ".join(str(size * side) for side in facts["grid_shape"])
             raise ValueError(
-                f"`height` and `width` are {height} and {width}; this model makes images of {own} pixels only"
+                f"`height` and `width` are {height} and {width}; this model makes images of {own} pixels only: leave "
+                "them out, or they must be these"
             )
         if self.scheduler.config.get("grid_shape") is not None and list(self.scheduler.config.grid_shape) != grid:
             self.scheduler.register_to_config(grid_shape=grid)
@@ -370,7 +400,7 @@ class DiscreteImagePipeline(DiscretePipeline):
             return None
         if class_labels is None:
             return torch.tensor([self.num_classes], device=self._execution_device)
-        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        labels = class_ids(class_labels).to(self._execution_device)
         if labels.is_floating_point() or (
             len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes
         ):

@@ -65,15 +65,20 @@ def special_ends(tokenizer: Any, frozen_token_ids: Sequence[int]) -> Ends:
     return before, after[:1]
 
 
-def prompt_rows(tokenizer: Any, prompt: str | list[str]) -> list[list[int]]:
+def prompt_rows(tokenizer: Any, prompt: str | list[str], name: str = "prompt") -> list[list[int]]:
     """Ids of each text, without special tokens added.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Any.
+        prompt (`str` or `list[str]`): One or more texts.
+        name (`str`, defaults to `"prompt"`): Of the argument that they are.
 
     Raises:
         ValueError: If these are not texts.
     """
     texts = as_list(prompt)
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"a prompt must be a text or a list of texts, at least one, got {prompt!r}")
+        raise ValueError(f"`{name}` is {prompt!r}; it must be a text or a list of texts, at least one")
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
@@ -157,7 +162,7 @@ def infill_template(
     """
     if mask_token_id is None:
         raise ValueError("`template` needs a mask token, which a uniform process does not have: use `prompt`")
-    rows = prompt_rows(tokenizer, template)
+    rows = prompt_rows(tokenizer, template, "template")
     before, after = ends
     rows = [(before if row[:1] != before else []) + row + (after if row[-1:] != after else []) for row in rows]
     lengths = sorted({len(row) for row in rows})
@@ -199,13 +204,13 @@ def negative_ids(
         row = each[b % len(each)]
         if len(row) > most:
             raise ValueError(
-                f"a negative prompt has {len(row)} tokens, its prompt {most}: it stands in the prompt's place and cannot be "
+                f"a `negative_prompt` has {len(row)} tokens, its prompt {most}: it stands in the prompt's place and cannot be "
                 "longer"
             )
         if mask_token_id is None and len(row) < most:
             raise ValueError(
-                f"a negative prompt has {len(row)} tokens, its prompt {most}: a uniform process has no mask to fill the place "
-                "with, so that they must be equal; or guide by `class_labels`"
+                f"a `negative_prompt` has {len(row)} tokens, its prompt {most}: a uniform process has no mask to fill the "
+                "place with, so that they must be equal; or guide by `class_labels`"
             )
         here = slice(start, start + len(row))
         ids[b, here] = torch.where(known[b, here] >= 0, torch.tensor(row, dtype=torch.int64), -1)

@@ -365,6 +365,9 @@ def test_pc_sampler_far_to_the_right() -> None:
 
 
 def test_token_frequencies_are_checked_and_saved(tmp_path: Path) -> None:
+    assert build(PCSamplerScheduler, 4).surprise.tolist() == pytest.approx(
+        [math.log(TOKENS + 1)] * (TOKENS + 1), rel=1e-14
+    )
     frequencies = [1 / 3, 0.1, 1e-12, 1.0]
     scheduler = build(PCSamplerScheduler, 2, token_frequencies=frequencies)
     scheduler.save_pretrained(tmp_path)
@@ -532,12 +535,12 @@ def test_uniform_entropy_bound_accepts_what_diffusers_accepts(bound: float, temp
         logits = 6 * torch.randn(5, 12, 50, generator=seeded(index), dtype=torch.float64)
         x = torch.randint(0, 50, (5, 12), generator=seeded(1))
         expected = theirs.step(logits, index, x, generator=seeded(2))
-        assert torch.equal(ours.accepted(logits, index), expected.accepted_index)
+        assert torch.equal(ours.accepted(ours.weighed(logits, index), index), expected.accepted_index)
         output = ours.step(logits, index, x, generator=seeded(2))
         torch.testing.assert_close(output.pred_logits, expected.pred_logits)
         counts += expected.accepted_index.sum(1).tolist()
         # logits so sharp that both draw the same token wherever they accept
-        sharp = 300 * torch.nn.functional.one_hot(logits.argmax(-1), 50).double()
+        sharp = (300 - torch.arange(12)[:, None]) * torch.nn.functional.one_hot(logits.argmax(-1), 50).double()
         sharp[:, ::2] *= 1e-4  # these stay open
         expected = theirs.step(sharp, index, x, generator=seeded(2))
         drawn, kept = ours.step(sharp, index, x, generator=seeded(2)).prev_sample, expected.accepted_index

@@ -77,6 +77,7 @@ def run(scheduler: DiscreteScheduler, denoiser: ExactDenoiser, num_steps: int, x
 def test_call_times_of_corrections() -> None:
     scheduler = PredictorCorrectorScheduler(**MASKED, num_corrector_steps=2, corrector_entry_time=0.5)
     assert scheduler.order == 3
+    assert PredictorCorrectorScheduler(**MASKED).order == PredictorCorrectorScheduler.order == 2
     scheduler.set_timesteps(1)
     assert scheduler.timesteps.tolist() == [1]
     scheduler.set_timesteps(4)

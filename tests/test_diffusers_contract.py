@@ -18,6 +18,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 from scheduler_cases import CASES as EVERY_CASE
+from scheduler_cases import SchedulerCase
 from tiny import LENGTH, MASK, WORDS, seeded, tiny_pipeline
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
@@ -28,6 +29,7 @@ from discrete_schedulers import (
     DiscreteDiffusionPipeline,
     DiscreteScheduler,
     EulerScheduler,
+    LearnedScheduler,
     LSDScheduler,
     TauLeapingScheduler,
 )
@@ -43,11 +45,20 @@ CASES: list[tuple[type[DiscreteScheduler], dict[str, Any]]] = [
     (AncestralScheduler, {"vocab_size": V, "mask_token_id": MASK, "grid": "cosine", "temperature": 0.8, "top_p": 0.9}),
 ]
 cases = pytest.mark.parametrize(("cls", "arguments"), CASES, ids=lambda case: getattr(case, "__name__", None))
+# every class once, without coefficients, which are for other budgets
+PLAIN = {case.cls: case for case in reversed(EVERY_CASE) if "coefficients" not in case.kwargs}
+PLAIN[LearnedScheduler] = SchedulerCase("learned", LearnedScheduler, {})
+OTHERS = [
+    (cls, {"vocab_size": V, "mask_token_id": MASK if case.is_absorbing else None} | case.kwargs)
+    for cls, case in PLAIN.items()
+    if cls not in CLASSES
+]
+every = pytest.mark.parametrize(("cls", "arguments"), CASES + OTHERS, ids=lambda case: getattr(case, "__name__", None))
 
 
 def tokens(arguments: dict[str, Any]) -> Tensor:
     """A sample at t = 1 of the process, (4, LENGTH)."""
-    if "mask_token_id" in arguments:
+    if arguments.get("mask_token_id") is not None:
         return torch.full((4, LENGTH), MASK)
     return torch.randint(0, V, (4, LENGTH), generator=seeded(2))
 
@@ -63,14 +74,16 @@ def public(config: Any) -> dict[str, Any]:
 # Schedulers
 
 
-@cases
+@every
 def test_scheduler_interface(cls: type[DiscreteScheduler], arguments: dict[str, Any]) -> None:
     scheduler = cls(**arguments)
     assert isinstance(scheduler, SchedulerMixin)
     assert cls.config_name == "scheduler_config.json"
     assert cls.__name__.endswith("Scheduler")  # diffusers reads the kind of a class off its name
     assert scheduler.init_noise_sigma == 1
-    assert scheduler.order == 1
+    scheduler.set_timesteps(STEPS)
+    assert STEPS <= len(scheduler.timesteps) <= STEPS * scheduler.order
+    scheduler = cls(**arguments)
     assert len(scheduler.timesteps) >= 1  # before `set_timesteps` too
     sample = tokens(arguments)
     assert torch.equal(scheduler.scale_model_input(sample, 0.0), sample)
@@ -121,7 +134,7 @@ def test_step_after_save_and_load(cls: type[DiscreteScheduler], arguments: dict[
         assert torch.equal(loaded.step(logits(), t, sample, generator=seeded()).prev_sample, expected)
 
 
-@cases
+@every
 def test_config_survives(cls: type[DiscreteScheduler], arguments: dict[str, Any], tmp_path: Path) -> None:
     scheduler = cls(**arguments)
     scheduler.save_pretrained(tmp_path)
@@ -192,7 +205,7 @@ def test_swap_with_a_scheduler_of_diffusers() -> None:
     assert public(ours.config).items() <= public(back.config).items()
 
 
-@cases
+@every
 def test_add_noise(cls: type[DiscreteScheduler], arguments: dict[str, Any]) -> None:
     scheduler = cls(**arguments)
     scheduler.set_timesteps(STEPS)
@@ -202,10 +215,10 @@ def test_add_noise(cls: type[DiscreteScheduler], arguments: dict[str, Any]) -> N
     assert noisy.shape == clean.shape
     assert noisy.dtype == torch.int64
     t = float(scheduler.timesteps[5])
-    changed = (1 - 1e-3) * t * (1 if "mask_token_id" in arguments else 1 - 1 / V)
+    changed = (1 - 1e-3) * t * (1 if scheduler.config.process == "absorbing" else 1 - 1 / V)
     spread = (changed * (1 - changed) / clean.numel()) ** 0.5
     assert abs(float((noisy != clean).double().mean()) - changed) < 4.5 * spread
-    if "mask_token_id" in arguments:
+    if scheduler.config.process == "absorbing":
         assert ((noisy == clean) | (noisy == MASK)).all()
     per_row = scheduler.add_noise(clean[:2], timesteps=torch.tensor([0.0, 1.0]), generator=seeded())
     assert torch.equal(per_row[0], clean[0])
@@ -220,7 +233,7 @@ def test_add_noise(cls: type[DiscreteScheduler], arguments: dict[str, Any]) -> N
         scheduler.add_noise(clean)
 
 
-@cases
+@every
 def test_attributes(cls: type[DiscreteScheduler], arguments: dict[str, Any]) -> None:
     scheduler = cls(**arguments)
     scheduler.anything = 5

@@ -30,7 +30,12 @@ V, CANVAS, PROMPT, WINDOW = len(WORDS), 8, 6, 4  # the prompt is longer than wha
 def tiny_gemma() -> DiffusionGemmaForBlockDiffusion:
     """Two layers, random weights and layer scalars, those of the encoder others than those of the decoder."""
     text = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    text |= {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_global_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
     text |= {"sliding_window": WINDOW, "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 16}
     text |= {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 32}
     vision = {"model_type": "gemma4_vision", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}

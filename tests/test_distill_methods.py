@@ -53,7 +53,9 @@ METHODS = {
     "jys unbiased": ["--unbiased", "--unmasking", "bernoulli"],
     "beta": ["--unmasking", "bernoulli"],
     "search": [*FEW, "--num_epochs", "6"],
-    "search gate": [*FEW, "--num_epochs", "4", "--blocks", "gate", "remask", "--order", "random"],
+    "search grid": [*FEW, "--num_epochs", "6", "--blocks", "inverse_temperature", "grid", "--plan", "even"],
+    "search gate": [*FEW, "--num_epochs", "4", "--blocks", "gate", "remask", "--order", "random", "--plan", "even"],
+    "optimal_grid spread": ["--num_samples", "12", "--order", "spread"],
     "order": ["--num_samples", "24", "--num_epochs", "12"],
     "learn2pd": ["--num_samples", "6", "--num_epochs", "20", "--final_share", "0.6"],
     "learn2pd blocks": ["--num_samples", "6", "--num_epochs", "5", "--block_length", "4", "--hidden_units", "3"],
@@ -129,7 +131,9 @@ def test_scheduler_and_metrics(finished: Callable[[str], Finished], work: Path, 
         assert (output.sequences != MASK).all()
         row = rows[steps]
         has_bound = not (scheduler.chooses_by_logits or scheduler.revises_tokens)
-        assert ("nll" in row) == has_bound == (name not in ("search gate", "learn2pd", "learn2pd blocks"))
+        assert has_bound == (name not in ("search gate", "learn2pd", "learn2pd blocks"))
+        if name != "search":  # its nucleus may leave a true token out
+            assert ("nll" in row) == has_bound
         assert 1 <= row["calls"] <= steps
         assert ("perplexity" in row) == ("alone" not in name)
     if "alone" not in name:
@@ -268,7 +272,18 @@ def test_smallest_on_grids() -> None:
 
 
 def test_search_keeps_what_its_judge_prefers(finished: Callable[[str], Finished]) -> None:
-    metrics, folder = finished("search")
+    plain, folder = finished("search")
+    config = LearnedScheduler.from_pretrained(folder).config
+    assert (config.order, config.grid, config.unmasking) == ("spread", "learned", "counts")
+    for steps, plans in ((2, [[4, 4], [2, 6]]), (4, [[2, 2, 2, 2], [1, 1, 2, 4]])):
+        blocks = plain["coefficients"][str(steps)]
+        assert sorted(blocks) == ["counts", "inverse_temperature", "top_p"]
+        assert blocks["counts"] in plans
+        assert len(set(blocks["top_p"])) == 1
+        assert 0.5 <= blocks["top_p"][0] < 1
+        logs = torch.tensor(blocks["inverse_temperature"]).log()
+        torch.testing.assert_close(logs, torch.linspace(float(logs[0]), float(logs[-1]), steps), atol=1e-6, rtol=0)
+    metrics, folder = finished("search grid")
     config = LearnedScheduler.from_pretrained(folder).config
     assert (config.order, config.grid, config.unmasking) == ("spread", "learned", "counts")
     for steps in BUDGETS:
@@ -297,7 +312,16 @@ def test_search_finds_temperatures_that_its_data_has(work: Path, tmp_path: Path)
     (tmp_path / "cold.txt").write_text("\n".join(texts))
     arguments = ["--pretrained_model_name_or_path", str(work / "model"), "--output_dir", str(tmp_path / "out")]
     arguments += ["--train_file", str(tmp_path / "cold.txt"), "--method", "search", "--num_inference_steps", "2"]
-    arguments += ["--blocks", "inverse_temperature", "--num_samples", "200", "--max_data_samples", "400"]
+    arguments += [
+        "--blocks",
+        "inverse_temperature",
+        "--plan",
+        "even",
+        "--num_samples",
+        "200",
+        "--max_data_samples",
+        "400",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         do_not_draw(patch)
         metrics = distill.main([*arguments, "--num_epochs", "40", "--num_eval_samples", "4"])
@@ -401,8 +425,11 @@ REFUSED = {
     "--unbiased": "--unbiased is for --method jys",
     "--method marginal --unmasking bernoulli": "--unmasking is for --method jys or beta",
     "--method beta --order spread --unmasking bernoulli": "--order spread needs --unmasking counts",
-    "--order spread": "--order is for --method marginal, search, jys or beta",
-    "--method search --num_inference_steps 32": "--method search has 34 floats for 32 steps",
+    "--order spread": "--order is for --method marginal, search, jys, beta or optimal_grid",
+    "--method search --blocks inverse_temperature grid --plan even --num_inference_steps 32": "has 34 floats for 32 steps",
+    "--method search --blocks grid": "--blocks grid says when positions open, and --plan best too: add --plan even",
+    "--method search --blocks inverse_temperature temperature_line": "two ways to say the same",
+    "--plan even": "--plan is for --method search",
     "--method search --blocks remask": "has 1 floats for 4 steps with --blocks remask; allowed are 2 to 19",
     "--method search --num_samples 21": "--num_samples is 21; --method search needs more than 21",
     "--method search --blocks colour": "invalid choice: 'colour'",

@@ -143,6 +143,16 @@ def test_first_hitting_counts_by_hand() -> None:
     assert scheduler.count(left, 3).tolist() == [10, 3, 1, 0]
 
 
+def test_first_hitting_law_by_hand() -> None:
+    """Three masks, two calls left: each opens with chance 2/3. A token stays."""
+    scheduler = absorbing(FirstHittingScheduler, 2)
+    scheduler.set_timesteps(2)
+    logits = torch.tensor([0.25, 0.75, 9.0]).log().expand(1, 4, 3)
+    law = scheduler.transition(logits, 0, torch.tensor([[2, 2, 0, 2]]))[0]
+    expected = torch.tensor([[1 / 6, 1 / 2, 1 / 3]] * 2 + [[1, 0, 0]] + [[1 / 6, 1 / 2, 1 / 3]], dtype=torch.float64)
+    torch.testing.assert_close(law, expected, rtol=0, atol=1e-7)
+
+
 def test_first_hitting_knows_no_time() -> None:
     """Grid and noise schedule change the times that a network sees, and nothing else."""
     x, denoiser, samples = torch.full((4, 9), 6), random_denoiser(7), []
@@ -535,7 +545,7 @@ def test_arguments_of_uniformization_that_are_refused() -> None:
     [
         ({"density": "gamma"}, "`density` is 'gamma'; allowed: 'schedule', 'beta'"),
         ({"beta_a": 0.0}, "`beta_a` and `beta_b` are 0.0 and 3.0; both must be positive"),
-        ({"beta_b": math.nan}, "`beta_a` and `beta_b` are 3.0 and nan"),
+        ({"beta_b": math.nan}, "`beta_b` is nan"),
     ],
 )
 def test_arguments_of_transition_times_that_are_refused(kwargs: dict[str, Any], message: str) -> None:

@@ -35,7 +35,7 @@ def load(name: str) -> ModuleType:
 
 def test_every_example_is_tested() -> None:
     known = {"compare_schedulers", "demo", "distill_own_data", "generate", "image_grid", "molecules", "sample"}
-    known |= {"train_from_energy"}
+    known |= {"train_from_energy", "train_rdlm"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == known
 
 

@@ -154,6 +154,30 @@ def test_amused_guided_logits(pipe: DiscreteImagePipeline, amused: AmusedPipelin
     assert (logits[..., CODES:] == -math.inf).all()
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_amused_head_at_chosen_positions(pipe: DiscreteImagePipeline, guidance_scale: float) -> None:
+    """The logits of the whole grid, and the head sees no more hidden states than were asked for; a sample without a position
+    that is asked for is not run."""
+    x = torch.randint(0, CODES, (3, 24), generator=seeded())
+    positions = torch.rand(3, 24, generator=seeded(1)) < 0.3
+    positions[1] = False
+    seen: list[tuple[int, ...]] = []
+    watch = pipe.model.mlm_layer.conv2.register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
+    with torch.no_grad():
+        positive, negative = (pipe.text_conditions([text] * 3, 3, (4, 6), 1.0, 2.0, 5.0) for text in ("a cat", ""))
+        denoiser = pipe.denoiser_for((4, 6), 7, positive, negative, guidance_scale, "constant")
+        dense, rows = denoiser(x, 0.5), denoiser(x, 0.5, positions)
+    watch.remove()
+    number = int(positions.sum())
+    torch.testing.assert_close(rows.logits, dense[positions], rtol=1e-5, atol=1e-5)
+    assert rows.logits.shape == (number, STATES)
+    half = len(seen) // 2
+    assert sum(shape[0] * shape[2] * shape[3] for shape in seen[:half]) == (72 if guidance_scale == 1 else 144)
+    assert sum(shape[0] * shape[2] * shape[3] for shape in seen[half:]) == (
+        number if guidance_scale == 1 else 2 * number
+    )
+
+
 def test_amused_run_is_that_of_diffusers(pipe: DiscreteImagePipeline, amused: AmusedPipeline) -> None:
     """Their pipeline and scheduler against their scheduler in ours: the same draws, tokens and pixels. Their network gets the
     columns that it lacks, so that both draw among equally many."""

@@ -105,7 +105,7 @@ def test_a_callback_changes_the_guidance() -> None:
     pipe = pipeline()
     output = pipe(class_labels=1, num_inference_steps=4, generator=seeded(), callback_on_step_end=more)
     assert (output.num_model_calls, pipe.guidance_scale, pipe.num_timesteps) == (7, 3.0, 4)
-    with pytest.raises(ValueError, match="it must give finite numbers"):
+    with pytest.raises(ValueError, match=r"`guidance_scale` is \[nan\]; allowed are finite numbers"):
         pipe(class_labels=1, guidance_scale=math.nan)
 
 

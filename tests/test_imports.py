@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
 
 CORE = {"sampling", "processes", "denoisers", "information", "evaluation", "likelihood", "exact", "scud", "molecules"}
-CORE |= {"blocks", "guidance", "patience"}
+CORE |= {"blocks", "guidance", "patience", "sphere"}
 SOURCE = CORE | {"models", "models/*", "schedulers", "schedulers/*"}
 SOURCE |= {"schedulers/scheduling_utils", "schedulers/order_utils", "schedulers/position_orders"}
 SOURCE |= {"schedulers/theta_utils", "schedulers/learned_utils", "interop"}
@@ -50,6 +50,7 @@ TABLE = {
     "likelihood": Part({"sampling", "processes"}, {"torch"}),
     "exact": Part({"sampling", "processes"}, {"torch"}),
     "scud": Part({"sampling", "processes"}, {"torch"}),
+    "sphere": Part({"sampling"}, {"torch"}),
     "molecules": Part(set(), set()),
     "interop": Part({"sampling", "processes", "schedulers", "schedulers/scheduling_utils"}, {"torch", "diffusers"}),
     "models": Part({"models/*"}, set()),
@@ -63,7 +64,7 @@ TABLE = {
     "schedulers/learned_utils": Part({"sampling", "processes", "schedulers/scheduling_utils"}, {"torch"}),
     "schedulers/position_orders": Part({"sampling"}, {"torch"}),
     "schedulers/*": Part(
-        {"sampling", "processes", "information", "scud"}
+        {"sampling", "processes", "information", "scud", "sphere"}
         | {"schedulers/scheduling_utils", "schedulers/order_utils", "schedulers/position_orders"}
         | {"schedulers/theta_utils", "schedulers/learned_utils"},
         {"torch", "diffusers"},

@@ -251,8 +251,8 @@ def test_schedule_gain_is_the_gain_of_the_optimal_counts() -> None:
 
 
 def test_schedule_gain_of_a_rising_curve() -> None:
-    with pytest.raises(ValueError, match="increases after i = 1"):
-        schedule_gain(curve_of(torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64)))
+    with pytest.raises(ValueError, match="increases after i = 2"):
+        schedule_gain(curve_of(torch.tensor([3.0, 3.0, 1.0, 2.0], dtype=torch.float64)))
 
 
 # The isotonic fit

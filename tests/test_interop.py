@@ -71,7 +71,13 @@ class Processor:
 def gemma() -> DiffusionGemmaForBlockDiffusion:
     """Two layers, random weights."""
     text = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "sliding_window": 16}
+    text |= {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_global_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "sliding_window": 16,
+    }
     text |= {"num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 16}
     text |= {"layer_types": ["sliding_attention", "full_attention"]}
     vision = {"model_type": "gemma4_vision", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -490,7 +496,7 @@ def test_foreign_schedulers_that_are_refused(arguments: dict[str, Any], message:
 def test_a_pipeline_refuses_what_is_not_for_tokens() -> None:
     pipe = our_pipeline("absorbing")
     pipe.scheduler = diffusers.DDIMScheduler()
-    with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler; this pipeline runs discrete_schedulers' own"):
+    with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler; it must be one of discrete_schedulers' own"):
         pipe(length=LENGTH)
     with pytest.raises(ValueError, match=r"those of diffusers for tokens as ForeignScheduler\(...\)"):
         DiscreteDiffusionPipeline(tiny_model(), diffusers.AmusedScheduler(MASK))

@@ -88,8 +88,9 @@ def test_klub_is_its_mean_over_all_masks() -> None:
     mean, error = np.mean(parts), np.std(parts) / math.sqrt(len(parts))
     assert abs(mean - exact_klub(joint, 0.9, 0.5, 0.2)) < 4.5 * error
     assert error < 0.01 * mean
-    with pytest.raises(ValueError, match="`times` is"):
-        klub(*given, x_0, thresholds, x_0, (0.5, 0.5, 0.2))
+    for times in ((0.5, 0.5, 0.2), (0.5, 0.2, 0.2), (1.5, 0.5, 0.2), (0.5, 0.2, -0.1)):
+        with pytest.raises(ValueError, match="`times` is"):
+            klub(*given, x_0, thresholds, x_0, times)
 
 
 @pytest.mark.parametrize("times", [(1.0, 0.5, 0.0), (0.9, 0.4, 0.3), (0.6, 0.1, 0.05)])
@@ -180,6 +181,10 @@ def test_search_inserts_where_a_grid_search_does() -> None:
         optimal = optimal_shares(grid.flip(0), share_cross_entropy(curve, grid.flip(0)), n)
         assert share_bound(optimal, c) <= share_bound(times, c) + 1e-15
         assert share_bound(times, c) <= 1.03 * share_bound(optimal, c)  # greedy bisection loses little here
+    asked: list[tuple[float, float, float]] = []
+    jump_your_steps(lambda *times: asked.append(times) or times[1], 4, margin=0.02, resolution=64)
+    jump_your_steps(lambda *times: asked.append(times) or -times[1], 4, margin=0.02, resolution=64)
+    assert all(t3 + 0.02 <= t2 <= t1 - 0.02 or t1 - t3 < 0.08 for t1, t2, t3 in asked)
     crowded = jump_your_steps(lambda a, b, d: b, 64, resolution=64)
     assert crowded == grid.flip(0).tolist()
     for wrong in (0, 3, 128):
@@ -220,8 +225,10 @@ def test_beta_schedule() -> None:
     assert beta_shares(0.5, 0.5, 8) == pytest.approx(1 - steps, abs=1e-12)
     assert beta_shares(1.0, 1.0, 8) == pytest.approx(1 - np.sin(np.pi / 2 * steps) ** 2, abs=1e-12)
     assert beta_shares(2.0, 3.0, 1) == [1.0, 0.0]
-    with pytest.raises(ValueError, match="allowed are x in"):
-        beta_cdf(0.5, 0.0, 1.0)
+    assert (beta_cdf(0.0, 2.0, 3.0), beta_cdf(1.0, 2.0, 3.0)) == (0.0, 1.0)
+    for x, a, b in ((0.5, 0.0, 1.0), (0.5, 1.0, 0.0), (-0.1, 1.0, 1.0), (1.1, 1.0, 1.0)):
+        with pytest.raises(ValueError, match="allowed are x in"):
+            beta_cdf(x, a, b)
 
 
 def test_evolution_finds_the_optimum() -> None:

@@ -188,6 +188,15 @@ def test_gradient_in_batches() -> None:
     whole, parts = (
         score_function_gradient(kernel, given, toy.denoiser, paths, times_of(1), weights, size) for size in (50, 7)
     )
+    sizes: list[int] = []
+    many, told = paths.repeat(1, 11, 1), weights.repeat(11)
+
+    def counting(x_t: Tensor, t: Tensor | float) -> Tensor:
+        sizes.append(len(x_t))
+        return toy.denoiser(x_t, t)
+
+    score_function_gradient(kernel, given, counting, many, times_of(1), told)
+    assert sizes == [512, 38]  # rows in a call where nothing else is said
     assert whole["open"].shape == (0,)
     for name, block in whole.items():
         assert torch.allclose(block, parts[name], rtol=0, atol=1e-14)
@@ -324,6 +333,9 @@ def test_features() -> None:
     counts = ngram_features(torch.tensor([[5, 1, 5, 1]]), 2, 8) * 2
     assert counts[0, :8].tolist() == [0, 2, 0, 0, 0, 2, 0, 0]
     assert sorted(counts[0, 8:].tolist()) in ([0] * 6 + [1, 2], [0] * 7 + [3])
+    code = 40_000 * 48271 + 50_000  # whole numbers, by Python
+    place = (code ^ code >> 13) * 69621 % (2**31 - 1) % 1000
+    assert ngram_features(torch.tensor([[40_000, 50_000]]), 2, 1000)[0, 1000:].nonzero().tolist() == [[place]]
     assert not torch.equal(ngram_features(torch.tensor([[1, 2]]), 2, 64), ngram_features(torch.tensor([[2, 1]]), 2, 64))
 
 
@@ -349,6 +361,10 @@ def test_ratio_remembers_some_calls() -> None:
     assert values[0] > 0.5  # four times as many as in the data
     assert 0.3 < values[1] < values[2]  # half of what is remembered, then all: the ones are forgotten
     assert values[2] == pytest.approx(float(fresh({}, zeros)[0]), abs=1e-6)
+    constant = LogisticRatio(
+        torch.zeros_like(data), lambda x: subset_features(x, 2, 2)
+    )  # no feature of the data varies
+    assert constant({}, ones).isfinite().all()
 
 
 def test_two_sample_statistic() -> None:
@@ -380,6 +396,8 @@ def test_best_is_kept_among_those_with_enough_entropy() -> None:
 
 def test_row_entropy() -> None:
     assert row_entropy(torch.tensor([[0, 1], [0, 1], [1, 1], [0, 0]])) == pytest.approx(1.5 * math.log(2))
+    thirds = math.log(3) - 2 / 3 * math.log(2)
+    assert row_entropy(torch.tensor([[0], [0], [1]])) == pytest.approx(thirds, rel=1e-14)  # in float64
 
 
 def learned_kl(name: str, num_steps: int, seed: int, rows: int, iterations: int) -> tuple[float, bool]:

@@ -348,6 +348,14 @@ def test_rows_are_chosen_and_dense_alike_in_the_loop() -> None:
     assert torch.equal(alone[0], sparse[1])
 
 
+def test_the_chance_to_open_is_at_most_1_despite_rounding() -> None:
+    """With all the remasking that there can be it is 1 in every step that has tokens to remask."""
+    for noise_schedule, num_steps in itertools.product(("loglinear", "cosine"), (14, 20, 22, 24)):
+        scheduler = build("cap", eta=1.0, noise_schedule=noise_schedule)
+        scheduler.set_timesteps(num_steps)
+        assert all(scheduler.open_probability(k) <= 1 for k in range(num_steps))
+
+
 # Confidence
 
 
@@ -386,6 +394,13 @@ def test_mass_of_confidence_by_hand() -> None:
     assert [learned.fall_mass(k) for k in range(4)] == pytest.approx([0.5, 1, 1, 0])
     with pytest.raises(ValueError, match="no coefficients for `num_inference_steps` 3"):
         learned.set_timesteps(3)
+
+
+def test_without_mass_it_is_ancestral_sampling_draw_by_draw() -> None:
+    denoiser, x = random_denoiser(4), torch.full((5, 12), 3)
+    ancestral = AncestralScheduler(vocab_size=4, mask_token_id=3, noise_schedule="linear", unmasking="bernoulli")
+    samples = [run(scheduler, denoiser, 6, x, seeded(1)) for scheduler in (confident(remask_mass=0.0), ancestral)]
+    assert torch.equal(*samples)
 
 
 def test_confidence_is_that_of_the_law_drawn_from() -> None:

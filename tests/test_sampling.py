@@ -26,6 +26,7 @@ from discrete_schedulers.sampling import (
     torus_distance,
     uniform_subset,
     uniforms,
+    weigh,
 )
 
 TOKENS = 50257  # GPT-2's
@@ -75,6 +76,12 @@ def test_no_generator_is_torchs_own() -> None:
     first = uniforms((2, 3), None, "cpu")
     torch.manual_seed(7)
     assert torch.equal(first, uniforms((2, 3), None, "cpu"))
+
+
+def test_gumbels_are_finite_at_the_end_of_u(monkeypatch: pytest.MonkeyPatch) -> None:
+    """u = 0 counts as the middle of its cell: -log(54 log 2)."""
+    monkeypatch.setattr(sampling, "uniforms", lambda shape, *_: torch.zeros(shape, dtype=torch.float64))
+    assert sampling.gumbels((1, 1), None, "cpu").item() == pytest.approx(-math.log(54 * math.log(2)), rel=1e-14)
 
 
 # Categorical: the law
@@ -275,6 +282,38 @@ def test_rows_are_the_same_wherever_they_stand(width: int, monkeypatch: pytest.M
                 fixed = RowLogits.chosen(dense, positions)
             assert fixed.is_fixed
             assert torch.equal(fixed.put(draw_tokens(fixed, seeded(2)), tokens), put)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("width", [5, 700])
+def test_weights_of_rows(dtype: torch.dtype, width: int) -> None:
+    """Probabilities and entropies of softmax in float64, wherever the logits lie, without a column of each row, and the same
+    bits in a batch as by themselves: a row far from 0 is weighed from its largest logit and changes no other one."""
+    logits = torch.randn(8, width, generator=seeded(), dtype=torch.float64) * 4
+    logits += torch.tensor([0.0, 40.0, -40.0, 80.0, -80.0, 2e4, -2e4, 0.0])[:, None]
+    logits[7, 1:] = -math.inf  # certain
+    logits[:, 2] = -math.inf
+    logits, own = logits.to(dtype), torch.tensor([3, 1, 4, 0, 1, 3, 4, 1])
+    rows = RowLogits(logits, torch.ones(1, 8, dtype=torch.bool))
+    for without in (None, 3, own):
+        columns = own if isinstance(without, Tensor) else torch.full((8,), 3)
+        kept = logits.double().clone()
+        if without is not None:
+            kept[torch.arange(8), columns] = -math.inf
+        law = ((kept - kept.amax(1, keepdim=True)) / 0.7).softmax(-1)
+        found = weigh(rows, 1 / 0.7, without, {"best": lambda w, _: w.amax(-1)}, with_entropy=True)
+        error = 1e-13 if dtype == torch.float64 else 4e-6
+        for tokens in (torch.full((8,), 4), own, law.argmax(-1)):
+            expected = law.gather(1, tokens[:, None])[:, 0]
+            torch.testing.assert_close(found.probability(tokens), expected, rtol=error, atol=1e-30)
+        torch.testing.assert_close(found.entropy(), -torch.xlogy(law, law).sum(-1), rtol=2e-6, atol=2e-5)
+        torch.testing.assert_close(found.found["best"] / found.total, law.amax(-1), rtol=error, atol=0)
+        assert found.entropy()[7] == 0
+        for row in range(8):
+            column = without[row, None] if isinstance(without, Tensor) else without
+            one = weigh(RowLogits(logits[row, None], torch.ones(1, 1, dtype=torch.bool)), 1 / 0.7, column)
+            assert torch.equal(one.sums[0], found.sums[row])
+            assert torch.equal(one.probability(own[row, None])[0], found.probability(own)[row])
 
 
 def test_no_rows_draw_nothing() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import itertools
 import json
 import math
+import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -48,7 +51,7 @@ from discrete_schedulers import (
     optimal_times,
 )
 from discrete_schedulers.sampling import Generators
-from discrete_schedulers.schedulers.scheduling_utils import FactorisedScheduler
+from discrete_schedulers.schedulers.scheduling_utils import FactorisedScheduler, jump_share
 
 CLASSES = list(dict.fromkeys(case.cls for case in CASES))
 ABSORBING = [cls for cls in CLASSES if "absorbing" in cls.processes]
@@ -428,6 +431,21 @@ def test_grids_fall_strictly_from_1_to_0_in_float64(case: SchedulerCase, num_ste
     assert (scheduler.times.diff() < 0).all()
 
 
+def test_chances_are_worked_out_before_the_first_call() -> None:
+    """So that a compiled step only reads them."""
+    scheduler = AncestralScheduler(vocab_size=5, mask_token_id=4, noise_schedule="linear")
+    scheduler.set_timesteps(4)
+    torch.testing.assert_close(scheduler.openings.tolist(), [1 / 4, 1 / 3, 1 / 2, 1.0], rtol=1e-14, atol=0)
+
+
+def test_share_of_jumps_by_hand() -> None:
+    """(1 - e^-x) / x is 1 at 0, and its slope is a number there."""
+    total = torch.tensor([0.0, math.log(2), 50.0], dtype=torch.float64, requires_grad=True)
+    share = jump_share(total)
+    torch.testing.assert_close(share.tolist(), [1.0, 0.5 / math.log(2), 0.02], rtol=1e-14, atol=0)
+    assert torch.autograd.grad(share.sum(), total)[0].isfinite().all()
+
+
 def test_grids_by_hand() -> None:
     def times(**kwargs: Any) -> list[float]:
         scheduler = AncestralScheduler(vocab_size=5, mask_token_id=4, **kwargs)
@@ -644,6 +662,37 @@ def test_equal_names_have_equal_defaults() -> None:
             assert defaults.setdefault(name, parameter.default) == parameter.default, (cls.__name__, name)
 
 
+DEFAULT = re.compile(r"^ +(\w+) \(`[^`]*`, (?:defaults to `?([^`]+?)`?|\*optional\*)\):", re.MULTILINE)
+MODULES = "processes sampling information exact scud training.objectives training.marginal training.temperatures"
+
+
+def test_defaults_are_those_of_the_docstrings() -> None:
+    """Of all schedulers, and of the functions and classes beside them."""
+    things: list[Any] = list(CLASSES)
+    for name in [*MODULES.split(), "training.jump_steps"]:
+        module = importlib.import_module(f"discrete_schedulers.{name}")
+        things += [t for t in vars(module).values() if getattr(t, "__module__", "") == module.__name__ and callable(t)]
+    number = 0
+    for thing in things:
+        parameters = inspect.signature(thing).parameters
+        for name, value in DEFAULT.findall(thing.__doc__ or ""):
+            default = parameters[name].default
+            said = eval(
+                value or "None", {"torch": torch, "inf": math.inf} | vars(sys.modules[thing.__module__])
+            )  # names of constants too
+            assert (default, type(default)) == (said, type(said)), (thing, name)
+            number += 1
+    assert number > 250
+
+
+def test_a_hub_out_of_reach_is_named(tmp_path: Path) -> None:
+    """The tests are offline; a folder without a config is another matter."""
+    with pytest.raises(OSError, match="the Hub cannot be reached, and the scheduler 'nobody/nothing'"):
+        AncestralScheduler.from_pretrained("nobody/nothing", cache_dir=tmp_path)
+    with pytest.raises(OSError, match="no file named scheduler_config"):
+        AncestralScheduler.from_pretrained(tmp_path)
+
+
 def test_compatibles_are_all_classes() -> None:
     for case in CASES:
         assert set(case.build(5).compatibles) == set(CLASSES)
@@ -734,7 +783,7 @@ def test_one_generator_for_each_row(case: SchedulerCase) -> None:
         ({"grid": "random"}, "`grid` is 'random'; allowed: 'uniform', 'cosine', 'optimal', 'learned'"),
         ({"draw": "gumbel"}, "`draw` is 'gumbel'; allowed: 'exact'"),
         ({"temperature": -0.5}, "`temperature` is -0.5; it must be positive"),
-        ({"temperature": math.nan}, "`temperature` is nan; it must be positive"),
+        ({"temperature": math.nan}, "`temperature` is nan; it must be a finite number"),
         ({"top_p": 0.0}, r"`top_p` is 0.0; allowed are numbers in \(0, 1\]"),
         ({"top_p": 1.5}, "`top_p` is 1.5"),
         ({"vocab_size": 1}, "`vocab_size` is 1"),
@@ -751,7 +800,7 @@ def test_one_generator_for_each_row(case: SchedulerCase) -> None:
         ({"coefficients": {"2": {"times": [1.0, 0.0]}}}, "'times' has 2 values, needs 3"),
         ({"coefficients": {"2": {"scale": [1.0, math.nan]}}}, "'scale' has a value that is not finite"),
         ({"coefficients": {"2": {"scale": [1.0, math.inf]}}}, "'scale' has a value that is not finite"),
-        ({"coefficients": {"zwei": {"scale": []}}}, "`coefficients` has budget 'zwei'; keys are step budgets"),
+        ({"coefficients": {"zwei": {"scale": []}}}, "`coefficients` has budget 'zwei'; keys must be step budgets"),
         ({"coefficients": {"0": {"scale": []}}}, "`coefficients` has budget '0'"),
         ({"coefficients": {"2": {"times": [1.0, 0.5, 0.1]}}}, "'times' must fall strictly from 1 to 0"),
         ({"coefficients": {"2": {"times": [0.9, 0.5, 0.0]}}}, "'times' must fall strictly from 1 to 0"),
@@ -797,6 +846,38 @@ def test_a_missing_budget_lists_those_there_are(name: str) -> None:
     with pytest.raises(ValueError, match=f"no coefficients for `num_inference_steps` 5; learned budgets: {known}"):
         scheduler.set_timesteps(5)
     assert scheduler.num_inference_steps is None  # and nothing has changed
+    with pytest.raises(ValueError, match=r"learned budgets: none$"):
+        AncestralScheduler(vocab_size=5, mask_token_id=4).budget(5)
+
+
+KNOBS = {
+    "Confidence": "score_temperature",
+    "ConfidenceRemasking": "remask_mass",
+    "DiscreteDDIM": "sigma_share",
+    "FlowMatching": "divergence_free",
+    "GibbsCorrector": "selection_temperature",
+    "InformedCorrector": "selection_temperature",
+    "Learn2PD": "threshold",
+    "MaskGIT": "choice_temperature",
+    "PredictorCorrector": "corrector_step",
+    "Psi": "kappa",
+    "ThetaRK2": "theta",
+    "ThetaTrapezoidal": "theta",
+    "WINO": "accept_threshold",
+}
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_learned_knob_is_read_and_missed_at_once(name: str) -> None:
+    """The number of its step; for a budget without one an error, before anything changes."""
+    case, knob = next(case for case in CASES if case.cls.__name__ == name + "Scheduler"), KNOBS[name]
+    scheduler = case.build(5, coefficients={"2": {knob: [0.5, 0.25]}})
+    with pytest.raises(ValueError, match="no coefficients for `num_inference_steps` 3; learned budgets: 2"):
+        scheduler.set_timesteps(3)
+    assert scheduler.num_inference_steps is None
+    assert len(scheduler.times) == 2
+    scheduler.set_timesteps(2)
+    assert [scheduler.per_step(knob, step) for step in range(2)] == [0.5, 0.25]
 
 
 def test_a_missing_block_lists_those_there_are() -> None:

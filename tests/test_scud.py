@@ -7,11 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from laws import Joint, all_states, chi_square_z, exact_denoiser, random_joint, state_index, total_variation
+from scipy.stats import poisson
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -24,7 +26,7 @@ from discrete_schedulers import (
     SCUDScheduler,
     UniformProcess,
 )
-from discrete_schedulers.scud import EventOrder, JumpKernel, MatrixKernel
+from discrete_schedulers.scud import EventOrder, JumpKernel, MatrixKernel, poisson_cdf
 
 V, L, MASK = 3, 3, 3
 
@@ -218,6 +220,8 @@ def test_every_order_of_the_events_is_equally_likely() -> None:
     two = torch.bincount(order.counts(2 / 3)[:, 2], minlength=2)
     assert chi_square_z(two, torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)) < 4.5
     assert (order.counts(1 / 3) <= order.counts(2 / 3)).all()
+    crowded = torch.tensor([[process.most_events + 3, 0]])  # more events than are ever drawn
+    assert torch.equal(process.draw_order(crowded, seeded()).counts(1.0), crowded)
 
 
 # The sampler
@@ -660,6 +664,27 @@ def test_runs_begin_anew() -> None:
 def test_arguments_that_are_refused(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kernel_scheduler(**kwargs)
+
+
+def test_what_a_kernel_remembers() -> None:
+    """Of x_0 after the events of t = 1, at least one: by the sum over their number."""
+    process, mean = ordinal(), 4.0 * math.log(1000)
+    matrix, law = dense(process), torch.zeros(V, V, dtype=torch.float64)
+    for count in range(1, 120):
+        law += poisson.pmf(count, mean) / -math.expm1(-mean) * torch.linalg.matrix_power(matrix, count)
+    furthest = max(total_variation(row, process.kernel.prior_law) for row in law)
+    assert process.remembered() == pytest.approx(furthest, rel=1e-6)
+
+
+def test_cumulative_law_of_counts() -> None:
+    found = poisson_cdf(torch.tensor([[2.5], [0.0]], dtype=torch.float64), 3)
+    np.testing.assert_allclose(found, poisson.cdf(range(4), [[2.5], [0.0]]), rtol=1e-13)
+
+
+@pytest.mark.parametrize("law", [[0.5, 0.6], [1.5, -0.5], [[0.5, 0.5]]])
+def test_priors_that_are_refused(law: list) -> None:
+    with pytest.raises(ValueError, match="`prior_law` must be a vector of probabilities"):
+        JumpKernel(torch.tensor(law))
 
 
 def test_calls_that_are_refused() -> None:

@@ -5,7 +5,9 @@ Seconds depend on the machine; the numbers of operations, of bytes that are writ
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -226,25 +228,27 @@ class Budget(NamedTuple):
 
 WIDE, LONG = 4000, 1024
 BUDGETS = {
-    "ancestral, given rows": Budget(AncestralScheduler, {}, "rows", 1.4, 74),
-    "ancestral": Budget(AncestralScheduler, {}, "all", 1.45, 106),
-    "ancestral, bernoulli": Budget(AncestralScheduler, {"unmasking": "bernoulli"}, "all", 1.4, 82),
-    "ancestral, temperature": Budget(AncestralScheduler, {"temperature": 0.7}, "rows", 3.4, 80),
-    "Euler": Budget(EulerScheduler, {}, "all", 1.4, 82),
-    "tau-leaping": Budget(TauLeapingScheduler, {}, "all", 1.4, 82),
-    "LSD": Budget(LSDScheduler, {}, "all", 1.4, 82),
-    "remasking": Budget(RemaskingScheduler, {}, "all", 1.45, 164),
-    "learned": Budget(LearnedScheduler, {}, "all", 1.45, 142),
-    "confidence": Budget(ConfidenceScheduler, {}, "all", 0.6, 545),
-    "confidence, given rows": Budget(ConfidenceScheduler, {}, "rows", 0.6, 535),
-    "confidence by margin": Budget(ConfidenceScheduler, {"score": "margin"}, "all", 0.8, 700),
-    "entropy bound": Budget(EntropyBoundScheduler, {}, "all", 0.7, 620),
-    "threshold": Budget(ThresholdScheduler, {}, "all", 0.6, 540),
-    "MaskGIT": Budget(MaskGITScheduler, {}, "all", 0.65, 610),
-    "path planning": Budget(PathPlanningScheduler, {}, "all", 0.6, 810),
-    "DDIM, uniform": Budget(DiscreteDDIMScheduler, {}, "all", 1.0, 175),
-    "entropy bound, uniform": Budget(UniformEntropyBoundScheduler, {}, "all", 6.6, 1200),
-    "ancestral, uniform": Budget(AncestralScheduler, {"process": "uniform"}, "all", 20, 6700),
+    "ancestral, given rows": Budget(AncestralScheduler, {}, "rows", 1.35, 105),
+    "ancestral": Budget(AncestralScheduler, {}, "all", 1.4, 136),
+    "ancestral, bernoulli": Budget(AncestralScheduler, {"unmasking": "bernoulli"}, "all", 1.4, 113),
+    "ancestral, temperature": Budget(AncestralScheduler, {"temperature": 0.7}, "rows", 3.4, 148),
+    "Euler": Budget(EulerScheduler, {}, "all", 1.4, 113),
+    "tau-leaping": Budget(TauLeapingScheduler, {}, "all", 1.4, 113),
+    "LSD": Budget(LSDScheduler, {}, "all", 1.4, 113),
+    "remasking": Budget(RemaskingScheduler, {}, "all", 1.4, 156),
+    "learned": Budget(LearnedScheduler, {}, "all", 1.4, 170),
+    "confidence": Budget(ConfidenceScheduler, {}, "all", 0.46, 322),
+    "confidence, given rows": Budget(ConfidenceScheduler, {}, "rows", 0.46, 294),
+    "confidence by margin": Budget(ConfidenceScheduler, {"score": "margin"}, "all", 0.65, 505),
+    "entropy bound": Budget(EntropyBoundScheduler, {}, "all", 0.63, 500),
+    "threshold": Budget(ThresholdScheduler, {}, "all", 0.46, 318),
+    "MaskGIT": Budget(MaskGITScheduler, {}, "all", 0.5, 385),
+    "path planning": Budget(PathPlanningScheduler, {}, "all", 0.39, 640),
+    "DDIM, uniform": Budget(DiscreteDDIMScheduler, {}, "all", 0.9, 166),
+    "entropy bound, uniform": Budget(UniformEntropyBoundScheduler, {}, "all", 0.46, 505),
+    "ancestral, uniform": Budget(AncestralScheduler, {"process": "uniform"}, "all", 0.65, 215),
+    "Psi": Budget(PsiScheduler, {}, "all", 0.6, 230),
+    "tau-leaping, uniform": Budget(TauLeapingScheduler, {"process": "uniform"}, "all", 0.65, 252),
 }
 
 
@@ -280,6 +284,39 @@ def test_a_step_does_little(name: str) -> None:
             assert count.largest <= 8 * sampling.CPU_CHUNK  # float64
         assert count.bytes <= (budget.rows_written + more) * rows * WIDE * 4
         assert count.operations <= budget.operations + 10 * (more > 0)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        AncestralScheduler(V, V - 1, temperature=0.7),
+        UniformEntropyBoundScheduler(V),
+        LSDScheduler(V, process="uniform", scale="log_score"),
+    ],
+)
+def test_large_outputs_are_made_when_they_are_asked_for(scheduler: DiscreteScheduler) -> None:
+    """And are as of their call, whatever the scheduler does next; in dictionaries, tuples and copies too."""
+    scheduler.set_timesteps(STEPS)
+    logits, sample = state_of(scheduler)
+    expected = scheduler.shaped_logits(logits, 3, sample)
+    outputs = [scheduler.step(logits, 3, sample, generator=torch.Generator().manual_seed(1)) for _ in range(4)]
+    outputs += [copy.deepcopy(outputs[0]), pickle.loads(pickle.dumps(outputs[0]))]
+    scheduler.set_timesteps(5)
+    with Count() as count:
+        assert outputs[0].prev_sample.shape == sample.shape
+    assert count.bytes == 0
+    first, *others = [output.pred_logits for output in outputs]
+    assert torch.equal(first, expected)
+    assert all(torch.equal(first, other) for other in others)
+    keys = ["prev_sample", "pred_original_sample", "pred_logits"]
+    if scheduler.config.process == "uniform":
+        assert torch.equal(outputs[2].pred_original_sample, expected.argmax(-1))
+    else:
+        keys.remove("pred_original_sample")
+    assert list(outputs[1].keys()) == keys
+    assert torch.equal(outputs[1].to_tuple()[-1], expected)
+    assert [type(value) for value in outputs[2].values()] == [Tensor] * len(keys)
+    assert torch.equal(outputs[3]["pred_logits"], expected)
 
 
 def test_the_count_sees_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:

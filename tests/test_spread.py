@@ -256,6 +256,12 @@ def test_halton_cells_stand_in_the_order_of_their_first_points() -> None:
         assert order_of(halton_ranks(height, width)) == cells
 
 
+def test_patterns_without_a_fixed_order_are_refused() -> None:
+    for pattern, height in (("farthest", 1), ("van_der_corput", 2)):
+        with pytest.raises(ValueError, match=f"has no fixed order of a grid of {height} x 8"):
+            pattern_ranks(pattern, height, 8)
+
+
 # Shifts
 
 KINDS = [("van_der_corput", 1, 12), ("dilated", 1, 12), ("dilated", 3, 4), ("halton", 3, 4)]

@@ -130,6 +130,16 @@ def test_fluency_by_hand() -> None:
     smoothed.mask_token_id = MASK  # type: ignore[attr-defined]
     x = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     torch.testing.assert_close(fluency(smoothed, x), torch.full((2, 2), math.log(0.95)).double())
+    certain = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])  # of token 0, whatever stands elsewhere
+
+    def apart(x: Tensor, t: float, positions: Tensor) -> RowLogits:
+        return RowLogits(
+            torch.stack([certain, 1 - certain, 0 * certain], 1).log().expand(*x.shape, 3)[positions], positions
+        )
+
+    apart.mask_token_id = MASK  # type: ignore[attr-defined]
+    expected = torch.tensor([[0.9 * 0.7 * 0.5, 0.8 * 0.6]]).log() / torch.tensor([3, 2])
+    torch.testing.assert_close(fluency(apart, torch.zeros(1, 5, dtype=torch.int64)), expected.double())
     features = text_features(smoothed, 4, batch_size=1)(x)
     square = math.log(0.95) ** 2
     assert features.shape == (2, 13)

@@ -427,7 +427,7 @@ def test_what_the_unconditional_branch_sees() -> None:
         ({"prompt": "it", "negative_prompt": "a"}, "`negative_prompt` is for guidance: pass `guidance_scale`"),
         (
             {"prompt": "it", "negative_prompt": "a dog", "guidance_scale": 2.0},
-            "a negative prompt has 2 tokens, its prompt 1",
+            "a `negative_prompt` has 2 tokens, its prompt 1",
         ),
         (
             {"prompt": ["it", "a", "the"], "negative_prompt": ["a", "a"], "guidance_scale": 2.0, "num_samples": 2},
@@ -444,8 +444,8 @@ def test_what_the_unconditional_branch_sees() -> None:
         ),
         ({"guidance_scale": float("inf"), "prompt": "it"}, "`guidance_scale` is inf"),
         ({"guidance_scale": "2", "prompt": "it"}, "`guidance_scale` is '2'; it must be a finite number"),
-        ({"prompt": []}, r"a prompt must be a text or a list of texts, at least one, got \[\]"),
-        ({"prompt": ["it", 3]}, "a prompt must be a text or a list of texts"),
+        ({"prompt": []}, r"`prompt` is \[\]; it must be a text or a list of texts, at least one"),
+        ({"prompt": ["it", 3]}, "`prompt` is .* it must be a text or a list of texts"),
         ({"eos_token_id": "[PAD]"}, r"`eos_token_id` is '\[PAD\]'; it must be an id or a list of ids"),
     ],
 )

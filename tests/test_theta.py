@@ -27,6 +27,7 @@ from laws import (
 from torch import Tensor
 
 from discrete_schedulers import AncestralScheduler, RowLogits, ThetaRK2Scheduler, ThetaTrapezoidalScheduler
+from discrete_schedulers.schedulers import theta_utils
 from discrete_schedulers.schedulers.theta_utils import ThetaScheduler
 
 MASKED = {"vocab_size": 4, "mask_token_id": 3}
@@ -331,6 +332,20 @@ def test_rows_that_the_calls_read() -> None:
     assert torch.equal(everywhere, x_s == 6)
 
 
+@pytest.mark.parametrize("cls", [ThetaTrapezoidalScheduler, ThetaRK2Scheduler])
+def test_who_does_not_open_now_waits(cls: type[ThetaScheduler], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the coin falls on the border of the two halves."""
+    scheduler, x = cls(**MASKED, noise_schedule="linear", theta=0.5), torch.full((1, 3), 3)
+    scheduler.set_timesteps(4)
+    u = scheduler.first_chance(0) / scheduler.either_chance(0)
+    coins = torch.tensor([[0.999 * u, u, 1.001 * u]], dtype=torch.float64)
+    monkeypatch.setattr(theta_utils, "uniforms", lambda *_: coins)
+    rows = RowLogits(torch.zeros(3, 4), torch.ones(1, 3, dtype=torch.bool))
+    y = scheduler.step(rows, 0, x, generator=seeded()).prev_sample
+    assert (y == 3).tolist() == [[False, True, True]]
+    assert scheduler.half.positions[0, 1:].all()
+
+
 def test_rk2_takes_its_guess_back() -> None:
     scheduler = RK2(vocab_size=7, mask_token_id=6)
     denoiser, generator = random_denoiser(7), seeded(2)
@@ -376,6 +391,28 @@ def test_a_second_call_needs_its_first(kwargs: dict[str, Any]) -> None:
     scheduler.set_timesteps(3)
     with pytest.raises(ValueError, match="call 1 is the second of its step"):
         scheduler.step(logits, 1, x)
+
+
+@every_method
+@both_processes
+def test_draws_of_the_second_call_follow_its_law(
+    cls: type[ThetaScheduler], hazard: str, kwargs: dict[str, Any]
+) -> None:
+    """Given what the first call made of a position: at once, before later steps hide how many are still masked."""
+    scheduler, width = cls(**kwargs, hazard=hazard, theta=0.4), kwargs["vocab_size"]
+    scheduler.set_timesteps(3)
+    x = torch.full((1, 40_000), width - 1)
+    logits = torch.tensor([[0.3, 1.5, 0.0, -0.4], [0.9, 0.1, 0.2, 0.5]], dtype=torch.float64)[:, -width:]
+    if scheduler.config.process == "absorbing":
+        logits[:, -1] = -math.inf
+    y = scheduler.step(logits[0].expand(*x.shape, width), 2, x, generator=seeded(1)).prev_sample
+    x_s = scheduler.step(logits[1].expand(*x.shape, width), 3, y, generator=seeded(2)).prev_sample
+    p_0, p_star = logits.softmax(-1)[:, None, None]
+    for state in range(width):
+        law = scheduler.second_law(p_0, p_star, 1, x[:, :1], torch.tensor([[state]]))[0, 0]
+        counts = torch.bincount(x_s[y == state], minlength=width)
+        assert counts.sum() > 500
+        assert chi_square_z(counts, law) < 4.5 if law.max() < 1 else counts[law.argmax()] == counts.sum()
 
 
 # Runs

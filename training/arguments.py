@@ -30,7 +30,8 @@ ONLY_FOR = {  # arguments that other methods do not read, and what they are wher
     "repaired": (("lsd_plus",), False),
     "unbiased": (("jys",), False),
     "unmasking": (("jys", "beta"), "counts"),
-    "blocks": (("search",), ["inverse_temperature", "grid"]),
+    "blocks": (("search",), ["temperature_line", "top_p"]),
+    "plan": (("search",), "best"),
     "block_length": (("learn2pd",), None),
 }
 
@@ -75,15 +76,25 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         help="jys, beta: how their scheduler opens masks.",
     )
     parser.add_argument(
-        "--order", choices=["random", "spread"], default=None, help="marginal, search (spread), jys, beta (random)."
+        "--order",
+        choices=["random", "spread"],
+        default=None,
+        help="marginal, search (spread), jys, beta, optimal_grid (random).",
     )
     parser.add_argument(
         "--blocks",
         choices=FLOATS,
         nargs="+",
-        default=["inverse_temperature", "grid"],
-        help="search: what it is over: an inverse temperature a step, a and b of a Beta grid, a and b of a gate, a strength of "
-        "remasking. Fewer than 20 floats.",
+        default=["temperature_line", "top_p"],
+        help="search: what it is over: an inverse temperature a step, or those of the first and last, a top-p, a and b of a "
+        "Beta grid, a and b of a gate, a strength of remasking. Fewer than 20 floats.",
+    )
+    parser.add_argument(
+        "--plan",
+        choices=["best", "even"],
+        default="best",
+        help="search: how many positions a step opens: even numbers, or the best of even and doubling ones, before the search. "
+        "A grid among the blocks needs even.",
     )
     parser.add_argument(
         "--block_length", type=int, default=None, help="learn2pd: positions its filter sees; all by default."
@@ -214,8 +225,8 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(f"--num_samples is {args.num_samples}; --method {args.method} needs more than {JUDGE_FEATURES}")
     if args.order == "spread" and args.unmasking == "bernoulli":
         parser.error("--order spread needs --unmasking counts: with bernoulli every mask opens on its own")
-    if args.order == "spread" and args.method not in ("marginal", "search", "jys", "beta"):
-        parser.error("--order is for --method marginal, search, jys or beta")
+    if args.order == "spread" and args.method not in ("marginal", "search", "jys", "beta", "optimal_grid"):
+        parser.error("--order is for --method marginal, search, jys, beta or optimal_grid")
     if args.method == "jys":
         wrong = [n for n in args.num_inference_steps if n > RESOLUTION or (n & (n - 1) and not args.unbiased)]
         if wrong:
@@ -224,6 +235,10 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
                 f"with --unbiased numbers up to {RESOLUTION}"
             )
     if args.method == "search":
+        if {"inverse_temperature", "temperature_line"} <= set(args.blocks):
+            parser.error("--blocks inverse_temperature and temperature_line are two ways to say the same")
+        if "grid" in args.blocks and args.plan != "even":
+            parser.error("--blocks grid says when positions open, and --plan best too: add --plan even")
         args.blocks = [name for name in FLOATS if name in args.blocks]
         for steps in args.num_inference_steps:
             floats = number_of_floats(args.blocks, steps)

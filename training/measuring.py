@@ -73,7 +73,9 @@ def measure(
             )
             for part in batches(len(heldout), args.train_batch_size)
         ]
-        row["nll"] = torch.cat(bounds).mean().item()
+        bound = torch.cat(bounds).mean().item()
+        if math.isfinite(bound):  # a nucleus may give a true token no probability
+            row["nll"] = bound
     samples, row["calls"] = samples_of(pipe, scheduler, steps, heldout.shape[1], args)
     row["entropy"] = unigram_entropy(samples).mean().item()
     if judge is None:

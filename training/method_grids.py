@@ -19,18 +19,40 @@ from discrete_schedulers.training.jump_steps import (
     share_cross_entropy,
 )
 from discrete_schedulers.training.objectives import draw_noise
+from discrete_schedulers.training.ordered_grid import optimal_ordered_counts, ordered_information, spread_ranks
 from discrete_schedulers.training.run import BETA_RANGE, Run, absorbing
 
 RESOLUTION = 1024  # points of a grid that JYS, the exact optimum and the Beta schedule are sought on
 
 
 def optimal_grid(run: Run) -> DiscreteScheduler:
-    """The grid of the smallest bound for any number of steps, from the curve: see `information.optimal_counts`."""
+    """The grid of the smallest bound for any number of steps, from the curve: see `information.optimal_counts`. In the spread
+    order that of each budget, see `ordered_grid.py`."""
+    if run.args.order == "spread":
+        return spread_grid(run)
     curve = model_curve(run)
     gain = run.state["schedule_gain"]
     run.accelerator.print(f"R = {gain:.3f}: the most a time grid can win is a factor of {1 / gain:.2f} in excess KL")
     settings = {"grid": "optimal", "information_curve": curve.to_config(), "learned_for": run.learned_for}
     return AncestralScheduler.from_config(run.base, **settings)
+
+
+def spread_grid(run: Run) -> DiscreteScheduler:
+    """The counts of the smallest bound in the spread order, for each budget."""
+    args, found = run.args, run.state.setdefault("counts", {})
+    if not found:
+        data = run.data[: args.num_samples]
+        ranks = spread_ranks((len(data), run.length), torch.Generator().manual_seed(args.seed))
+        own = list(run.share(len(data)))
+        asked = data[own], ranks[own], run.mask_token_id, args.train_batch_size
+        table = run.reduce(len(own) * ordered_information(run.pipe.denoiser, *asked)) / len(data)
+        counts = optimal_ordered_counts(table, max(args.num_inference_steps))
+        run.add_evaluations()
+        found |= {str(steps): [float(count) for count in counts[steps - 1]] for steps in args.num_inference_steps}
+        run.save(None)
+    return run.each_budget(
+        lambda steps: {"counts": found[str(steps)]}, run.learned(grid="learned", order="spread", unmasking="counts")
+    )
 
 
 def model_curve(run: Run) -> InformationCurve:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from discrete_schedulers.training.marginal import (
     keep_best,
     two_sample_statistic,
 )
+from discrete_schedulers.training.ordered_grid import doubling_counts, equal_counts
 from discrete_schedulers.training.run import BETA_RANGE, CHOSEN, PATHS, SEARCHED, Run, absorbing, sample
 from discrete_schedulers.training.search import evolve, judged
 from discrete_schedulers.training.temperatures import Rolled, descend_temperatures, roll, text_features
@@ -95,10 +97,10 @@ def shared_features(run: Run, buckets: int) -> Features:
 
 
 def search(run: Run) -> DiscreteScheduler:
-    """Any of `FLOATS` by CMA-ES on the law of the last samples: on half of the data, and of the centres of the search, and the
-    start, the one is kept that the other half says is nearest. See `search.py`."""
+    """A plan of counts, and any of `FLOATS` by CMA-ES, on the law of the last samples: on half of the data, and of the centres
+    of the search, and the start, the one is kept that the other half says is nearest. See `search.py`, `ordered_grid.py`."""
     args = run.args
-    grid = "learned" if "grid" in args.blocks else "uniform"
+    grid = "learned" if "grid" in args.blocks or args.plan != "even" else "uniform"
     settings = {"order": args.order, "grid": grid, "unmasking": "counts"}
     process = absorbing(AncestralScheduler.from_config(run.base))
 
@@ -125,14 +127,18 @@ def search(run: Run) -> DiscreteScheduler:
             for name in args.blocks
         }
         bounds = {name: FLOATS[name].bounds for name in args.blocks}
-        loss = judged(lambda candidate: verdict(0, candidate))
+        plan: Coefficients = {}
+        if args.plan == "best":
+            plans = [{"counts": torch.tensor(make(run.length, steps))} for make in PLANS]
+            plan = min(plans, key=lambda one: judged(partial(verdict, 0))(start | one))
+        loss = judged(lambda candidate: verdict(0, candidate | plan))
         tried = evolve(loss, start, SEARCH_SPREAD, bounds, args.num_epochs, args.seed)
         centres = list(tqdm(tried, desc=f"{steps} steps, generations", disable=not run.accelerator.is_main_process))
         every = -(-len(centres) // CANDIDATES)
         kept = [start, *centres[every - 1 :: every]]
         if len(centres) % every:
             kept.append(centres[-1])
-        return blocks_of(process, keep_best(kept, lambda one: verdict(1, one)).coefficients, steps)
+        return blocks_of(process, keep_best([one | plan for one in kept], partial(verdict, 1)).coefficients, steps)
 
     return run.each_budget(learn, run.learned(**settings))
 
@@ -157,7 +163,7 @@ class Floats(NamedTuple):
     Args:
         per_step (`bool`): Whether there is one for each step; else there are `number` for a budget.
         number (`int`): How many.
-        start (`float`): Where they change nothing.
+        start (`float`): Where the search begins; they change nothing there, but for top-p.
         bounds (`tuple[float, float]`): Where they may lie.
     """
 
@@ -172,10 +178,17 @@ class Floats(NamedTuple):
 
 FLOATS = {
     "inverse_temperature": Floats(True, 1, 0.0, (math.log(0.2), math.log(5.0))),  # their logarithms
+    "temperature_line": Floats(
+        False, 2, 0.0, (-0.5, 1.0)
+    ),  # those of the first and of the last step, on a line between them
+    "top_p": Floats(False, 1, math.log(0.1), (math.log(1e-3), math.log(0.5))),  # logarithm of the mass that is cut off
     "grid": Floats(False, 2, math.log(0.5), BETA_RANGE),  # logarithms of a and b of the Beta schedule
     "gate": Floats(False, 2, 0.0, (-4.0, 4.0)),  # a and b, the same in every step
     "remask": Floats(False, 1, 0.0, (0.0, 1.0)),  # the same in every step
 }
+
+
+PLANS = (equal_counts, doubling_counts)  # how many positions open in each step
 
 
 def number_of_floats(blocks: Sequence[str], steps: int) -> int:
@@ -184,10 +197,17 @@ def number_of_floats(blocks: Sequence[str], steps: int) -> int:
 
 
 def blocks_of(process: AbsorbingProcess, floats: Coefficients, steps: int) -> dict[str, list[float]]:
-    """What `search` is over, as blocks of [`LearnedScheduler`]."""
+    """What `search` is over, and its counts, as blocks of [`LearnedScheduler`]."""
     blocks: dict[str, list[float]] = {}
     if "inverse_temperature" in floats:
         blocks["inverse_temperature"] = floats["inverse_temperature"].exp().tolist()
+    if "temperature_line" in floats:
+        first, last = floats["temperature_line"].tolist()
+        blocks["inverse_temperature"] = torch.linspace(first, last, steps, dtype=torch.float64).exp().tolist()
+    if "top_p" in floats:
+        blocks["top_p"] = (1 - floats["top_p"].exp()).tolist() * steps
+    if "counts" in floats:
+        blocks["counts"] = floats["counts"].double().tolist()
     if "grid" in floats:
         a, b = floats["grid"].exp().tolist()
         blocks["times"] = process.time_of_noise(torch.tensor(beta_shares(a, b, steps), dtype=torch.float64)).tolist()

@@ -37,10 +37,13 @@ FITS_ON_DATA = ("optimal_grid", "jys", "beta", "marginal", "search", "order", "l
 
 def check_length(args: argparse.Namespace, length: int) -> None:
     """Raises `ValueError` if the method is not for sequences of this length."""
-    if args.method == "order" and max(args.num_inference_steps) > length:
+    opens_one = args.method == "order" or (args.method == "search" and args.plan == "best")
+    if (opens_one or (args.method == "optimal_grid" and args.order == "spread")) and max(
+        args.num_inference_steps
+    ) > length:
         raise ValueError(
-            f"`--num_inference_steps` has {max(args.num_inference_steps)}; `--method order` opens at least one of the {length} "
-            "positions in each step"
+            f"`--num_inference_steps` has {max(args.num_inference_steps)}; `--method {args.method}` opens at least one of the "
+            f"{length} positions in each step here"
         )
     if args.method == "learn2pd" and length % (args.block_length or length):
         raise ValueError(f"`--block_length` is {args.block_length}, which does not divide the {length} positions")

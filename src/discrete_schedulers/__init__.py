@@ -38,6 +38,8 @@ from discrete_schedulers.schedulers import (
     PCSamplerScheduler,
     PredictorCorrectorScheduler,
     PsiScheduler,
+    RDLMScheduler,
+    RDLMSchedulerOutput,
     RemaskingScheduler,
     SCUDScheduler,
     SpreadScheduler,
@@ -50,6 +52,7 @@ from discrete_schedulers.schedulers import (
     WINOScheduler,
 )
 from discrete_schedulers.scud import ScheduleConditionedProcess
+from discrete_schedulers.sphere import LogarithmBridge
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -61,12 +64,14 @@ if TYPE_CHECKING:
         LatentModel,
         MeissonicTransformerModel,
         PatchCodebook,
+        SphereTransformerModel,
     )
     from discrete_schedulers.pipelines import (
         DiscreteDiffusionPipeline,
         DiscreteDiffusionPipelineOutput,
         DiscreteImagePipeline,
         DiscreteImagePipelineOutput,
+        RDLMPipeline,
     )
 
 __version__ = "0.1.0"
@@ -84,6 +89,8 @@ LAZY = {
     "MeissonicTransformerModel": "discrete_schedulers.models",
     "ModelMixin": "diffusers",
     "PatchCodebook": "discrete_schedulers.models",
+    "RDLMPipeline": "discrete_schedulers.pipelines",
+    "SphereTransformerModel": "discrete_schedulers.models",
 }
 
 __all__ = [
@@ -119,6 +126,7 @@ __all__ = [
     "Learn2PDScheduler",
     "LearnedScheduler",
     "LikelihoodEstimate",
+    "LogarithmBridge",
     "MaskGITScheduler",
     "MeissonicTransformerModel",
     "ModelMixin",
@@ -128,11 +136,15 @@ __all__ = [
     "PathPlanningScheduler",
     "PredictorCorrectorScheduler",
     "PsiScheduler",
+    "RDLMPipeline",
+    "RDLMScheduler",
+    "RDLMSchedulerOutput",
     "RemaskingScheduler",
     "RowLogits",
     "SCUDScheduler",
     "ScheduleConditionedProcess",
     "SchedulerMixin",
+    "SphereTransformerModel",
     "SpreadScheduler",
     "TauLeapingScheduler",
     "ThetaRK2Scheduler",

@@ -12,6 +12,7 @@ the time input. Conversions, with K states and survival alpha (Lou et al. 2024; 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ CHOICES = {
     "revealed_logits": ("none", "leave_one_out", "shadow"),
     "attention": ("full", "block_causal"),
 }
+
+# torch numbers hooks without a lock: two threads could get one number, and one hook would be lost
+HOOKS = threading.Lock()
 
 
 class Denoiser(Protocol):
@@ -86,8 +90,9 @@ class NetworkDenoiser:
         split_head (`bool`, defaults to `False`): The network takes `positions`, bool (B, L), and then returns logits (R, V)
             of these positions only, in row-major order.
         head (`str`, *optional*): For a network that does not: the name of the submodule that makes logits of hidden states
-            (B, L, H), each position by itself (`"lm_head"`, `"cls"`). It is then run at the wanted positions only, as (R, H),
-            by a hook that is there during the call. Not for calls of one network from several threads at once.
+            (B, L, H), each position by itself (`"lm_head"`, `"cls"`). It is then run at the wanted positions only, as (R, H)
+            (with `grid_input` instead of (B, H, height, width), as (1, H, R, 1)), by a hook that is there during the call,
+            for the thread that calls.
         revealed_logits (`str`, defaults to `"none"`): What the logits at revealed positions are, absorbing process: nothing of
             use (`"none"`: a network that sees the token copies it, or was not trained there), the law of the token given all
             others (`"leave_one_out"`: a hollow network), or an estimate of that law by shadow masks (`"shadow"`, see
@@ -141,6 +146,8 @@ class NetworkDenoiser:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
         if self.process == "absorbing" and self.mask_token_id is None:
             raise ValueError("`mask_token_id` is missing: an absorbing process needs the id of the mask")
+        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"`mask_token_id` is {self.mask_token_id}; it must lie in [0, {self.vocab_size})")
         if self.process == "absorbing" and self.parametrization == "leave_one_out":
             raise ValueError("`parametrization='leave_one_out'` is for the uniform process")
         if self.process == "uniform" and self.shift and self.shift_first == "copy":
@@ -157,9 +164,8 @@ class NetworkDenoiser:
             )
         if self.shift and self.revealed_logits == "shadow":
             raise ValueError("`revealed_logits='shadow'` needs `shift` 0: a shadow stands at its own position")
-        splits = self.split_head or self.head is not None
-        if self.grid_input and (self.grid_shape is None or splits or self.revealed_logits != "none"):
-            raise ValueError("`grid_input` needs `grid_shape`, and neither `split_head`, `head` nor `revealed_logits`")
+        if self.grid_input and (self.grid_shape is None or self.split_head or self.revealed_logits != "none"):
+            raise ValueError("`grid_input` needs `grid_shape`, and neither `split_head` nor `revealed_logits`")
         self.check_attention()
         survives = survival(torch.tensor(1.0, dtype=torch.float64), self.noise_schedule) > 0
         if not survives and self.time_input == "sigma":
@@ -227,6 +233,11 @@ class NetworkDenoiser:
         """As a call, with `raw` in the place of the network: a function with the arguments and the output of `self.raw`."""
         if positions is None:
             return self.clean_logits(raw(x_t, t, **conditions), x_t, t)
+        if positions.dtype != torch.bool or positions.shape != x_t.shape:
+            raise ValueError(
+                f"`positions` is {positions.dtype} of shape {tuple(positions.shape)}; it must be bool of "
+                f"shape {tuple(x_t.shape)}"
+            )
         active = positions.any(1)
         if not active.any():
             return RowLogits(torch.empty(0, self.vocab_size, device=x_t.device), positions)
@@ -313,13 +324,16 @@ class NetworkDenoiser:
         if self.attention == "block_causal":
             return self.raw_by_blocks(x_t, t, *conditions.pop("window", (0, x_t.shape[1])), **conditions)
         time, told = self.time_arguments(x_t, t), self.call_arguments | conditions
+        ids = x_t
         if self.grid_input:
             assert self.grid_shape is not None
-            return logits_of(self.model(x_t.view(-1, *self.grid_shape), *time, **told)).flatten(2).mT
+            ids = x_t.view(-1, *self.grid_shape)
         if self.head is None or "positions" not in told:
-            return logits_of(self.model(x_t, *time, **told))
-        with head_at(self.model.get_submodule(self.head), told.pop("positions")):
-            return logits_of(self.model(x_t, *time, **told))
+            output = logits_of(self.model(ids, *time, **told))
+            return output.flatten(2).mT if self.grid_input else output
+        with head_at(self.model.get_submodule(self.head), told.pop("positions"), self.grid_input):
+            output = logits_of(self.model(ids, *time, **told))
+        return output[0, :, :, 0].mT if self.grid_input else output
 
     def can_split(self, x_t: Tensor, wanted: Tensor) -> bool:
         """Whether the head can run at the wanted positions only, bool (B, L)."""
@@ -390,7 +404,10 @@ class NetworkDenoiser:
         """The network's time input, float32 (B,), or nothing."""
         if self.time_input is None:
             return ()
-        t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
+        t = as_time(t, x_t.device)
+        if t.numel() not in (1, len(x_t)):
+            raise ValueError(f"`t` has {t.numel()} times; it must be one, or one for each of {len(x_t)} rows")
+        t = t.reshape(-1).expand(len(x_t))
         if self.time_input == "steps_left":
             if self.num_steps is None:
                 raise ValueError("`num_steps` is missing: this network is told how many steps are left")
@@ -447,23 +464,31 @@ class NetworkDenoiser:
 
 
 @contextmanager
-def head_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
-    """As long as it is open the module gets hidden states (B, L, H) at these positions only, bool (B, L), as (R, H)."""
+def head_at(head: nn.Module, positions: Tensor, is_grid: bool = False) -> Iterator[None]:
+    """As long as it is open the module gets hidden states (B, L, H) at these positions only, bool (B, L), as (R, H); of a grid
+    (B, H, height, width) they become (1, H, R, 1). Other threads that call it meanwhile get theirs as they are."""
+    owner = threading.get_ident()
 
     def gather(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if threading.get_ident() != owner:
+            return arguments
         hidden, *others = arguments
+        hidden = hidden.flatten(2).mT if is_grid else hidden
         if hidden.shape[:-1] != positions.shape:
             shapes = tuple(hidden.shape), tuple(positions.shape)
             raise ValueError(
                 f"`head` gets a tensor of shape {shapes[0]}; hidden states of {shapes[1]} positions are needed"
             )
-        return hidden[positions.to(hidden.device)], *others
+        rows = hidden[positions.to(hidden.device)]
+        return rows.mT[None, :, :, None] if is_grid else rows, *others
 
-    handle = head.register_forward_pre_hook(gather)
+    with HOOKS:
+        handle = head.register_forward_pre_hook(gather)
     try:
         yield
     finally:
-        handle.remove()
+        with HOOKS:
+            handle.remove()
 
 
 def logits_of(output: Any) -> Tensor:

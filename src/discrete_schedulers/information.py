@@ -275,11 +275,11 @@ def optimal_times(curve: InformationCurve, num_inference_steps: int) -> Tensor:
         share after step k, so that L times the differences are the counts. The uniform grid where N >= L.
 
     Raises:
-        ValueError: If `num_inference_steps` is less than 1.
+        ValueError: If `num_inference_steps` is not an integer of at least 1.
     """
     length = len(curve.values)
-    if num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` is {num_inference_steps}, allowed is at least 1")
+    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}, allowed is an integer of at least 1")
     if num_inference_steps >= length:
         return torch.arange(num_inference_steps, -1, -1, dtype=torch.float64) / num_inference_steps
     counts = optimal_counts(curve, num_inference_steps)[-1]

@@ -16,6 +16,7 @@ Schiff et al. 2024 (UDLM, eq. 14).
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from typing import Literal, TypeAlias
 
@@ -75,10 +76,42 @@ def as_time(t: Tensor | float, device: torch.device | str = "cpu") -> Tensor:
     Raises:
         ValueError: If a time lies outside [0, 1]; not looked at where the host would have to wait for it.
     """
+    if not isinstance(t, Tensor | numbers.Real):
+        raise ValueError(f"`t` is {t!r}; a time is a number from 0 (clean) to 1 (noise), or a tensor of them")
     t = torch.as_tensor(t, dtype=torch.float64, device=device)
-    if on_host(t) and not ((t >= 0) & (t <= 1)).all():
-        raise ValueError(f"time is {t.tolist()}; allowed are numbers from 0 (clean) to 1 (noise)")
+    if on_host(t) and not (0 <= float(t) <= 1 if t.dim() == 0 else ((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"`t` is {t.tolist()}; a time is a number from 0 (clean) to 1 (noise)")
     return t[:, None, None] if t.dim() == 1 else t
+
+
+def check_step_back(t: Tensor | float, s: Tensor | float) -> None:
+    """Raises `ValueError` if a reverse step does not go from a time t > 0 to a time s <= t; not looked at where the host would
+    have to wait for it."""
+    times = [time for time in (t, s) if isinstance(time, Tensor)]
+    if not all(map(on_host, times)):
+        return
+    if any(time.dim() for time in times):
+        t, s = torch.as_tensor(t, dtype=torch.float64), torch.as_tensor(s, dtype=torch.float64)
+        is_right = bool(((s <= t) & (t > 0)).all())
+    else:  # several times as fast
+        is_right = 0 < float(t) >= float(s)
+    if not is_right:
+        wrong = [time.tolist() if isinstance(time, Tensor) else time for time in (t, s)]
+        raise ValueError(f"`t` is {wrong[0]} and `s` is {wrong[1]}; a reverse step needs 0 <= s <= t and t > 0")
+
+
+def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
+    """Raises `ValueError` if these are not ids of V states, int64 (B, L); their values are not looked at where the host would
+    have to wait for them."""
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"`{name}` is a {type(tokens).__name__}; it must be an int64 tensor (B, L)")
+    if tokens.dim() != 2 or tokens.dtype != torch.int64:
+        raise ValueError(f"`{name}` is {tokens.dtype} of shape {tuple(tokens.shape)}; it must be int64 (B, L)")
+    if not on_host(tokens) or not tokens.numel():
+        return
+    least, most = (int(end) for end in tokens.aminmax())
+    if not 0 <= least <= most < vocab_size:
+        raise ValueError(f"`{name}` has ids from {least} to {most}; allowed are 0 to {vocab_size - 1}")
 
 
 def indicator(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -96,6 +129,8 @@ class Process(ABC):
     """
 
     def __init__(self, vocab_size: int, noise_schedule: NoiseSchedule = "loglinear") -> None:
+        if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
+            raise ValueError(f"`vocab_size` is {vocab_size!r}; it must be an integer of at least 2")
         if vocab_size < 2:
             raise ValueError(f"`vocab_size` is {vocab_size}; at least 2 states are needed")
         survival(torch.tensor(0.5), noise_schedule)  # rejects unknown names
@@ -122,6 +157,7 @@ class Process(ABC):
 
     def marginal(self, x_0: Tensor, t: Tensor | float) -> Tensor:
         """q(x_t | x_0) of every position, shape (B, L, V), float64."""
+        check_tokens("x_0", x_0, self.vocab_size)
         alpha = self.alpha(t).to(x_0.device)
         clean = indicator(x_0, self.vocab_size)
         return alpha * clean + (1 - alpha) * self.prior_law(x_0.device)
@@ -139,11 +175,30 @@ class Process(ABC):
 
         Returns:
             `torch.Tensor` of shape `(B, L)`: Noisy tokens, int64.
+
+        Raises:
+            ValueError: If tokens, times or noise are not of these shapes, dtypes and ranges.
         """
+        check_tokens("x_0", x_0, self.vocab_size)
+        if isinstance(t, Tensor) and t.shape not in ((), (1,), (len(x_0),)):
+            raise ValueError(f"`t` has shape {tuple(t.shape)}; it must be one time, or one for each of {len(x_0)} rows")
+        if noise is not None:
+            check_tokens("noise", noise, self.vocab_size)
+            if noise.shape != x_0.shape:
+                raise ValueError(
+                    f"`noise` has shape {tuple(noise.shape)}; it must be that of `x_0`, {tuple(x_0.shape)}"
+                )
         moves = uniforms(tuple(x_0.shape), generator, x_0.device) >= self.alpha(t).to(x_0.device).squeeze(-1)
         if noise is None:
             noise = self.prior(tuple(x_0.shape), generator, x_0.device)
         return torch.where(moves, noise, x_0)
+
+    def check_reverse(self, x_t: Tensor, p_0: Tensor) -> None:
+        """Raises `ValueError` if these are not tokens (B, L) and laws (B, L, V) of this process."""
+        check_tokens("x_t", x_t, self.vocab_size)
+        if p_0.shape != (*x_t.shape, self.vocab_size):
+            shapes = tuple(p_0.shape), (*x_t.shape, self.vocab_size)
+            raise ValueError(f"`p_0` has shape {shapes[0]}; it must be (B, L, V), here {shapes[1]}")
 
     @abstractmethod
     def prior_law(self, device: torch.device | str = "cpu") -> Tensor:
@@ -162,6 +217,9 @@ class Process(ABC):
             p_0 (`torch.Tensor` of shape `(B, L, V)`): p(x_0 | x_t) of each position.
             t (`float` or `torch.Tensor`): Time now, in (0, 1].
             s (`float` or `torch.Tensor`): Time next, in [0, t].
+
+        Raises:
+            ValueError: If tokens, laws or times are not of these shapes and ranges.
         """
 
     @abstractmethod
@@ -184,8 +242,11 @@ class AbsorbingProcess(Process):
 
     def __init__(self, vocab_size: int, mask_token_id: int | None, noise_schedule: NoiseSchedule = "loglinear") -> None:
         super().__init__(vocab_size, noise_schedule)
-        if mask_token_id is None or not 0 <= mask_token_id < vocab_size:
-            raise ValueError(f"`mask_token_id` is {mask_token_id}; an absorbing process needs one in [0, {vocab_size})")
+        is_id = isinstance(mask_token_id, int) and not isinstance(mask_token_id, bool)
+        if mask_token_id is None or not is_id or not 0 <= mask_token_id < vocab_size:
+            raise ValueError(
+                f"`mask_token_id` is {mask_token_id!r}; an absorbing process needs one in [0, {vocab_size})"
+            )
         self.mask_token_id = mask_token_id
 
     def prior_law(self, device: torch.device | str = "cpu") -> Tensor:
@@ -197,7 +258,8 @@ class AbsorbingProcess(Process):
         return torch.full(shape, self.mask_token_id, dtype=torch.int64, device=device)
 
     def unmask_probability(self, t: Tensor | float, s: Tensor | float) -> Tensor:
-        """(alpha_s - alpha_t) / (1 - alpha_t): P(a mask at t is a token at s), in [0, 1]."""
+        """(alpha_s - alpha_t) / (1 - alpha_t): P(a mask at t is a token at s), in [0, 1], for s <= t."""
+        check_step_back(t, s)
         return (self.alpha(s) - self.alpha(t)) / (1 - self.alpha(t))
 
     def remask_limit(self, t: Tensor | float, s: Tensor | float) -> Tensor:
@@ -218,6 +280,7 @@ class AbsorbingProcess(Process):
     def posterior(self, x_t: Tensor, p_0: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
         """A mask opens with probability (alpha_s - alpha_t) / (1 - alpha_t) to v ~ p_0; a token stays. See
         [`Process.posterior`]."""
+        self.check_reverse(x_t, p_0)
         opens = self.unmask_probability(t, s).to(x_t.device)
         law = opens * self.clean_law(p_0)
         law[..., self.mask_token_id] = (1 - opens).expand(law.shape[:2] + (1,)).squeeze(-1)
@@ -226,6 +289,8 @@ class AbsorbingProcess(Process):
 
     def reverse_rate(self, x_t: Tensor, p_0: Tensor, t: Tensor | float) -> Tensor:
         """hazard(t) p_0(v) at a mask, 0 at a token. See [`Process.reverse_rate`]."""
+        self.check_reverse(x_t, p_0)
+        check_step_back(t, 0.0)
         rate = self.hazard(t).to(x_t.device) * self.clean_law(p_0)
         return torch.where((x_t == self.mask_token_id)[..., None], rate, 0.0)
 
@@ -257,6 +322,8 @@ class UniformProcess(Process):
     def posterior(self, x_t: Tensor, p_0: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
         """Proportional to q(x_t | x_s = v) [alpha_s l(v) + (1 - alpha_s) / V], l the leave-one-out law. See
         [`Process.posterior`]."""
+        self.check_reverse(x_t, p_0)
+        check_step_back(t, s)
         alpha_t, alpha_s = self.alpha(t).to(x_t.device), self.alpha(s).to(x_t.device)
         kept = alpha_t / alpha_s  # survival from s to t
         other = (1 - kept) / self.vocab_size  # the likelihood of x_t under v != x_t; under x_t it is kept + other
@@ -264,6 +331,28 @@ class UniformProcess(Process):
         own = law.gather(-1, x_t[..., None]) * (kept + other)
         law = (law * other).scatter(-1, x_t[..., None], own)
         return law / law.sum(-1, keepdim=True)
+
+    def posterior_jumps(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        r"""q(x_s | x_t, p_0) by its jumps, float64. With x_0 ~ p_0, v != x_t and kept = alpha_t / alpha_s:
+
+            q(v | x_t, x_0 != x_t) = (1 - kept) [alpha_s 1[v = x_0] + (1 - alpha_s) / V] / (1 - alpha_t)
+            q(v | x_t, x_0 = x_t)  = (1 - kept) (1 - alpha_s) / V / (1 - alpha_t + V alpha_t)
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: P(jump to x_0) and P(jump to another state at random) given
+                x_0 != x_t, and P(jump to another state at random) given x_0 = x_t.
+        """
+        alpha_t, alpha_s, others = self.alpha(t), self.alpha(s), (self.vocab_size - 1) / self.vocab_size
+        leaves = (1 - alpha_t / alpha_s) / (1 - alpha_t)
+        at_random = others * leaves * (1 - alpha_s)
+        return leaves * alpha_s, at_random, at_random / self.own_gain(t)
+
+    def rate_jumps(self, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """The reverse rate by its jumps, as in `posterior_jumps`, per unit of t: g = 1 + V alpha / (1 - alpha) times as likely
+        to x_0 as to any other state, and g times as rare from x_t = x_0."""
+        gain, speed = self.own_gain(t), self.jump_speed(t) / self.vocab_size
+        at_random = (self.vocab_size - 1) * speed
+        return (gain - 1) * speed, at_random, at_random / gain
 
     def score(self, x_t: Tensor, p_0: Tensor, t: Tensor | float) -> Tensor:
         """Concrete score s(v) = p_t(x_t with v) / p_t(x_t) of every position, shape (B, L, V), float64, 1 at v = x_t."""
@@ -279,5 +368,7 @@ class UniformProcess(Process):
 
     def reverse_rate(self, x_t: Tensor, p_0: Tensor, t: Tensor | float) -> Tensor:
         """-(alpha'_t / alpha_t) s(v) / V for v != x_t. See [`Process.reverse_rate`]."""
+        self.check_reverse(x_t, p_0)
+        check_step_back(t, 0.0)
         speed = (self.jump_speed(t) / self.vocab_size).to(x_t.device)
         return speed * self.score(x_t, p_0, t).scatter(-1, x_t[..., None], 0.0)

@@ -8,10 +8,11 @@ each of them takes, by inverting the cumulative law in float64 with one 53-bit u
 Uniforms are always drawn for the whole (B, L) sheet, so that the stream of a generator does not depend on what was drawn with
 it, and with one generator per row a row does not depend on its batch.
 
-Rows are read once, a few at a time, so that no copy of all logits is ever made. Weights are those of the logits' own precision
-(float32 for half precision); sums are float64, but for neighbouring weights in float32, `BLOCK` of them. For float64 logits
-the law is exact up to float64 rounding; for others each token's probability is within a few times 1e-6 of itself, which is
-what rounding the logits to float32 does to it anyway.
+Rows are read once, a few at a time, so that no copy of all logits is ever made: the sums of `BLOCK` neighbouring weights are
+kept, and the weights of the block that u falls into are read again (`RowWeights`). Weights are those of the logits' own
+precision (float32 for half precision); sums are float64, but for those of a block. For float64 logits the law is exact up to
+float64 rounding; for others each token's probability is within a few times 1e-6 of itself, which is what rounding the logits
+to float32 does to it anyway.
 
 The popular one-stage alternative, `argmin_v E_v / p_v` with exponential noise E over all states *and* "stay", has the same
 law in exact arithmetic but not in float32, where E cannot fall below 2^-24 (Zheng et al. 2024, arXiv 2409.02908): rare
@@ -21,7 +22,9 @@ tokens lose, and the more so the more steps there are. It is here as `one_stage`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
@@ -33,7 +36,15 @@ RowFunction: TypeAlias = Callable[
     [Tensor, slice], Tensor
 ]  # of some rows (r, V), which it may overwrite, and their places
 
+Measure: TypeAlias = Callable[
+    [Tensor, slice], Tensor
+]  # of weights (r, V) and their places, what is to be known (r, ...)
+
 BLOCK = 128  # neighbouring weights that are summed as they are, before float64 takes over
+FLOAT32_ENTROPY = 2e-5  # nats; less cannot be told from 0 with weights in float32
+FAR = (
+    2.0**64
+)  # rows whose weights sum to more than this, or to less than its inverse, are weighed from their largest logit
 CPU_CHUNK = 2**19  # numbers that are worked on at once: 2 MB of float32 stay in the cache
 DEVICE_CHUNK = 2**23  # 34 MB on other devices, where each chunk costs the start of its kernels
 
@@ -87,6 +98,19 @@ class RowLogits:
         rows.places = kept.nonzero(as_tuple=True) if self.places is None else tuple(p[kept] for p in self.places)
         return rows
 
+    def some(self, which: Tensor) -> RowLogits:
+        """The rows with these numbers, int64 (r,), as rows of no sheet."""
+        rows = RowLogits(self.source, self.positions)
+        rows.places = (which,) if self.places is None else tuple(place[which] for place in self.places)
+        return rows
+
+    def entries(self, columns: Tensor, part: slice) -> Tensor:
+        """What stands in these columns (r, n) of some of the rows, (r, n), without gradients."""
+        source = self.source.detach()
+        if self.places is None:
+            return source[part].gather(1, columns)
+        return source[(*(place[part, None] for place in self.places), columns)]
+
     def pick(self, sheet: Tensor) -> Tensor:
         """What stands at the rows' positions of a sheet (B, L), (R,)."""
         return sheet.flatten() if self.is_fixed else sheet[self.positions]
@@ -106,10 +130,8 @@ class RowLogits:
                 place: memory that is new is slower than the work that is done in it.
         """
         source, width = self.source.detach(), self.source.shape[-1]
-        if size is None:
-            size = CPU_CHUNK if source.device.type == "cpu" else DEVICE_CHUNK
-        is_compiling = torch.compiler.is_compiling()  # a compiler finds its own chunks, and would write a loop out
-        each = max(len(self) if is_compiling else size // width, 1)
+        is_compiling = torch.compiler.is_compiling()
+        each = max((size or chunk_size(source)) // width, 1)
         wide = torch.promote_types(source.dtype, torch.float32)
         has_own = writable and not is_compiling
         own = source.new_empty(min(each, len(self)) if has_own else 0, width, dtype=wide)
@@ -128,6 +150,13 @@ class RowLogits:
             elif writable:
                 some = some.to(wide, copy=True)
             yield part, some
+
+
+def chunk_size(values: Tensor) -> int:
+    """Numbers that are worked on at once. A compiler finds its own chunks, and would write a loop out."""
+    if torch.compiler.is_compiling():
+        return sys.maxsize
+    return CPU_CHUNK if values.device.type == "cpu" else DEVICE_CHUNK
 
 
 def on_host(values: Tensor) -> bool:
@@ -157,8 +186,12 @@ def uniforms(
         `torch.Tensor`: Of the given shape.
 
     Raises:
-        ValueError: If a list of generators does not have one entry per row.
+        ValueError: If these are no generators, or a list of them does not have one entry per row.
     """
+    if generator is not None:
+        each = generator if isinstance(generator, list) else [generator]
+        if not all(isinstance(one, torch.Generator) for one in each):
+            raise ValueError(f"`generator` is {generator!r}; it must be a torch.Generator, a list of them, or None")
     if not isinstance(generator, list):
         source = torch.device(device) if generator is None else generator.device
         return torch.rand(shape, generator=generator, device=source, dtype=dtype).to(device)
@@ -186,28 +219,49 @@ def gumbels(shape: tuple[int, ...], generator: Generators, device: torch.device 
 def check_finite(total: Tensor) -> None:
     """Raises `ValueError` if the total weight of a row is NaN or infinite. Where the host would have to wait for the answer the
     device itself fails, with a `RuntimeError`, and nothing waits."""
-    finite = torch.isfinite(total)
+    finite, cause = torch.isfinite(total), "where float16 overflows, run the network in bfloat16 or float32"
     if not on_host(total):
-        torch._assert_async(finite.all(), "`model_output` has NaN, +inf or no finite entry in a row to draw from")
+        torch._assert_async(
+            finite.all(), f"`model_output` has NaN, +inf or no finite entry in a row to draw from; {cause}"
+        )
     elif not finite.all():
         bad, rows = int((~finite).sum()), total.numel()
-        raise ValueError(f"`model_output` has NaN, +inf or no finite entry in {bad} of {rows} rows to draw from")
+        raise ValueError(
+            f"`model_output` has NaN, +inf or no finite entry in {bad} of {rows} rows to draw from; {cause}"
+        )
 
 
-def positive_weights(logits: Tensor, out: Tensor | None = None) -> Tensor:
-    """Weights (r, V) in proportion to exp(logits), finite, in float32 or wider; NaN in rows that have no law.
+def block_sums(weights: Tensor) -> Tensor:
+    """Sums of `BLOCK` neighbours, and of the rest, of each row (r, V): (r, blocks)."""
+    whole = weights.shape[1] // BLOCK * BLOCK
+    sums = [weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)] if whole else []
+    sums += [weights[:, whole:].sum(-1, keepdim=True)] if whole < weights.shape[1] else []
+    return torch.cat(sums, dim=1) if len(sums) > 1 else sums[0]
+
+
+def invert_blocks(sums: Tensor, u: Tensor, width: int, weights_at: Callable[[Tensor], Tensor]) -> Tensor:
+    """Exact draw by inversion, first of a block and then of a place in it.
 
     Args:
-        logits (`torch.Tensor` of shape `(r, V)`): Unnormalised log-probabilities.
-        out (`torch.Tensor` of shape `(r, V)`, *optional*): Memory for them, of the same dtype; `logits` itself may be it.
+        sums (`torch.Tensor` of shape `(r, blocks)`): `block_sums` of the weights.
+        u (`torch.Tensor` of shape `(r,)`): Uniforms in [0, 1), float64.
+        width (`int`): Number of weights V.
+        weights_at (`Callable`): The weights (r, n) in columns (r, n), of which those beyond V are V - 1.
+
+    Returns:
+        `torch.Tensor` of shape `(r,)`: Drawn states, int64. A state of weight 0 is passed over.
     """
-    if torch.compiler.is_compiling():
-        out = None
-    if logits.dtype == torch.float64:  # several times as fast as float64's softmax
-        return torch.sub(logits, logits.amax(-1, keepdim=True), out=out).exp_()
-    if out is None:
-        return torch.softmax(logits, -1, dtype=torch.float32)
-    return torch.softmax(logits, -1, out=out)
+    upper = sums.double().cumsum_(-1)  # (r, blocks)
+    target = u[:, None] * upper[:, -1:]
+    # `right=True` finds the first entry *above* the target. Nothing is above it where a row has NaN or no weight at all.
+    block = torch.searchsorted(upper, target, right=True).clamp_(max=upper.shape[1] - 1)
+    lower = torch.where(block > 0, upper.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    # What is left of u in the block is a uniform number too. It is below 1 but for rounding.
+    left = ((target - lower) / (upper.gather(1, block) - lower)).clamp_(max=1 - 2**-53)
+    place = block * BLOCK + torch.arange(min(BLOCK, width), device=u.device)  # (r, n)
+    inside = weights_at(place.clamp(max=width - 1)).double().masked_fill_(place >= width, 0.0).cumsum_(-1)
+    token = torch.searchsorted(inside, left * inside[:, -1:], right=True)
+    return (block * BLOCK + token).squeeze(-1).clamp_(max=width - 1)
 
 
 def invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,26 +274,164 @@ def invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Drawn states (r,), int64, and the sum of the weights (r,), float64.
     """
-    width = weights.shape[1]
-    if width < 4 * BLOCK:
-        cumulative = weights.double().cumsum(-1)
-        total = cumulative[:, -1:]
-        # `right=True` finds the first entry *above* the target, so a state of weight 0 is passed over.
-        return torch.searchsorted(cumulative, u[:, None] * total, right=True).squeeze(-1), total.squeeze(-1)
-    whole = width // BLOCK * BLOCK
-    sums = weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
-    rest = weights[:, whole:].sum(-1, keepdim=True)  # 0 where all blocks are whole, and then never drawn
-    upper = torch.cat([sums, rest], dim=1).double().cumsum_(-1)  # (r, blocks)
-    total = upper[:, -1:]
-    target = u[:, None] * total
-    block = torch.searchsorted(upper, target, right=True).clamp_(max=upper.shape[1] - 1)  # beyond it: NaN
-    lower = torch.where(block > 0, upper.gather(1, (block - 1).clamp_(min=0)), 0.0)
-    # What is left of u in the block is a uniform number too. It is below 1 but for rounding.
-    left = ((target - lower) / (upper.gather(1, block) - lower)).clamp_(max=1 - 2**-53)
-    place = block * BLOCK + torch.arange(BLOCK, device=weights.device)  # (r, BLOCK)
-    inside = weights.gather(1, place.clamp(max=width - 1)).double().masked_fill_(place >= width, 0.0).cumsum_(-1)
-    token = torch.searchsorted(inside, left * inside[:, -1:], right=True)
-    return (block * BLOCK + token).squeeze(-1), total.squeeze(-1)
+    sums = block_sums(weights)
+    tokens = invert_blocks(sums, u, weights.shape[1], lambda columns: weights.gather(1, columns))
+    return tokens, sums.sum(-1, dtype=torch.float64)
+
+
+@dataclass
+class RowWeights:
+    """Weights of rows in proportion to exp(scale * logits): what is left of them after one pass, see `weigh`.
+
+        w(v) = 2^(factor * (logits(v) - shift)),    factor = scale / ln 2
+
+    torch's 2^x is several times as fast as its e^x on a CPU.
+
+    Args:
+        rows (`RowLogits`): The R rows.
+        factor (`float`): See above.
+        without (`int`, or `torch.Tensor` of shape `(R,)`, *optional*): A column that has no weight, or one for each row.
+        shift (`torch.Tensor` of shape `(R, 1)`): The largest logit of a row, or 0 where that need not be known.
+        sums (`torch.Tensor` of shape `(R, blocks)`): `block_sums` of the weights.
+        total (`torch.Tensor` of shape `(R,)`): The sum of the weights of a row, float64.
+        found (`dict[str, torch.Tensor]`): What was asked for, (R, ...), by its names; `"power"`: sum_v w(v) log2 w(v), float64.
+    """
+
+    rows: RowLogits
+    factor: float
+    without: int | Tensor | None
+    shift: Tensor
+    sums: Tensor
+    total: Tensor
+    found: dict[str, Tensor]
+
+    def at(self, columns: Tensor, part: slice = slice(None), is_raw: bool = False) -> Tensor:
+        """The weights in these columns (r, n) of some of the rows, (r, n), from their logits; with `is_raw` of any."""
+        logits = self.rows.entries(columns, part).to(self.shift.dtype)  # a copy, whatever the dtype
+        weights = logits.sub_(self.shift[part]).mul_(self.factor).exp2_()
+        if self.without is None or is_raw:
+            return weights
+        without = self.without[part, None] if isinstance(self.without, Tensor) else self.without
+        return weights.masked_fill_(columns == without, 0.0)
+
+    def probability(self, tokens: Tensor) -> Tensor:
+        """The probability of a token (R,) of each row, (R,), float64."""
+        return (self.at(tokens[:, None]).squeeze(1) / self.total).clamp_(max=1.0)
+
+    def entropy(self) -> Tensor:
+        """Entropy of each row in nats, (R,), float64: log Z - sum_v w(v) log w(v) / Z with Z the sum of the weights w.
+
+        What is below the rounding of the weights is 0, so that a token that is certain has no entropy.
+        """
+        entropy = self.total.log() - math.log(2) * self.found["power"] / self.total
+        return torch.where(entropy > (0.0 if self.sums.dtype == torch.float64 else FLOAT32_ENTROPY), entropy, 0.0)
+
+    def check(self) -> None:
+        """Raises an error if a row has no law, see `check_finite`."""
+        check_finite(torch.where(self.total > 0, self.total, math.nan))
+
+    def draw(self, u: Tensor) -> Tensor:
+        """A token for each row, (R,), int64, by inversion with uniforms u (R,) in [0, 1), float64."""
+        number, width = len(self.sums), self.rows.source.shape[-1]
+        each = max(chunk_size(self.sums) // max(self.sums.shape[1], BLOCK), 1)
+        parts = [slice(start, start + each) for start in range(0, number, each)]
+
+        def of(part: slice) -> Tensor:
+            return invert_blocks(self.sums[part], u[part], width, lambda columns: self.at(columns, part))
+
+        return torch.cat([torch.empty(0, dtype=torch.int64, device=u.device), *map(of, parts)])
+
+
+def weigh(
+    rows: RowLogits,
+    scale: float = 1.0,
+    without: int | Tensor | None = None,
+    measures: Mapping[str, Measure] | None = None,
+    shaped: RowFunction | None = None,
+    with_entropy: bool = False,
+) -> RowWeights:
+    """One pass over rows of logits, a few at a time: the sums of their weights, and what else is asked for.
+
+    Args:
+        rows (`RowLogits`): The R rows.
+        scale (`float`, defaults to 1.0): Factor of the logits: 1 / temperature.
+        without (`int`, or `torch.Tensor` of shape `(R,)`, *optional*): A column that has no weight, or one for each row, int64.
+        measures (`dict[str, Callable]`, *optional*): See `Measure`; they leave the weights as they are.
+        shaped (`Callable`, *optional*): Makes other logits of some rows first, see `RowFunction`. What needs logits again,
+            `draw` and `at`, cannot be asked for then.
+        with_entropy (`bool`, defaults to `False`): Whether `entropy` can be asked for.
+
+    Returns:
+        [`RowWeights`].
+    """
+    factor = scale / math.log(2)
+    is_free = on_host(rows.source) and shaped is None
+    measures = dict(measures or {})
+    shift, sums, found = scanned(rows, factor, without, measures, shaped, with_entropy, not is_free)
+    total = sums.sum(-1, dtype=torch.float64)
+    weights = RowWeights(rows, factor, without, shift, sums, total, found)
+    if not is_free:
+        return weights
+    is_far = ~((total > 1 / FAR) & (total < FAR))  # NaN is far, too
+    if is_far.any():
+        far = is_far.nonzero().squeeze(1)
+        column = without[far] if isinstance(without, Tensor) else without
+        shift[far], sums[far], again = scanned(rows.some(far), factor, column, measures, shaped, with_entropy, True)
+        total[far] = sums[far].sum(-1, dtype=torch.float64)
+        for name, values in again.items():
+            found[name][far] = values
+    return weights
+
+
+def scanned(
+    rows: RowLogits,
+    factor: float,
+    without: int | Tensor | None,
+    measures: Mapping[str, Measure],
+    shaped: RowFunction | None,
+    with_entropy: bool,
+    is_shifted: bool,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """`shift`, `sums` and `found` of [`RowWeights`]."""
+    source, width = rows.source.detach(), rows.source.shape[-1]
+    empty = source.new_empty(0, width, dtype=torch.promote_types(source.dtype, torch.float32))
+    shifts, sums = [empty[:, :1]], [block_sums(empty)]
+    found = {"power": [source.new_empty(0, dtype=torch.float64)]} if with_entropy else {}
+    found |= {name: [measure(empty, slice(0, 0))] for name, measure in measures.items()}
+    for part, logits in rows.chunks(writable=True):
+        if isinstance(without, Tensor):
+            logits.scatter_(1, without[part, None], -math.inf)
+        elif without is not None:
+            logits.select(-1, without).fill_(-math.inf)
+        if shaped is not None:
+            logits = shaped(logits, part)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if is_shifted:  # a row without a finite logit has no weight, one with NaN or +inf comes to NaN
+            shifts.append(logits.amax(-1, keepdim=True).nan_to_num_(0.0, math.inf, 0.0))
+            logits.sub_(shifts[-1])
+        powers = logits.mul_(factor)
+        if with_entropy:
+            empty = torch.empty_like(powers) if len(empty) < len(powers) else empty  # the memory of the first is kept
+            weights = torch.exp2(powers, out=empty[: len(powers)])
+            found["power"].append(mean_power(powers, weights))
+        else:
+            weights = powers.exp2_()
+        sums.append(block_sums(weights))
+        for name, measure in measures.items():
+            found[name].append(measure(weights, part))
+    if not is_shifted:
+        shifts.append(source.new_zeros(len(rows), 1, dtype=empty.dtype))
+    together = {name: torch.cat(parts) for name, parts in found.items()}
+    return torch.cat(shifts), torch.cat(sums), together
+
+
+def mean_power(powers: Tensor, weights: Tensor) -> Tensor:
+    """sum_v w(v) log2 w(v) of rows (r, V) of weights and their logarithms, which are overwritten; float64 (r,)."""
+    product = powers.mul_(weights)
+    total = block_sums(product).sum(-1, dtype=torch.float64)
+    if on_host(total) and not total.isnan().any():
+        return total
+    return block_sums(product.nan_to_num_(0.0)).sum(-1, dtype=torch.float64)  # 0 * -inf
 
 
 def categorical(logits: Tensor, u: Tensor) -> Tensor:
@@ -256,7 +448,13 @@ def categorical(logits: Tensor, u: Tensor) -> Tensor:
         ValueError: If a row has NaN or `+inf`, or no state with positive probability.
     """
     rows = RowLogits(logits, torch.ones(1, len(logits), dtype=torch.bool, device=logits.device))
-    return drawn(((part, positive_weights(some, some)) for part, some in rows.chunks(writable=True)), u)
+    return drawn_from(weigh(rows), u)
+
+
+def drawn_from(weights: RowWeights, u: Tensor) -> Tensor:
+    """A token for each row, (R,), int64, where each of them has a law."""
+    weights.check()
+    return weights.draw(u)
 
 
 def drawn(weights: Iterator[tuple[slice, Tensor]], u: Tensor) -> Tensor:
@@ -269,7 +467,9 @@ def drawn(weights: Iterator[tuple[slice, Tensor]], u: Tensor) -> Tensor:
     return tokens
 
 
-def draw_tokens(rows: RowLogits, generator: Generators, shaped: RowFunction | None = None) -> Tensor:
+def draw_tokens(
+    rows: RowLogits, generator: Generators, shaped: RowFunction | None = None, without: int | None = None
+) -> Tensor:
     """One token for each row, from its own law.
 
     Args:
@@ -277,18 +477,53 @@ def draw_tokens(rows: RowLogits, generator: Generators, shaped: RowFunction | No
         generator (`torch.Generator`, `list[torch.Generator]` or `None`): Source of randomness.
         shaped (`Callable`, *optional*): Makes of some rows of logits (r, V) in float32 or wider, which it may overwrite, and
             their places (a slice of R) the logits to draw from, which are overwritten. `None`: these logits.
+        without (`int`, *optional*): A column that is never drawn.
 
     Returns:
         `torch.Tensor` of shape `(R,)`: Drawn states, int64.
     """
     u = rows.pick(uniforms(tuple(rows.positions.shape), generator, rows.positions.device))
+    if shaped is None:
+        return drawn_from(weigh(rows, without=without), u)
+    return draw_shaped(rows, u, shaped, without)
 
-    def weights() -> Iterator[tuple[slice, Tensor]]:
-        for part, logits in rows.chunks(writable=True):
-            some = logits if shaped is None else shaped(logits, part)
-            yield part, positive_weights(some, some)
 
-    return drawn(weights(), u)
+def draw_shaped(rows: RowLogits, u: Tensor, shaped: RowFunction, without: int | None = None) -> Tensor:
+    """A token for each row, (R,), int64, with uniforms u (R,), float64. Arguments as in `draw_tokens`."""
+    weights = weigh(rows, without=without, measures={"token": lambda w, part: invert(w, u[part])[0]}, shaped=shaped)
+    weights.check()
+    return weights.found["token"]
+
+
+def draw_others(rows: RowLogits, u: Tensor, own: Tensor, shaped: RowFunction | None) -> tuple[Tensor, Tensor]:
+    """A token for each row that is not its own one, and the share of its law that others have.
+
+    Args:
+        rows (`RowLogits`): Laws of R positions, as logits.
+        u (`torch.Tensor` of shape `(R,)`): Uniforms in [0, 1), float64.
+        own (`torch.Tensor` of shape `(R,)`): The token of each row, int64.
+        shaped (`Callable`, *optional*): As in `draw_tokens`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Drawn states (R,), int64, of any value where others have no share, and 1 - p(own)
+            (R,), float64.
+    """
+    if shaped is None:
+        weights = weigh(rows, without=own)
+        tokens, others = weights.draw(u), weights.total
+        mine = weights.at(own[:, None], is_raw=True).squeeze(1).double()
+    else:
+
+        def drawn_beside(weights: Tensor, part: slice) -> Tensor:
+            token, total = invert(weights.scatter(1, own[part, None], 0.0), u[part])
+            return torch.stack([token.double(), total], dim=1)
+
+        measures = {"mine": lambda w, part: w.gather(1, own[part, None]).squeeze(1), "others": drawn_beside}
+        found = weigh(rows, measures=measures, shaped=shaped).found
+        tokens, others, mine = found["others"][:, 0].long(), found["others"][:, 1], found["mine"].double()
+    whole = mine + others
+    check_finite(torch.where(whole > 0, others, math.nan))
+    return tokens, 1 / (1 + mine / others)
 
 
 def draw_from_law(logits: Tensor, generator: Generators, law: RowFunction) -> Tensor:
@@ -432,7 +667,9 @@ def spread_subset(
     batch, length = is_eligible.shape
     height, width = grid_shape or (1, length)
     if height * width != length:
-        raise ValueError(f"`grid_shape` {grid_shape} has {height * width} cells, but the sample has {length} positions")
+        raise ValueError(
+            f"`grid_shape` {grid_shape} has {height * width} cells, but the sample has {length} positions: they must be equal"
+        )
     device = is_eligible.device
     noise = uniforms((batch, length), generator, device)  # breaks ties: squared distances are whole numbers
     place = torch.arange(length, device=device)

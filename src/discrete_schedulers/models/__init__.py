@@ -6,6 +6,7 @@ from discrete_schedulers.models.hollow import HollowTransformerModel
 from discrete_schedulers.models.latent import LatentModel
 from discrete_schedulers.models.meissonic import MeissonicTransformerModel
 from discrete_schedulers.models.patch_codebook import PatchCodebook
+from discrete_schedulers.models.sphere_transformer import SphereTransformerModel
 
 __all__ = [
     "DDiTModel",
@@ -14,4 +15,5 @@ __all__ = [
     "LatentModel",
     "MeissonicTransformerModel",
     "PatchCodebook",
+    "SphereTransformerModel",
 ]

@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
+
+from discrete_schedulers.models.whole_weights import WholeModelMixin, check_sizes
 
 SINUSOID_WIDTH = 256  # fixed in every published checkpoint, whatever the hidden size
 SINUSOID_BASE = ROTARY_BASE = 10_000.0
@@ -196,7 +198,7 @@ class DDiTFinalLayer(nn.Module):
         return modulate(x, shift, scale)
 
 
-class DDiTModel(ModelMixin, ConfigMixin):
+class DDiTModel(WholeModelMixin, ConfigMixin):
     """Bidirectional transformer over tokens, with optional time and class conditioning.
 
     Args:
@@ -239,6 +241,8 @@ class DDiTModel(ModelMixin, ConfigMixin):
         grid_shape: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(vocab_size=vocab_size, hidden_size=hidden_size, num_blocks=num_blocks, num_heads=num_heads)
+        check_sizes(max_length=max_length, cond_dim=1 if cond_dim is None else cond_dim)
         if hidden_size % num_heads:
             raise ValueError(f"`hidden_size` ({hidden_size}) must be a multiple of `num_heads` ({num_heads})")
         if num_classes is not None and cond_dim is None:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from discrete_schedulers.models.ddit import DDiTOutput, modulate
+from discrete_schedulers.models.whole_weights import WholeModelMixin
 
 EPSILON = 1e-5
 
@@ -116,7 +117,7 @@ class TiedHead(nn.Module):
         return F.linear(x, table, self.bias)
 
 
-class HaltonMaskGITModel(ModelMixin, ConfigMixin):
+class HaltonMaskGITModel(WholeModelMixin, ConfigMixin):
     """Bidirectional transformer over the tokens of a square image of a class.
 
     Args:

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from discrete_schedulers.models.ddit import DDiTBlock, LayerNorm, Rotary, TokenEmbedding, rotate
+from discrete_schedulers.models.whole_weights import WholeModelMixin
 
 
 @dataclass
@@ -81,7 +82,7 @@ class ReadoutBlock(nn.Module):
         return r + self.mlp(self.norm2(r))
 
 
-class HollowTransformerModel(ModelMixin, ConfigMixin):
+class HollowTransformerModel(WholeModelMixin, ConfigMixin):
     """Two causal streams and a readout that reads both, for masked diffusion without time.
 
     Args:

@@ -100,6 +100,7 @@ def load_text_to_image(
         "vocab_size": config.vocab_size,
         "mask_token_id": config.vocab_size - 1 if mask is None else mask,
         "grid_input": True,
+        "head": "mlm_layer",  # two convolutions of single positions
         "codebook_size": config.codebook_size,
     }
     if network_class is UVit2DModel:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,7 +100,7 @@ class LatentModel(nn.Module):
         parameter = next(model.parameters())
         self.latent_embedding = LatentEmbedding(width, hidden).to(parameter.device, parameter.dtype)
         self.settings = {"embedding": embedding, "width": width, "hidden": hidden, "lora": lora}
-        self.added: Tensor | None = None  # e(l) of the call that runs
+        self.added: dict[int, Tensor] = {}  # e(l) of the calls that run, by their threads
         modules[embedding].register_forward_hook(self.add_latent)
 
     @property
@@ -119,7 +120,8 @@ class LatentModel(nn.Module):
 
     def add_latent(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         """Forward hook of the embedding."""
-        return output if self.added is None else output + self.added[:, None].to(output.dtype)
+        added = self.added.get(threading.get_ident())
+        return output if added is None else output + added[:, None].to(output.dtype)
 
     def forward(self, input_ids: Tensor, *arguments: Any, latent: Tensor | None = None, **more: Any) -> Any:
         """What the network returns for these rows with their latents.
@@ -137,11 +139,12 @@ class LatentModel(nn.Module):
             latent = uniforms((len(input_ids),), None, input_ids.device)
         if tuple(latent.shape) != (len(input_ids),):
             raise ValueError(f"`latent` has shape {tuple(latent.shape)}, but the batch has {len(input_ids)} rows")
-        self.added = self.latent_embedding(latent)
+        thread = threading.get_ident()
+        self.added[thread] = self.latent_embedding(latent)
         try:
             return self.model(input_ids, *arguments, **more)
         finally:
-            self.added = None
+            del self.added[thread]
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:

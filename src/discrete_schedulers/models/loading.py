@@ -55,6 +55,8 @@ def first_file(source: str, names: tuple[str, ...], hub: Mapping[str, Any]) -> P
         OSError: If none was found and the Hub could not be asked; else as `huggingface_hub` raises it: no such repository, no
             access.
     """
+    if not source:
+        raise ValueError("the name of a model is empty; it must be a folder or a Hub id")
     unknown = None
     for name in names:
         if Path(source).is_dir():
@@ -122,12 +124,34 @@ def weight_paths(source: str, hub: Mapping[str, Any]) -> list[Path]:
         raise ValueError(f"{source!r} has no weights: looked for {', '.join(WEIGHT_FILES)}")
     if first.suffix != ".json":
         return [first]
-    shards = sorted(set(json.loads(first.read_text())["weight_map"].values()))
+    shards = shard_names(first)
     found = [(shard, first_file(source, (shard,), hub)) for shard in shards]
     missing = [shard for shard, path in found if path is None]
     if missing:
         raise ValueError(f"{source!r} lacks {', '.join(missing)}, which {first.name} names")
     return [path for _, path in found if path is not None]
+
+
+def shard_names(index: Path) -> list[str]:
+    """The shards that an index names: files that stand beside it, and nowhere else.
+
+    Raises:
+        ValueError: If the index is damaged, or names anything but weight files beside it.
+    """
+    table = read_config(index).get("weight_map")
+    if not isinstance(table, Mapping) or not table:
+        raise ValueError(
+            f"{index} has the weight_map {table!r}; it must be a table of tensors and shards: download it again"
+        )
+    names = set(table.values())
+    wrong = sorted(
+        repr(n) for n in names if not isinstance(n, str) or not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", n)
+    )
+    if wrong:
+        raise ValueError(
+            f"{index} names {', '.join(some(wrong))}; shards must be .safetensors or .bin files beside it, without a path"
+        )
+    return sorted(names)
 
 
 def tensors_of(path: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -312,6 +336,7 @@ def load_weights(
     on_disk: dict[str, Any] = {}
     tied = dict(getattr(network, "all_tied_weights_keys", {}))  # these follow another parameter
     wanted = {name: tuple(p.shape) for name, p in network.named_parameters(remove_duplicate=False)}
+    trained = set(wanted)
     wanted |= {name: tuple(t.shape) for name, t in network.state_dict().items() if not re.search(BUFFERS, name)}
     wanted = {name: shape for name, shape in wanted.items() if name not in tied}
     if family.architecture == "canvas" and any(device_of(name, places) == "disk" for name in tied):
@@ -327,6 +352,8 @@ def load_weights(
             if key in wanted:
                 if tuple(tensor.shape) != wanted[key]:
                     misshapen.append(f"{published} is {tuple(tensor.shape)}, the config says {wanted[key]}")
+                elif key in trained and not tensor.is_floating_point():
+                    misshapen.append(f"{published} is {tensor.dtype}, parameters must be floating-point")
                 device = device_of(key, places)
                 if device == "disk":
                     on_disk = offload_weight(tensor, key, str(offload_folder), on_disk)

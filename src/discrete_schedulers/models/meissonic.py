@@ -16,7 +16,7 @@ Source: Bai et al. 2024 (Meissonic, arXiv 2410.08261), files of `MeissonFlow/Mei
 from __future__ import annotations
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings, TimestepEmbedding, get_timestep_embedding
 from diffusers.models.normalization import RMSNorm
@@ -28,6 +28,8 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from diffusers.models.unets.uvit_2d import ConvMlmLayer, UVit2DConvEmbed
 from torch import Tensor, nn
+
+from discrete_schedulers.models.whole_weights import WholeModelMixin
 
 EPSILON = 1e-6
 MICRO_WIDTH = 256  # of the sinusoids of each of five micro-conditions
@@ -51,7 +53,7 @@ class Resampling(nn.Module):
         return x
 
 
-class MeissonicTransformerModel(ModelMixin, ConfigMixin):
+class MeissonicTransformerModel(WholeModelMixin, ConfigMixin):
     """Transformer over a grid of image tokens, told a text. Arguments are those of the published config.
 
     Args:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from discrete_schedulers.models.whole_weights import WholeModelMixin
 
-class PatchCodebook(ModelMixin, ConfigMixin):
+
+class PatchCodebook(WholeModelMixin, ConfigMixin):
     """Nearest-patch codes of images with values in [0, 1].
 
     Args:

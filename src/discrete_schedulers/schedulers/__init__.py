@@ -20,6 +20,7 @@ from discrete_schedulers.schedulers.scheduling_path_planning import PathPlanning
 from discrete_schedulers.schedulers.scheduling_pc_sampler import PCSamplerScheduler
 from discrete_schedulers.schedulers.scheduling_predictor_corrector import PredictorCorrectorScheduler
 from discrete_schedulers.schedulers.scheduling_psi import PsiScheduler
+from discrete_schedulers.schedulers.scheduling_rdlm import RDLMScheduler, RDLMSchedulerOutput
 from discrete_schedulers.schedulers.scheduling_remasking import RemaskingScheduler
 from discrete_schedulers.schedulers.scheduling_scud import SCUDScheduler
 from discrete_schedulers.schedulers.scheduling_spread import SpreadScheduler
@@ -55,6 +56,8 @@ __all__ = [
     "PathPlanningScheduler",
     "PredictorCorrectorScheduler",
     "PsiScheduler",
+    "RDLMScheduler",
+    "RDLMSchedulerOutput",
     "RemaskingScheduler",
     "SCUDScheduler",
     "SpreadScheduler",

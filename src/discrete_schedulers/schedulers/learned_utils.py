@@ -103,7 +103,9 @@ def tilted(logits: Tensor, sample: Tensor, mixture: Mixture) -> Tensor:
     """
     length = mixture.shift.shape[1]
     if sample.shape[1] != length:
-        raise ValueError(f"'mixture_shift' is for {length} positions, but `sample` has {sample.shape[1]}")
+        raise ValueError(
+            f"'mixture_shift' is for {length} positions, but `sample` has {sample.shape[1]}: they must be equal"
+        )
     return logits + mixture.shift.to(logits.device)[:, None]
 
 

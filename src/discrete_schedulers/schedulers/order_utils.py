@@ -18,7 +18,7 @@ Sources: Nie et al. 2025 (LLaDA), Ye et al. 2025 (Dream); blocks: Arriola et al.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -27,14 +27,16 @@ from torch import Tensor
 from discrete_schedulers.sampling import (
     BLOCK,
     Generators,
+    RowFunction,
     RowLogits,
-    check_finite,
-    invert,
-    positive_weights,
+    RowWeights,
+    draw_shaped,
+    drawn_from,
     top_subset,
     uniforms,
+    weigh,
 )
-from discrete_schedulers.schedulers.scheduling_utils import DiscreteScheduler, without_column_
+from discrete_schedulers.schedulers.scheduling_utils import DiscreteScheduler
 
 Rounding: TypeAlias = Literal["up", "down"]
 Measure: TypeAlias = Literal["token_probability", "max_probability", "margin", "entropy", "law"]
@@ -100,39 +102,26 @@ def top_two(law: Tensor) -> tuple[Tensor, Tensor]:
     return inside[:, 0], torch.maximum(inside[:, 1], largest[:, 1])
 
 
-def entropy_of(logits: Tensor, law: Tensor) -> Tensor:
-    """Entropy (r,) in nats of laws (r, V) = softmax(logits), without a logarithm for each of their numbers. Overwrites logits.
-
-    H = log Z - sum_v p(v) d(v),  d = logits - max,  log Z = -log max p
-    """
-    below = logits.sub_(logits.amax(-1, keepdim=True)).clamp_(min=-800.0)  # where p is 0; 0 * inf is NaN
-    return -below.mul_(law).sum(-1) - law.amax(-1).log()
+MEASURED: dict[str, Callable[[Tensor, slice], Tensor]] = {
+    "max_probability": lambda weights, _: weights.amax(-1),
+    "margin": lambda weights, _: torch.sub(*top_two(weights)),
+    "law": lambda weights, _: weights.clone(),
+}
 
 
-def measured(name: Measure, logits: Tensor, law: Tensor, tokens: Tensor) -> Tensor:
-    """One of the measures for a few rows: logits and laws (r, V), tokens (r,)."""
-    if name == "token_probability":
-        return law.gather(-1, tokens[:, None]).squeeze(-1)
-    if name == "max_probability":
-        return law.amax(-1)
-    if name == "margin":
-        best, second = top_two(law)
-        return best - second
-    return entropy_of(logits, law) if name == "entropy" else law.clone()
+def measured(weights: RowWeights, name: Measure, tokens: Tensor) -> Tensor:
+    """A measure of each row, from what was found of its weights and a token (R,)."""
+    if name == "entropy":
+        return weights.entropy()
+    if name not in weights.found:
+        return weights.probability(tokens)
+    found = weights.found[name]
+    return found.div_(weights.total.to(found.dtype).view(-1, *[1] * (found.dim() - 1)))
 
 
 def token_probabilities(rows: RowLogits, mask_token_id: int, tokens: Tensor) -> Tensor:
-    """p(token | x_t) for a token (R,) of each row as the network has it: no mask, no temperature; float32 or wider."""
-    found = [torch.empty(0, device=tokens.device)]
-    for part, logits in rows.chunks(writable=True):
-        law = normalised(positive_weights(without_column_(logits, mask_token_id), logits))
-        found.append(measured("token_probability", logits, law, tokens[part]))
-    return torch.cat(found)
-
-
-def normalised(weights: Tensor) -> Tensor:
-    """Weights (r, V) as probabilities: those of float32 already are."""
-    return weights / weights.sum(-1, keepdim=True) if weights.dtype == torch.float64 else weights
+    """p(token | x_t) for a token (R,) of each row as the network has it: no mask, no temperature; float64."""
+    return weigh(rows, without=mask_token_id).probability(tokens)
 
 
 class Prediction(NamedTuple):
@@ -245,34 +234,26 @@ class OrderScheduler(DiscreteScheduler):
         """What `choose` reads of a prediction, beside its tokens."""
         return ("token_probability",)
 
-    def scored_logits(self, logits: Tensor) -> Tensor:
-        """Logits of the law that is measured, from logits (r, V) without a mask: p(x_0 | x_t) as the network has it, no
-        temperature, no top-p, where a class does not say otherwise."""
-        return logits
+    def scored_logits(self) -> RowFunction | None:
+        """What makes the logits of the law that is measured, from logits (r, V) without a mask. `None`: p(x_0 | x_t) as the
+        network has it, no temperature, no top-p."""
+        return None
 
     def predict(self, rows: RowLogits, reads: tuple[Measure, ...], generator: Generators) -> Prediction:
-        """Tokens and measures in one pass: a few rows at a time, and their weights once where both laws are the network's."""
+        """Tokens and measures in one pass where both laws are the network's, and one for each where they are not."""
         u = rows.pick(uniforms(tuple(rows.positions.shape), generator, rows.positions.device))  # (R,)
+        mask = self.absorbing_process.mask_token_id
+        asked: dict[str, Callable[[Tensor, slice], Tensor]] = {n: MEASURED[n] for n in reads if n in MEASURED}
         is_shaped = self.config.temperature != 1 or self.config.top_p != 1
-        tokens, totals = [u.new_empty(0, dtype=torch.int64)], [u.new_empty(0)]
-        found: dict[Measure, list[Tensor]] = {name: [] for name in reads}
-        kept: Tensor | None = None  # memory for weights where logits are read again afterwards
-        for part, logits in rows.chunks(writable=True):
-            without_column_(logits, self.absorbing_process.mask_token_id)
-            if kept is None:
-                kept = torch.empty_like(logits) if is_shaped or "entropy" in reads else logits
-            out = kept[: len(logits)]
-            shaped = self.token_logits(logits) if is_shaped else logits
-            weights = positive_weights(shaped, shaped if is_shaped else out)
-            token, total = invert(weights, u[part])
-            tokens.append(token)
-            totals.append(total)
-            if reads:
-                scored = self.scored_logits(logits) if is_shaped else logits
-                law = normalised(positive_weights(scored, out) if is_shaped else weights)
-                for name in reads:
-                    found[name].append(measured(name, scored, law, token))
-        check_finite(torch.cat(totals))
-        nothing = {"law": rows.source.new_empty(0, rows.source.shape[-1])}
-        measures = {name: torch.cat(parts or [nothing.get(name, u.new_empty(0))]) for name, parts in found.items()}
-        return Prediction(rows.positions, torch.cat(tokens), measures)
+        shaped = self.scored_logits() if is_shaped else None
+        if is_shaped:
+            tokens = draw_shaped(rows, u, lambda logits, _: self.token_logits(logits))
+            if not reads:
+                return Prediction(rows.positions, tokens, {})
+        if shaped is not None:  # logits that are shaped cannot be read again for one token
+            asked["token_probability"] = lambda weights, part: weights.gather(1, tokens[part, None]).squeeze(1)
+        weights = weigh(rows, without=mask, measures=asked, shaped=shaped, with_entropy="entropy" in reads)
+        if not is_shaped:
+            tokens = drawn_from(weights, u)
+        measures = {name: measured(weights, name, tokens) for name in reads}
+        return Prediction(rows.positions, tokens, measures)

@@ -83,6 +83,8 @@ def pattern_ranks(pattern: Pattern, height: int, width: int) -> Tensor:
     Raises:
         ValueError: If the pattern is for sequences and the grid has several rows, or is no fixed order.
     """
+    if height * width == 0:
+        return torch.zeros(height, width, dtype=torch.int64)
     if pattern == "dilated":
         return dilated_ranks(height, width)
     if pattern == "halton":
@@ -141,7 +143,11 @@ def ordered_subset(is_eligible: Tensor, count: Tensor, generator: Generators, ra
     batch, length = is_eligible.shape
     height, width = ranks.shape
     if height * width != length:
-        raise ValueError(f"`ranks` has {height} x {width} cells, but the sample has {length} positions")
+        raise ValueError(
+            f"`ranks` has {height} x {width} cells, but the sample has {length} positions: they must be equal"
+        )
+    if is_eligible.numel() == 0:
+        return torch.zeros_like(is_eligible)
     device = is_eligible.device
     ranks = ranks.to(device)
     fitting = fitting_shifts(~is_eligible.view(batch, height, width), ranks).view(batch, length)

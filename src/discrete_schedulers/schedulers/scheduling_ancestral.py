@@ -15,7 +15,7 @@ from __future__ import annotations
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule
+from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule, UniformProcess
 from discrete_schedulers.sampling import Draw, Generators
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
@@ -88,13 +88,21 @@ class AncestralScheduler(FactorisedScheduler):
         p_0 = self.shaped_law(model_output, index, sample)
         return self.noise_process.posterior(sample, p_0, t, s)
 
+    def jump_intensities(self, index: int) -> tuple[float | Tensor, float | Tensor, float | Tensor] | None:
+        """Those of `UniformProcess.posterior_jumps`. See [`DiscreteScheduler.jump_intensities`]."""
+        if not isinstance(self.noise_process, UniformProcess) or self.config.draw != "exact":
+            return None
+        return self.noise_process.posterior_jumps(self.times[index], self.times[index + 1])
+
     def open_probability(self, index: int) -> float:
         """P(a mask opens in this step) = (alpha_s - alpha_t) / (1 - alpha_t), absorbing process."""
         return float(self.absorbing_process.unmask_probability(self.times[index], self.times[index + 1]))
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
-        """Masks that open in this step, see [`DiscreteScheduler.positions`]."""
-        if not isinstance(self.noise_process, AbsorbingProcess) or self.config.draw != "exact":
+        """Masks that open in this step, or tokens that may jump. See [`DiscreteScheduler.positions`]."""
+        if self.config.draw != "exact":
             return None
+        if not isinstance(self.noise_process, AbsorbingProcess):
+            return self.jump_positions(self.step_index(timestep), sample, generator)
         probability = self.chance(self.step_index(timestep))
         return self.open_masks(sample, probability, generator, self.config.unmasking, self.config.order)

@@ -27,7 +27,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from discrete_schedulers.processes import NoiseSchedule
-from discrete_schedulers.sampling import Generators, gumbels, uniforms
+from discrete_schedulers.sampling import Generators, RowFunction, gumbels, uniforms
 from discrete_schedulers.schedulers.order_utils import Measure, OrderScheduler, Prediction, Rounding
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
@@ -105,9 +105,9 @@ class ConfidenceScheduler(OrderScheduler):
         names |= {"margin": ("margin",), "entropy": ("entropy",)}
         return names[self.config.score]
 
-    def scored_logits(self, logits: Tensor) -> Tensor:
+    def scored_logits(self) -> RowFunction | None:
         """With `score_law="tempered"` after temperature (1 instead of 0) and top-p. See [`OrderScheduler.scored_logits`]."""
+        temperature, top_p = self.config.temperature or 1.0, self.config.top_p
         if self.config.score_law == "model":
-            return logits
-        logits = logits / (self.config.temperature or 1.0)
-        return keep_top_p(logits, self.config.top_p) if self.config.top_p < 1 else logits
+            return None
+        return lambda logits, _: keep_top_p(logits / temperature, top_p) if top_p < 1 else logits / temperature

@@ -14,13 +14,14 @@ from __future__ import annotations
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule
+from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule, UniformProcess
 from discrete_schedulers.sampling import Draw, Generators
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
     FactorisedScheduler,
     Grid,
     ProcessName,
+    euler_jumps,
     euler_law,
 )
 
@@ -67,14 +68,27 @@ class EulerScheduler(FactorisedScheduler):
         p_0 = self.shaped_law(model_output, index, sample)
         return euler_law(self.noise_process, sample, p_0, self.times[index], self.times[index + 1])
 
+    def jump_intensities(self, index: int) -> tuple[float | Tensor, float | Tensor, float | Tensor] | None:
+        """(t - s) times those of the reverse rate, see [`DiscreteScheduler.jump_intensities`]."""
+        process, t, s = self.noise_process, self.times[index], self.times[index + 1]
+        if not isinstance(process, UniformProcess) or self.config.draw != "exact":
+            return None
+        return euler_jumps(process, t, s)
+
+    def jump_factor(self, index: int, total: Tensor) -> Tensor:
+        """Jumps beyond a total of 1 are scaled down. See [`DiscreteScheduler.jump_factor`]."""
+        return 1 / total.clamp(min=1.0)
+
     def open_probability(self, index: int) -> float:
         """P(a mask opens in this step) = min(1, (t - s) hazard(t)), absorbing process; 1 in the last step."""
         t, s = self.times[index], self.times[index + 1]
         return 1.0 if s == 0 else min(1.0, float((t - s) * self.absorbing_process.hazard(t)))
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
-        """Masks that open in this step, see [`DiscreteScheduler.positions`]."""
-        if not isinstance(self.noise_process, AbsorbingProcess) or self.config.draw != "exact":
+        """Masks that open in this step, or tokens that may jump. See [`DiscreteScheduler.positions`]."""
+        if self.config.draw != "exact":
             return None
+        if not isinstance(self.noise_process, AbsorbingProcess):
+            return self.jump_positions(self.step_index(timestep), sample, generator)
         probability = self.chance(self.step_index(timestep))
         return self.open_masks(sample, probability, generator, "bernoulli", "random")

@@ -27,7 +27,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule, indicator
+from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule, UniformProcess, indicator
 from discrete_schedulers.sampling import Generators, RowLogits, bernoulli_subset
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
@@ -110,21 +110,35 @@ class FlowMatchingScheduler(FactorisedScheduler):
         law = to_clean * p_0 * jump_share(other) + away * share
         return law.scatter(-1, sample[..., None], (1 - kept) * torch.exp(-other) + kept * torch.exp(-same))
 
+    def jump_intensities(self, index: int) -> tuple[float | Tensor, float | Tensor, float | Tensor] | None:
+        """Leaps of the two kinds, see [`DiscreteScheduler.jump_intensities`]."""
+        process, t, s = self.noise_process, self.times[index], self.times[index + 1]
+        if not isinstance(process, UniformProcess):
+            return None
+        if s == 0:
+            return process.posterior_jumps(t, s)
+        to_clean, to_prior = self.intensities(index)
+        away = torch.tensor(to_prior * (1 - 1 / process.vocab_size), dtype=torch.float64)
+        share = jump_share(to_clean + away)
+        return to_clean * share, away * share, away * jump_share(away)
+
     def open_probability(self, index: int) -> float:
         """P(a mask opens in this step), absorbing process; 1 in the last step."""
         return 1.0 if self.times[index + 1] == 0 else -math.expm1(-self.intensities(index)[0])
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
-        """Masks that open in this step, see [`DiscreteScheduler.positions`]."""
+        """Masks that open in this step, or tokens that may jump. See [`DiscreteScheduler.positions`]."""
         if not isinstance(self.noise_process, AbsorbingProcess):
-            return None
+            return self.jump_positions(self.step_index(timestep), sample, generator)
         probability = self.chance(self.step_index(timestep))
         return self.open_masks(sample, probability, generator, "bernoulli", "random")
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """Tokens at the chosen masks, and with c > 0 a mask for each token that falls, which needs no logits."""
         moved = super().move_rows(rows, index, sample, generator)
-        if self.times[index + 1] == 0 or self.per_step("divergence_free", index) == 0:
+        if not isinstance(self.noise_process, AbsorbingProcess) or self.times[index + 1] == 0:
+            return moved
+        if self.per_step("divergence_free", index) == 0:
             return moved
         falls = -math.expm1(-self.intensities(index)[1])
         is_token = sample != self.config.mask_token_id

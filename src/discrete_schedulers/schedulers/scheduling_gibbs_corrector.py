@@ -28,7 +28,6 @@ from discrete_schedulers.processes import NoiseSchedule, UniformProcess
 from discrete_schedulers.sampling import (
     Generators,
     RowLogits,
-    draw_states,
     draw_tokens,
     gumbels,
     top_subset,
@@ -125,24 +124,31 @@ class GibbsCorrectorScheduler(DiscreteScheduler):
         count = min(self.config.positions_per_correction, sample.shape[1])
         return torch.full((len(sample),), count, device=sample.device)
 
+    def jump_intensities(self, index: int) -> tuple[float | Tensor, float | Tensor, float | Tensor] | None:
+        """Of the step; not asked for a correction. See [`DiscreteScheduler.jump_intensities`]."""
+        step = self.place(index)[0]
+        return self.noise_process.posterior_jumps(self.times[step], self.times[step + 1])
+
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
-        """The positions of a random correction; `None`, all, in every other call. See [`DiscreteScheduler.positions`]."""
-        is_correction = self.place(self.step_index(timestep))[1]
-        if not is_correction or self.config.selection != "random":
+        """Tokens that may jump, or the positions of a random correction; `None`, all, of a correction that the predictions
+        choose. See [`DiscreteScheduler.positions`]."""
+        index = self.step_index(timestep)
+        if not self.place(index)[1]:
+            return self.jump_positions(index, sample, generator)
+        if self.config.selection != "random":
             return None
         return uniform_subset(torch.ones_like(sample, dtype=torch.bool), self.count(sample), generator)
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
-        """The chosen positions drawn anew, each from its law given the others. See [`DiscreteScheduler.move_rows`]."""
+        """The jumps of a step, or the chosen positions drawn anew, each from its law given the others. See
+        [`DiscreteScheduler.move_rows`]."""
+        if not self.place(index)[1]:
+            return self.jump_rows(rows, index, sample, generator)
         law = self.conditional(rows.logits, index, sample[rows.positions])
         return sample.masked_scatter(rows.positions, draw_tokens(RowLogits(law.log(), rows.positions), generator))
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
-        """A step, or a correction where the predictions choose. See [`DiscreteScheduler.move_all`]."""
-        step, is_correction = self.place(index)
-        if is_correction:
-            chosen = self.least_confident(self.conditional(logits, index, sample), step, sample, generator)
-            return self.move_rows(RowLogits.chosen(logits, chosen), index, sample, generator)
-        t, s = self.times[step], self.times[step + 1]
-        p_0 = self.shaped_law(logits, index, sample)
-        return draw_states(self.noise_process.posterior(sample, p_0, t, s), generator)
+        """A correction where the predictions choose. See [`DiscreteScheduler.move_all`]."""
+        law = self.conditional(logits, index, sample)
+        chosen = self.least_confident(law, self.place(index)[0], sample, generator)
+        return self.move_rows(RowLogits.chosen(logits, chosen), index, sample, generator)

@@ -137,7 +137,9 @@ class InformedCorrectorScheduler(DiscreteScheduler):
         logits = rows.logits.double().clone()
         logits[:, self.config.mask_token_id] = -torch.inf
         confidence = selection_confidence(logits.log_softmax(-1), sample[rows.positions], self.config.selection)
-        score[rows.positions] -= confidence
+        score[rows.positions] -= confidence.clamp(
+            max=1e9
+        )  # infinite where nothing else can be; `top_subset` needs numbers
         return top_subset(rows.positions, self.count(rows.positions), score)
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:

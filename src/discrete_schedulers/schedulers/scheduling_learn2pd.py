@@ -16,6 +16,7 @@ Source: Bao et al. 2025 (Learn2PD, arXiv 2509.25188). Its cut behind the end of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import torch
@@ -102,7 +103,7 @@ class Learn2PDScheduler(OrderScheduler):
             )
         padded = torch.nn.functional.pad(confidence, (0, -length % width), value=1.0)
         layers = {name: layer.to(confidence.device) for name, layer in self.layers.items()}
-        blocks = padded.view(len(confidence), -1, width)
+        blocks = padded.unflatten(1, (-1, width))
         return filter_log_odds(layers, blocks).sigmoid().flatten(1)[:, :length]
 
 
@@ -118,8 +119,9 @@ def check_filter(layers: FilterFloats, block_length: int | None) -> dict[str, Te
     Raises:
         ValueError: If layers are missing or do not fit each other or the block, or a float is not finite.
     """
-    if set(layers) != set(FILTER_SHAPES):
-        raise ValueError(f"`filter` has {sorted(layers)}; it needs {sorted(FILTER_SHAPES)}")
+    if not isinstance(layers, Mapping) or set(layers) != set(FILTER_SHAPES):
+        held = sorted(layers) if isinstance(layers, Mapping) else repr(layers)
+        raise ValueError(f"`filter` has {held}; it needs {sorted(FILTER_SHAPES)}")
     tensors = {name: torch.tensor(layers[name], dtype=torch.float64) for name in FILTER_SHAPES}
     sizes = {"h": tensors["hidden_bias"].numel(), "w": tensors["output_bias"].numel()}
     for name, shape in FILTER_SHAPES.items():

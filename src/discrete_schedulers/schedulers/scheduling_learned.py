@@ -48,7 +48,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule
+from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule, UniformProcess
 from discrete_schedulers.sampling import (
     Generators,
     RowLogits,
@@ -142,11 +142,11 @@ class LearnedScheduler(FactorisedScheduler):
         """Raises `ValueError` if a block has values that are not allowed, or does not go with the config."""
         for name in set(blocks) & set(BLOCKS):
             if self.config.process == "uniform" and name not in UNIFORM_BLOCKS:
-                raise ValueError(f"{where} '{name}' is for masks; with uniform noise there are {UNIFORM_BLOCKS}")
+                raise ValueError(f"{where} '{name}' is for masks; with uniform noise allowed are {UNIFORM_BLOCKS}")
         if not all(value >= 0 for value in blocks.get("rate", [])):
-            raise ValueError(f"{where} 'rate' multiplies a probability, it cannot be negative")
+            raise ValueError(f"{where} 'rate' multiplies a probability, it cannot be negative: {blocks['rate']}")
         if not all(0 <= value <= 1 for value in blocks.get("remask", [])):
-            raise ValueError(f"{where} 'remask' has fractions of the maximum, in [0, 1]")
+            raise ValueError(f"{where} 'remask' must have fractions of the maximum, in [0, 1], not {blocks['remask']}")
         if not all(0 < value <= 1 for value in blocks.get("top_p", [])):
             raise ValueError(f"{where} 'top_p' has masses of most probable tokens, in (0, 1], not {blocks['top_p']}")
         for name in ("inverse_temperature", "counts"):
@@ -155,7 +155,9 @@ class LearnedScheduler(FactorisedScheduler):
         if "order" in blocks and (self.config.unmasking != "counts" or self.config.order != "random"):
             raise ValueError(f"{where} 'order' needs `unmasking='counts'` and `order='random'`")
         if len(set(blocks) & set(MIXTURE_BLOCKS)) == 1:
-            raise ValueError(f"{where} a mixture is 'mixture_weight' and 'mixture_shift', not one of them")
+            raise ValueError(
+                f"{where} a mixture is 'mixture_weight' and 'mixture_shift', not one of them: both are needed"
+            )
         if "mixture_weight" in blocks:
             self.mixture_of(blocks)
 
@@ -183,14 +185,16 @@ class LearnedScheduler(FactorisedScheduler):
             raise ValueError(f"{where} no block of {type(self).__name__}; they have: {sorted(blocks)}")
         grids = [name for name in ("times", "counts") if name in blocks]
         if grids and self.config.grid != "learned":
-            raise ValueError(f"{where} '{grids[0]}', which `grid='learned'` reads, but `grid` is {self.config.grid!r}")
+            raise ValueError(
+                f"{where} '{grids[0]}', which `grid='learned'` reads, but `grid` is {self.config.grid!r}; they must go together"
+            )
         if len(grids) == 2:
-            raise ValueError(f"{where} 'times' and 'counts': a grid is one of them")
+            raise ValueError(f"{where} 'times' and 'counts': a grid must be one of them")
         if grids != ["counts"]:
             return super().time_grid(num_inference_steps)
         times = times_from_counts(self.noise_process, torch.tensor(blocks["counts"], dtype=torch.float64))
         if not (times.diff() < 0).all():
-            raise ValueError(f"{where} 'counts' that give times {times.tolist()}, which do not fall strictly")
+            raise ValueError(f"{where} 'counts' that give times {times.tolist()}, which must fall strictly")
         return times
 
     def set_grid(self, times: Tensor, device: torch.device | str | None = None) -> None:
@@ -260,6 +264,12 @@ class LearnedScheduler(FactorisedScheduler):
         t, coefficients, config = self.times[index], self.step_coefficients(index), self.config
         return sharpened(self.noise_process, logits, sample, t, coefficients, config.temperature, config.top_p)
 
+    def jump_intensities(self, index: int) -> tuple[float | Tensor, float | Tensor, float | Tensor] | None:
+        """Those of `UniformProcess.posterior_jumps`. See [`DiscreteScheduler.jump_intensities`]."""
+        if not isinstance(self.noise_process, UniformProcess):
+            return None
+        return self.noise_process.posterior_jumps(self.times[index], self.times[index + 1])
+
     def open_probability(self, index: int) -> float:
         """u: P(a mask opens in this step), before a gate. Absorbing process."""
         t, s = self.times[index], self.times[index + 1]
@@ -276,10 +286,11 @@ class LearnedScheduler(FactorisedScheduler):
         return {"latent": uniforms((len(sample),), generator, sample.device)} if self.config.network_latent else {}
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
-        """Masks that open in this step; all masks where a gate chooses among them. See [`DiscreteScheduler.positions`]."""
-        if not isinstance(self.noise_process, AbsorbingProcess):
-            return None
+        """Masks that open in this step, all masks where a gate chooses among them, or tokens that may jump. See
+        [`DiscreteScheduler.positions`]."""
         index = self.step_index(timestep)
+        if not isinstance(self.noise_process, AbsorbingProcess):
+            return self.jump_positions(index, sample, generator)
         if self.chooses_by_logits:
             return sample == self.config.mask_token_id
         return self.opening(sample, self.open_probability(index), generator)
@@ -304,7 +315,9 @@ class LearnedScheduler(FactorisedScheduler):
         if priorities is None:
             return top_subset(is_masked, count, score if log_odds is None else score + log_odds)
         if len(priorities) != sample.shape[1]:
-            raise ValueError(f"'order' has {len(priorities)} priorities, but `sample` has {sample.shape[1]} positions")
+            raise ValueError(
+                f"'order' has {len(priorities)} priorities, but `sample` has {sample.shape[1]} positions: they must be equal"
+            )
         by_chance = score.argsort(1).argsort(1) / sample.shape[1]  # in [0, 1)
         rank = torch.tensor(priorities, device=sample.device).unique(return_inverse=True)[1]  # whole numbers
         return top_subset(is_masked, count, rank + by_chance)
@@ -315,6 +328,8 @@ class LearnedScheduler(FactorisedScheduler):
         Raises:
             ValueError: If there is a gate and the rows are not those of all masks.
         """
+        if not isinstance(self.noise_process, AbsorbingProcess):
+            return super().move_rows(rows, index, sample, generator)
         coefficients = self.step_coefficients(index)
         if self.chooses_by_logits:
             is_masked = sample == self.config.mask_token_id

@@ -31,6 +31,7 @@ from discrete_schedulers.schedulers.scheduling_utils import (
     FactorisedScheduler,
     Grid,
     ProcessName,
+    euler_jumps,
     euler_law,
     jump_law,
 )
@@ -108,6 +109,17 @@ class LSDScheduler(FactorisedScheduler):
         power = torch.where(p_0 > 0, p_0, 1.0) ** phi
         return torch.where(moves, speed.clamp(max=1e9) * power, 0.0)
 
+    def jump_intensities(self, index: int) -> tuple[float | Tensor, float | Tensor, float | Tensor] | None:
+        """Phi (t - s) times those of the reverse rate; `None` with `scale="log_score"`. See
+        [`DiscreteScheduler.jump_intensities`]."""
+        process, t, s = self.noise_process, self.times[index], self.times[index + 1]
+        is_plain = self.config.draw == "exact" and self.config.scale == "score"
+        return euler_jumps(process, t, s, self.phi(index)) if isinstance(process, UniformProcess) and is_plain else None
+
+    def jump_factor(self, index: int, total: Tensor) -> Tensor:
+        """Jumps beyond a total of 1 are scaled down. See [`DiscreteScheduler.jump_factor`]."""
+        return 1 / total.clamp(min=1.0)
+
     def open_probability(self, index: int) -> float:
         """P(a mask opens in this step) = min(1, Phi (t - s) hazard(t)), absorbing process with `scale="score"`; 1 in the last
         step."""
@@ -115,10 +127,11 @@ class LSDScheduler(FactorisedScheduler):
         return 1.0 if s == 0 else min(1.0, float((t - s) * self.phi(index) * self.absorbing_process.hazard(t)))
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
-        """Masks that open in this step; `None` with `scale="log_score"`, where that depends on the logits. See
-        [`DiscreteScheduler.positions`]."""
-        exact = isinstance(self.noise_process, AbsorbingProcess) and self.config.draw == "exact"
-        if not exact or self.config.scale == "log_score":
+        """Masks that open in this step, or tokens that may jump; `None` with `scale="log_score"`, where that depends on the
+        logits. See [`DiscreteScheduler.positions`]."""
+        if self.config.draw != "exact" or self.config.scale == "log_score":
             return None
+        if not isinstance(self.noise_process, AbsorbingProcess):
+            return self.jump_positions(self.step_index(timestep), sample, generator)
         probability = self.chance(self.step_index(timestep))
         return self.open_masks(sample, probability, generator, "bernoulli", "random")

@@ -75,10 +75,9 @@ class PCSamplerScheduler(OrderScheduler):
             raise ValueError(f"`position_decay` is {position_decay}; it cannot be negative")
         if not score_cap > 0:
             raise ValueError(f"`score_cap` is {score_cap}; it must be positive")
-        frequencies = [1 / vocab_size] * vocab_size
-        if token_frequencies is not None:
-            frequencies = [float(f) for f in token_frequencies]
-            self.register_to_config(token_frequencies=frequencies)
+        frequencies = self.config.token_frequencies
+        if frequencies is None:
+            frequencies = [1 / vocab_size] * vocab_size
         if len(frequencies) != vocab_size:
             raise ValueError(f"`token_frequencies` has {len(frequencies)} numbers; `vocab_size` is {vocab_size}")
         if not all(0 < f <= 1 for f in frequencies):

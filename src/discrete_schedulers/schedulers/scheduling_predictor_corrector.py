@@ -33,6 +33,8 @@ from discrete_schedulers.schedulers.scheduling_utils import (
     Grid,
     ProcessName,
     check_not_negative,
+    euler_jumps,
+    jump_share,
     leap_law,
 )
 
@@ -127,6 +129,24 @@ class PredictorCorrectorScheduler(FactorisedScheduler):
         rate = (rate + forward).scatter(-1, sample[..., None], 0.0)
         return leap_law(sample, self.correction_length(step) * rate)
 
+    def jump_intensities(self, index: int) -> tuple[float | Tensor, float | Tensor, float | Tensor] | None:
+        """Of the leap, or of the correction, which has the forward rate too. See [`DiscreteScheduler.jump_intensities`]."""
+        step, is_correction = self.place(index)
+        t, s, process = self.times[step], self.times[step + 1], self.noise_process
+        if not isinstance(process, UniformProcess):
+            return None
+        if not is_correction:
+            return euler_jumps(process, t, s)
+        length = self.correction_length(step)
+        forward = length * process.jump_speed(t) * (process.vocab_size - 1) / process.vocab_size
+        to_clean, at_random, at_random_own = (length * rate for rate in process.rate_jumps(t))
+        return to_clean, at_random + forward, at_random_own + forward
+
+    def jump_factor(self, index: int, total: Tensor) -> Tensor:
+        """See [`DiscreteScheduler.jump_factor`]; the last step is no leap."""
+        step, is_correction = self.place(index)
+        return torch.ones_like(total) if self.times[step + 1] == 0 and not is_correction else jump_share(total)
+
     def open_probability(self, index: int) -> float:
         """P(a mask opens in this call), absorbing process; 1 in the last step."""
         step, is_correction = self.place(index)
@@ -145,16 +165,16 @@ class PredictorCorrectorScheduler(FactorisedScheduler):
         return -float(torch.expm1(self.correction_length(step) * process.alpha_slope(t) / process.alpha(t)))
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
-        """Masks that open in this call, see [`DiscreteScheduler.positions`]."""
+        """Masks that open in this call, or tokens that may jump. See [`DiscreteScheduler.positions`]."""
         if isinstance(self.noise_process, UniformProcess):
-            return None
+            return self.jump_positions(self.step_index(timestep), sample, generator)
         probability = self.chance(self.step_index(timestep))
         return self.open_masks(sample, probability, generator, "bernoulli", "random")
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """Tokens at the chosen masks; in a correction also a mask for each token that falls, which needs no logits."""
         moved = super().move_rows(rows, index, sample, generator)
-        if not self.place(index)[1]:
+        if isinstance(self.noise_process, UniformProcess) or not self.place(index)[1]:
             return moved
         is_token = sample != self.config.mask_token_id
         falls = bernoulli_subset(is_token, self.remask_probability(index), generator)

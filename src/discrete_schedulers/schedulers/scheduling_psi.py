@@ -18,7 +18,7 @@ from __future__ import annotations
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import NoiseSchedule
+from discrete_schedulers.processes import NoiseSchedule, UniformProcess
 from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
@@ -53,6 +53,7 @@ class PsiScheduler(FactorisedScheduler):
 
     processes = ("uniform",)
     learned_knobs = ("kappa",)
+    noise_process: UniformProcess
 
     @register_to_config
     def __init__(
@@ -83,5 +84,15 @@ class PsiScheduler(FactorisedScheduler):
         noised_again = alpha * p_0 + (1 - alpha) / self.config.vocab_size
         return kappa * process.posterior(sample, p_0, t, s) + (1 - kappa) * noised_again
 
-    def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> None:
-        """`None`: where a token moves depends on the logits. See [`DiscreteScheduler.positions`]."""
+    def jump_intensities(self, index: int) -> tuple[float | Tensor, float | Tensor, float | Tensor] | None:
+        """Those of both terms, see [`DiscreteScheduler.jump_intensities`]."""
+        t, s, kappa = self.times[index], self.times[index + 1], self.per_step("kappa", index)
+        alpha, width = self.noise_process.alpha(s), self.config.vocab_size
+        noise = (1 - alpha) * (width - 1) / width
+        jumps = zip(self.noise_process.posterior_jumps(t, s), (alpha, noise, noise), strict=True)
+        to_clean, at_random, at_random_own = (kappa * step + (1 - kappa) * again for step, again in jumps)
+        return to_clean, at_random, at_random_own
+
+    def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
+        """Tokens that may jump, see [`DiscreteScheduler.positions`]."""
+        return self.jump_positions(self.step_index(timestep), sample, generator)

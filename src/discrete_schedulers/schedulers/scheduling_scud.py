@@ -25,7 +25,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import NoiseSchedule
+from discrete_schedulers.processes import NoiseSchedule, check_tokens
 from discrete_schedulers.sampling import Generators, RowLogits, draw_tokens
 from discrete_schedulers.schedulers.scheduling_utils import Coefficients, DiscreteScheduler, Grid, ProcessName
 from discrete_schedulers.scud import EventOrder, JumpKernel, MatrixKernel, ScheduleConditionedProcess
@@ -78,7 +78,10 @@ class SCUDScheduler(DiscreteScheduler):
                 raise ValueError(f"`event_rate` is {event_rate}; without `event_kernel` it must be 1")
             self.event_process = ScheduleConditionedProcess(JumpKernel(self.noise_process.prior_law()), noise_schedule)
         else:
-            matrix = torch.as_tensor(event_kernel, dtype=torch.float64)
+            try:
+                matrix = torch.as_tensor(event_kernel, dtype=torch.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"`event_kernel` is {event_kernel!r}; it must be rows of numbers") from error
             if process != "uniform" or matrix.shape != (vocab_size, vocab_size):
                 raise ValueError(
                     f"`event_kernel` has shape {tuple(matrix.shape)} and `process` is {process!r}; allowed are (vocab_size, "
@@ -134,6 +137,7 @@ class SCUDScheduler(DiscreteScheduler):
         Raises:
             ValueError: If counts are negative, or not int64 of the sample's shape.
         """
+        check_tokens("sample", sample, self.config.vocab_size)
         index, batch, length = self.step_index(timestep), *sample.shape
         if event_counts is None:
             t = self.calls[index]

@@ -18,13 +18,14 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule
+from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule, UniformProcess
 from discrete_schedulers.sampling import Draw, Generators
 from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
     FactorisedScheduler,
     Grid,
     ProcessName,
+    euler_jumps,
     jump_law,
     jump_share,
 )
@@ -84,6 +85,17 @@ class TauLeapingScheduler(FactorisedScheduler):
         intensity = (t - s) * self.noise_process.reverse_rate(sample, p_0, t)
         return jump_law(sample, intensity * self.jump_share(intensity.sum(-1, keepdim=True)))
 
+    def jump_intensities(self, index: int) -> tuple[float | Tensor, float | Tensor, float | Tensor] | None:
+        """(t - s) times those of the reverse rate; `None` with `jumps="reject"`, where more intensity can mean fewer jumps. See
+        [`DiscreteScheduler.jump_intensities`]."""
+        process, t, s = self.noise_process, self.times[index], self.times[index + 1]
+        is_exact = self.config.draw == "exact" and self.config.jumps == "first"
+        return euler_jumps(process, t, s) if isinstance(process, UniformProcess) and is_exact else None
+
+    def jump_factor(self, index: int, total: Tensor) -> Tensor:
+        """See [`DiscreteScheduler.jump_factor`]; the last step is no leap."""
+        return torch.ones_like(total) if self.times[index + 1] == 0 else jump_share(total)
+
     def open_probability(self, index: int) -> float:
         """P(a mask opens in this step), absorbing process; 1 in the last step."""
         t, s = self.times[index], self.times[index + 1]
@@ -91,8 +103,10 @@ class TauLeapingScheduler(FactorisedScheduler):
         return 1.0 if s == 0 else float(intensity * self.jump_share(intensity))
 
     def positions(self, timestep: int | float | Tensor, sample: Tensor, generator: Generators = None) -> Tensor | None:
-        """Masks that open in this step, see [`DiscreteScheduler.positions`]."""
-        if not isinstance(self.noise_process, AbsorbingProcess) or self.config.draw != "exact":
+        """Masks that open in this step, or tokens that may jump. See [`DiscreteScheduler.positions`]."""
+        if self.config.draw != "exact":
             return None
+        if not isinstance(self.noise_process, AbsorbingProcess):
+            return self.jump_positions(self.step_index(timestep), sample, generator)
         probability = self.chance(self.step_index(timestep))
         return self.open_masks(sample, probability, generator, "bernoulli", "random")

@@ -22,8 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from discrete_schedulers.processes import NoiseSchedule
-from discrete_schedulers.sampling import Generators, RowLogits, draw_tokens, positive_weights, top_subset
-from discrete_schedulers.schedulers.order_utils import entropy_of, normalised
+from discrete_schedulers.sampling import Generators, RowLogits, RowWeights, draw_shaped, top_subset, uniforms, weigh
 from discrete_schedulers.schedulers.scheduling_utils import Coefficients, DiscreteScheduler, Grid, ProcessName
 
 
@@ -72,11 +71,14 @@ class UniformEntropyBoundScheduler(DiscreteScheduler):
             if not value > 0:
                 raise ValueError(f"`{name}` is {value}; it must be positive")
 
+    def annealing(self, index: int) -> float:
+        """T of the step."""
+        first, last, steps = self.config.first_temperature, self.config.last_temperature, len(self.calls)
+        return last + (first - last) * (steps - index) / steps
+
     def annealed(self, logits: Tensor, index: int) -> Tensor:
         """Logits (..., V) divided by T of the step, float32 or wider."""
-        first, last, steps = self.config.first_temperature, self.config.last_temperature, len(self.calls)
-        annealing = last + (first - last) * (steps - index) / steps
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)) / annealing
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.annealing(index)
 
     def is_shaped(self, index: int) -> bool:
         """Always: the logits are annealed. See [`DiscreteScheduler.is_shaped`]."""
@@ -86,14 +88,17 @@ class UniformEntropyBoundScheduler(DiscreteScheduler):
         """Annealed, and then as in every scheduler. See [`DiscreteScheduler.shaped_logits`]."""
         return self.token_logits(self.annealed(logits, index))
 
-    def accepted(self, logits: Tensor, index: int) -> Tensor:
-        """The positions within the bound, bool (B, L), from logits (B, L, V); all in the last step."""
-        everywhere = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    def weighed(self, logits: Tensor, index: int) -> RowWeights:
+        """The annealed laws of all positions and, but for the last step, what their entropies need: one pass."""
+        rows, is_last = RowLogits.everywhere(logits), index == len(self.calls) - 1
+        return weigh(rows, 1 / self.annealing(index), with_entropy=not is_last)
+
+    def accepted(self, weights: RowWeights, index: int) -> Tensor:
+        """The positions within the bound, bool (B, L), from `weighed`; all in the last step."""
+        everywhere = weights.rows.positions
         if index == len(self.calls) - 1:
             return everywhere
-        rows = (self.annealed(some, index) for _, some in RowLogits.everywhere(logits).chunks())
-        entropies = [entropy_of(some, normalised(positive_weights(some))).double() for some in rows]
-        entropy = torch.cat(entropies).view(logits.shape[:2])
+        entropy = weights.entropy().view(everywhere.shape)
         ranked = entropy.sort(dim=1, stable=True).values
         count = (ranked.cumsum(1) - ranked <= self.per_step("entropy_bound", index)).sum(1)
         return top_subset(everywhere, count, -entropy)
@@ -113,7 +118,13 @@ class UniformEntropyBoundScheduler(DiscreteScheduler):
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """Tokens where accepted, noise elsewhere, see [`DiscreteScheduler.move_all`]."""
-        everywhere = RowLogits.everywhere(logits)
-        tokens = draw_tokens(everywhere, generator, lambda some, _: self.token_logits(self.annealed(some, index)))
-        noise = self.noise_process.prior(tuple(sample.shape), generator, sample.device)
-        return torch.where(self.accepted(logits, index), tokens.view(sample.shape), noise)
+        u = uniforms(tuple(sample.shape), generator, sample.device).flatten()
+        moved = self.noise_process.prior(tuple(sample.shape), generator, sample.device)
+        weights = self.weighed(logits, index)
+        weights.check()
+        chosen = self.accepted(weights, index)
+        if self.config.temperature == 1 and self.config.top_p == 1:
+            tokens = weights.draw(u)
+        else:
+            tokens = draw_shaped(weights.rows, u, lambda some, _: self.token_logits(self.annealed(some, index)))
+        return torch.where(chosen, tokens.view(sample.shape), moved)

@@ -12,13 +12,16 @@ Times are float64 in (0, 1], decreasing from 1, one for each model call; the gri
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import numbers
 import os
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
@@ -29,13 +32,14 @@ from torch import Tensor
 
 from discrete_schedulers.information import InformationCurve, optimal_times
 from discrete_schedulers.patience import out_of_reach, patiently
-from discrete_schedulers.processes import AbsorbingProcess, Process, UniformProcess, indicator
+from discrete_schedulers.processes import AbsorbingProcess, Process, UniformProcess, check_tokens, indicator
 from discrete_schedulers.sampling import (
     Generators,
     RowLogits,
     bernoulli_subset,
     check_finite,
     draw_from_law,
+    draw_others,
     draw_states,
     draw_tokens,
     on_host,
@@ -75,8 +79,39 @@ CHOICES = {
     "score_law": ("model", "tempered"),
     "mask_schedule": ("cosine", "linear", "square", "cubic", "root", "log", "exp", "grid"),
 }
+# what an annotation of a constructor's argument says of its value
+KINDS: dict[str, tuple[type, str]] = {
+    "int": (numbers.Integral, "an integer"),
+    "float": (numbers.Real, "a finite number"),
+    "bool": (bool, "True or False"),
+}
 # learned blocks whose length is not that of the steps: a float for each position, component, or token at each position
 OTHER_LENGTHS = ("order", "mixture_weight", "mixture_shift")
+BLOCKS = (  # all learned blocks of all schedulers: another one is of a newer version, or misspelt
+    *(
+        "times",
+        "counts",
+        "events",
+        "scale",
+        "rate",
+        "inverse_temperature",
+        "gate_a",
+        "gate_b",
+        "remask",
+        *OTHER_LENGTHS,
+    ),
+    *(
+        "accept_threshold",
+        "choice_temperature",
+        "corrector_step",
+        "divergence_free",
+        "entropy_bound",
+        "factor",
+        "kappa",
+    ),
+    *("kl_threshold", "remask_mass", "remask_threshold", "score_temperature", "selection_temperature", "sigma_share"),
+    *("stochasticity", "theta", "threshold"),
+)
 
 
 @dataclass
@@ -95,6 +130,27 @@ class DiscreteSchedulerOutput(BaseOutput):
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
     pred_logits: Tensor | None = None
+
+
+class LaterOutput(DiscreteSchedulerOutput):
+    """The same, where what is as large as `model_output`, or takes another look at it, is worked out when it is first asked
+    for: `partial`s take the place of such values until then."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = vars(self)[item.name]  # not asked for
+            if value is not None:
+                self[item.name] = value
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("items", "values"):
+            for key in self:
+                getattr(self, key)
+        value = super().__getattribute__(name)
+        if isinstance(value, partial):
+            value = value()
+            setattr(self, name, value)
+        return value
 
 
 class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
@@ -131,14 +187,18 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, which says of a Hub that cannot be reached that the repository does not have the file.
+        """As in diffusers, which says of a Hub that cannot be reached that the repository does not have the file, and loads the
+        config of any class as one of this.
 
         Raises:
             OSError: If there is no config, or the Hub cannot be reached.
+            ValueError: If it is not the config of a scheduler that this version has.
         """
         try:
             load = super().load_config
-            return patiently(lambda: load(pretrained_model_name_or_path, *args, **kwargs))
+            loaded = patiently(lambda: load(pretrained_model_name_or_path, *args, **kwargs))
+            cls.check_loaded(str(pretrained_model_name_or_path), loaded[0] if isinstance(loaded, tuple) else loaded)
+            return loaded
         except OSError as error:
             if isinstance(error.__context__, FileNotFoundError):  # huggingface_hub: not reached, and not in its cache
                 name = str(pretrained_model_name_or_path)
@@ -147,16 +207,49 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
                 ) from error
             raise
 
+    @classmethod
+    def check_loaded(cls, name: str, config: Any) -> None:
+        """Raises `ValueError` if this is no config, or that of a class which is not here: one of a newer version."""
+        if not isinstance(config, Mapping):
+            raise ValueError(f"scheduler_config.json of {name!r} holds {config!r}; it must be a JSON object")
+        kind, known = config.get("_class_name", cls.__name__), sorted(c.__name__ for c in cls._get_compatibles())
+        if kind not in (*known, cls.__name__):
+            raise ValueError(
+                f"scheduler_config.json of {name!r} is of {kind!r}, which this version of discrete_schedulers does not have; "
+                f"known: {', '.join(known)}"
+            )
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in diffusers, which passes over an argument that the class does not have.
+
+        Raises:
+            ValueError: If there is such an argument.
+        """
+        if not return_unused_kwargs:
+            unknown = sorted(
+                name for name in kwargs if name not in kinds_of_arguments(cls) and not name.startswith("_")
+            )
+            if unknown:
+                allowed = ", ".join(repr(name) for name in kinds_of_arguments(cls) if name != "self")
+                raise ValueError(f"`{unknown[0]}` is no argument of {cls.__name__}; allowed: {allowed}")
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
     def register_to_config(self, **kwargs: Any) -> None:
-        """As in diffusers, and a value set after `__init__` survives `from_config`: diffusers keeps such a key on its list
-        of defaults and drops it there."""
-        super().register_to_config(**kwargs)
+        """As in diffusers, and checked: the config is what all else relies on, so nothing enters it but numbers, lists and
+        tables of the kinds that the constructor names, detached from the caller's. A value set after `__init__` survives
+        `from_config`: diffusers keeps such a key on its list of defaults and drops it there.
+
+        Raises:
+            ValueError: If a value is of another kind.
+        """
+        super().register_to_config(**(kwargs | checked_values(type(self), kwargs)))
         defaults = dict(self._internal_dict).get("_use_default_values")
         if defaults and "_use_default_values" not in kwargs:
             super().register_to_config(_use_default_values=[key for key in defaults if key not in kwargs])
 
     def prepare(self) -> None:
-        """Check the config, detach it from the caller's lists, and set the state that `step` reads.
+        """Check that the values of the config fit each other, and set the state that `step` reads.
 
         Raises:
             ValueError: If a value is not allowed.
@@ -165,7 +258,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         for name, allowed in CHOICES.items():
             if name in config and config[name] not in allowed:
                 raise ValueError(f"`{name}` is {config[name]!r}; allowed: {', '.join(map(repr, allowed))}")
-        if not config.temperature >= 0:
+        if config.temperature < 0:
             raise ValueError(f"`temperature` is {config.temperature}; it must be positive, or 0 for the best token")
         if not 0 < config.top_p <= 1:
             raise ValueError(f"`top_p` is {config.top_p}; allowed are numbers in (0, 1]")
@@ -184,17 +277,12 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.register_to_config(
             vocab_size=config.vocab_size, mask_token_id=config.mask_token_id, process=config.process
         )
-        if config.coefficients is not None:
-            self.register_to_config(coefficients=check_coefficients(config.coefficients))
-        if config.learned_for is not None:
-            learned = config.learned_for.get("vocab_size", config.vocab_size)
-            if learned != config.vocab_size:
-                raise ValueError(
-                    f"`coefficients` were learned for `vocab_size` {learned}, but this scheduler has {config.vocab_size}"
-                )
-            self.register_to_config(learned_for=copy.deepcopy(dict(config.learned_for)))
-        if config.information_curve is not None:
-            self.register_to_config(information_curve=[float(value) for value in config.information_curve])
+        learned = (config.learned_for or {}).get("vocab_size", config.vocab_size)
+        if learned != config.vocab_size:
+            raise ValueError(
+                f"`coefficients` were learned for `vocab_size` {learned}, but this scheduler has {config.vocab_size}: they "
+                "must be equal"
+            )
         if config.grid == "optimal" and config.process != "absorbing":
             raise ValueError(
                 "`grid='optimal'` is for the absorbing process: an information curve counts revealed tokens"
@@ -215,6 +303,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.timesteps = self.calls.to(device)
         self.last_call: int | None = None  # tells the calls at one time apart
         self.openings: Tensor | None = None  # `open_probability` of each call, worked out when it is needed
+        self.jumps: Tensor | None = None  # `jump_intensities` of each call, (calls, 3), likewise
 
     def call_times(self, times: Tensor) -> Tensor:
         """The time of each model call, in order, on a grid (N + 1,): one for each step. Methods with more calls say so."""
@@ -242,6 +331,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.num_inference_steps = int(steps)
         if self.opens_by_chance and isinstance(self.noise_process, AbsorbingProcess):
             self.chance(0)
+        elif isinstance(self.noise_process, UniformProcess):
+            self.jumps_at(0)
 
     def time_grid(self, num_inference_steps: int) -> Tensor:
         """The grid of N + 1 times that the config asks for."""
@@ -305,7 +396,9 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         Raises:
             ValueError: If it names none.
         """
-        value = timestep.item() if isinstance(timestep, Tensor) else timestep
+        value = timestep.item() if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError(f"`timestep` is {value!r}; it must be one time out of `timesteps`, or a step index")
         if isinstance(value, numbers.Integral):
             if 0 <= value < len(self.calls):
                 return int(value)
@@ -326,7 +419,14 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
     def sample_prior(
         self, shape: tuple[int, ...], generator: Generators = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Tokens at t = 1: all masks, or uniformly random ones, int64, of shape (B, L)."""
+        """Tokens at t = 1: all masks, or uniformly random ones, int64, of shape (B, L).
+
+        Raises:
+            ValueError: If `shape` is not two whole numbers.
+        """
+        sides = list(shape) if isinstance(shape, tuple | list) else []
+        if len(sides) != 2 or not all(isinstance(side, int) and side >= 0 for side in sides):
+            raise ValueError(f"`shape` is {shape!r}; it must be (B, L), two integers of at least 0")
         return self.noise_process.prior(shape, generator, device)
 
     def add_noise(
@@ -355,8 +455,12 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         if timesteps is None:
             raise ValueError("`timesteps` is required: times in [0, 1], or step indices")
         t = timesteps.reshape(-1)
+        if len(t) not in (1, len(original_samples)):
+            raise ValueError(
+                f"`timesteps` has {len(t)} entries; it must have one, or one for each of {len(original_samples)} rows"
+            )
         if not t.is_floating_point():
-            t = torch.stack([self.times[self.step_index(index)] for index in t])
+            t = torch.stack([self.calls[self.step_index(index)] for index in t])
         t = t.double().to(original_samples.device).expand(len(original_samples))
         tokens = None if noise is None or noise.is_floating_point() else noise
         return self.noise_process.add_noise(original_samples, t, generator, tokens)
@@ -444,26 +548,42 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         """
         self.check_step(model_output, sample)
         index = self.step_index(timestep)
-        logits = guess = None
+        output = DiscreteSchedulerOutput(sample)
         if isinstance(model_output, RowLogits):
             prev_sample = self.move_rows(model_output, index, sample, generator)
         else:
             chosen = self.positions(timestep, sample, generator)
-            logits = self.shaped_logits(model_output, index, sample) if self.is_shaped(index) else model_output
+            output = self.guesses(model_output, index, sample, chosen is None)
             if chosen is None:
-                guess = self.best_tokens(logits)
                 prev_sample = self.move_all(model_output, index, sample, generator)
             else:
                 prev_sample = self.move_rows(RowLogits.chosen(model_output, chosen), index, sample, generator)
         self.last_call = index
-        output = DiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=guess, pred_logits=logits)
+        output.prev_sample = prev_sample
         return output if return_dict else (output.prev_sample, output.pred_original_sample, output.pred_logits)
+
+    def guesses(self, logits: Tensor, index: int, sample: Tensor, with_tokens: bool) -> DiscreteSchedulerOutput:
+        """`pred_logits` and, `with_tokens`, `pred_original_sample` of the call `index`; `prev_sample` is `sample` still."""
+        is_shaped = self.is_shaped(index)
+        if torch.compiler.is_compiling() or not (is_shaped or with_tokens):
+            shaped = self.shaped_logits(logits, index, sample) if is_shaped else logits
+            return DiscreteSchedulerOutput(sample, self.best_tokens(shaped) if with_tokens else None, shaped)
+        now = copy.copy(self)  # the next `set_timesteps` sets other times
+        later: Any = partial(now.shaped_logits, logits, index, sample) if is_shaped else logits
+        return LaterOutput(sample, partial(now.best_of, later) if with_tokens else None, later)
+
+    def best_of(self, logits: Tensor | partial[Tensor]) -> Tensor:
+        """`best_tokens` of logits, or of what makes them."""
+        return self.best_tokens(logits() if isinstance(logits, partial) else logits)
 
     def check_step(self, model_output: Tensor | RowLogits, sample: Tensor) -> None:
         """Raises `ValueError` if the arguments of `step` do not fit each other or the config."""
         width = self.config.vocab_size
-        if sample.dim() != 2 or sample.dtype != torch.int64:
-            raise ValueError(f"`sample` is {sample.dtype} of shape {tuple(sample.shape)}; it must be int64 (B, L)")
+        check_tokens("sample", sample, width)
+        logits = model_output.source if isinstance(model_output, RowLogits) else model_output
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            kind = logits.dtype if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise ValueError(f"`model_output` is {kind}; it must be a tensor of floating-point logits")
         if isinstance(model_output, RowLogits):
             if model_output.positions.shape != sample.shape:
                 shapes = tuple(model_output.positions.shape), tuple(sample.shape)
@@ -475,19 +595,13 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             shape, expected = tuple(model_output.shape), (*sample.shape, width)
         if shape != expected:
             raise ValueError(f"`model_output` has shape {shape}, but {expected} is needed: (..., vocab_size)")
-        if on_host(sample) and sample.numel() and not 0 <= int(sample.min()) <= int(sample.max()) < width:
-            raise ValueError(f"`sample` has ids from {sample.min()} to {sample.max()}; allowed are 0 to {width - 1}")
 
     def clean_tokens(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """A token for each row, (R,), from the clean law that the call `index` draws from: see `shaped_logits`."""
-        tokens, mask = rows.pick(sample), self.config.mask_token_id
-
-        def shaped(logits: Tensor, part: slice) -> Tensor:
-            if self.is_shaped(index):
-                return self.shaped_logits(logits, index, tokens[part])
-            return logits if mask is None else without_column_(logits, mask)
-
-        return draw_tokens(rows, generator, shaped)
+        if not self.is_shaped(index):
+            return draw_tokens(rows, generator, without=self.config.mask_token_id)
+        tokens = rows.pick(sample)
+        return draw_tokens(rows, generator, lambda logits, part: self.shaped_logits(logits, index, tokens[part]))
 
     def is_shaped(self, index: int) -> bool:
         """Whether the call `index` draws from another law than the network's own."""
@@ -558,6 +672,65 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
             self.openings = torch.tensor(chances, dtype=torch.float64)
         return self.openings[index]
 
+    # Choose, then sample, uniform process
+
+    def jump_intensities(self, index: int) -> tuple[float | Tensor, float | Tensor, float | Tensor] | None:
+        """How a token is left in the call `index`, uniform process, where a class has it: the intensities of a jump to
+        x_0 ~ p_0, and to one of the other V - 1 states at random, given x_0 != x_t; and of the latter given x_0 = x_t. `None`:
+        the law is not of this form, or is not drawn exactly."""
+        return None
+
+    def jump_factor(self, index: int, total: Tensor) -> Tensor:
+        """P(jump) / Lambda in the call `index`, for the mean Lambda of the intensities over x_0 ~ p_0. P(jump) must not fall
+        with Lambda."""
+        return torch.ones_like(total)
+
+    def jumps_at(self, index: int) -> Tensor | None:
+        """`jump_intensities` of a call, float64 (3,), from a table as in `chance`."""
+        if self.jumps is None:
+            found = [self.jump_intensities(call) for call in range(len(self.calls))]
+            rows = [[float(value) for value in some] for some in found if some is not None]
+            if len(rows) < len(found):
+                return None
+            self.jumps = torch.tensor(rows, dtype=torch.float64)
+        return self.jumps[index]
+
+    def jump_positions(self, index: int, sample: Tensor, generator: Generators) -> Tensor | None:
+        """Positions that may jump in the call `index`, bool (B, L): each with the chance that it has where p_0 says that
+        x_0 is not x_t, the largest there is. `None` without `jump_intensities`: all may."""
+        jumps = self.jumps_at(index)
+        if jumps is None:
+            return None
+        total = jumps[0] + jumps[1]
+        everywhere = torch.ones_like(sample, dtype=torch.bool)
+        return bernoulli_subset(everywhere, total * self.jump_factor(index, total), generator)
+
+    def jump_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
+        """`sample` after the jumps at the positions that may jump. With p = p_0(x_t), l(v) = p_0(v) / (1 - p) and intensities
+        (a, b, c): Lambda = (1 - p) (a + b) + p c, and given a jump x_s ~ l with probability (1 - p) a / Lambda, or else
+        any state but x_t.
+
+        Raises:
+            ValueError: If this class needs the logits of all positions at once.
+        """
+        jumps = self.jumps_at(index)
+        if jumps is None:
+            raise ValueError("`model_output` has logits of some positions only; this scheduler needs all of them")
+        own = rows.pick(sample)
+        u, coin = (rows.pick(uniforms(tuple(sample.shape), generator, sample.device)) for _ in range(2))
+
+        def shaped(logits: Tensor, part: slice) -> Tensor:
+            return self.shaped_logits(logits, index, own[part])
+
+        drawn, others = draw_others(rows, u, own, shaped if self.is_shaped(index) else None)
+        to_clean, at_random = jumps[0] * others, jumps[1] * others + jumps[2] * (1 - others)
+        factor = self.jump_factor(index, to_clean + at_random)
+        most = jumps[0] + jumps[1]
+        coin = coin * (most * self.jump_factor(index, most))  # the position was chosen with this chance
+        other = (u * (self.config.vocab_size - 1)).long()  # u is free where the token is not drawn with it
+        moved = torch.where(coin < (to_clean + at_random) * factor, other + (other >= own).long(), own)
+        return rows.put(torch.where(coin < to_clean * factor, drawn, moved), sample)
+
     def whole_counts(self, due: Tensor, generator: Generators) -> Tensor:
         """What is due (B,) as whole numbers, int64: the nearest ones, or 1 with the chance `due` where that is below 1/2."""
         coin = uniforms((len(due), 1), generator, due.device).squeeze(1)
@@ -578,7 +751,9 @@ class FactorisedScheduler(DiscreteScheduler):
         """
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
-        """`sample` with a token drawn from the clean law at each of the chosen positions."""
+        """`sample` with a token drawn from the clean law at each of the chosen masks; with uniform noise after their jumps."""
+        if isinstance(self.noise_process, UniformProcess):
+            return self.jump_rows(rows, index, sample, generator)
         return rows.put(self.clean_tokens(rows, index, sample, generator), sample)
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
@@ -648,6 +823,16 @@ def euler_law(
     return jump_law(sample, (t - s) * scale * rate)
 
 
+def euler_jumps(
+    process: UniformProcess, t: Tensor, s: Tensor, scale: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(t - s) * scale times `UniformProcess.rate_jumps`; the step to s = 0 draws from p_0, as in `euler_law`."""
+    if s == 0:
+        return process.posterior_jumps(t, s)
+    to_clean, at_random, at_random_own = ((t - s) * scale * rate for rate in process.rate_jumps(t))
+    return to_clean, at_random, at_random_own
+
+
 def jump_law(sample: Tensor, jumps: Tensor) -> Tensor:
     """Jump probabilities, shape (B, L, V) and 0 at `sample`, completed by the probability to stay."""
     total = jumps.sum(-1, keepdim=True)
@@ -667,6 +852,9 @@ def jump_share(total: Tensor) -> Tensor:
     return torch.where(total > 0, -torch.expm1(-positive) / positive, 1.0)
 
 
+EXAMPLE = {"2": {"times": [1.0, 0.6, 0.0]}}
+
+
 def check_coefficients(coefficients: Coefficients) -> Coefficients:
     """A deep copy with string keys and finite float lists.
 
@@ -674,15 +862,27 @@ def check_coefficients(coefficients: Coefficients) -> Coefficients:
         ValueError: If a budget is not a positive integer, a block is not a list of finite numbers, or a grid is not strictly
             decreasing from 1 to 0.
     """
+    if not isinstance(coefficients, Mapping):
+        raise ValueError(f"`coefficients` is {coefficients!r}; it must be a dict of step budgets such as {EXAMPLE}")
     checked: Coefficients = {}
     for budget, blocks in coefficients.items():
-        if not str(budget).isdigit() or int(budget) < 1:
-            raise ValueError(f"`coefficients` has budget {budget!r}; keys are step budgets such as '8'")
-        checked[str(budget)] = {name: [float(v) for v in values] for name, values in blocks.items()}
+        if not str(budget).isdecimal() or int(budget) < 1:
+            raise ValueError(f"`coefficients` has budget {budget!r}; keys must be step budgets such as '8'")
+        if not isinstance(blocks, Mapping):
+            raise ValueError(
+                f"`coefficients` for {budget} steps is {blocks!r}; it must be a dict such as {EXAMPLE['2']}"
+            )
+        where = f"`coefficients` for {budget} steps:"
+        checked[str(budget)] = {name: as_floats(f"{where} '{name}'", values) for name, values in blocks.items()}
         for name, values in checked[str(budget)].items():
+            if name not in BLOCKS:
+                raise ValueError(
+                    f"{where} no scheduler of this version knows a block '{name}'; known are {', '.join(BLOCKS)}. Take a newer "
+                    "version of discrete_schedulers, or leave it out"
+                )
             if not all(math.isfinite(v) for v in values):
                 raise ValueError(
-                    f"`coefficients` for {budget} steps: '{name}' has a value that is not finite: {values}"
+                    f"`coefficients` for {budget} steps: '{name}' has a value that is not finite: {values}; all must be"
                 )
             length = int(budget) + (name == "times")
             if name in OTHER_LENGTHS:  # they go with the length of the sequence, which the config does not know
@@ -695,6 +895,73 @@ def check_coefficients(coefficients: Coefficients) -> Coefficients:
         if times and not (times[0] == 1 and times[-1] == 0 and all(a > b for a, b in pairwise(times))):
             raise ValueError(f"`coefficients` for {budget} steps: 'times' must fall strictly from 1 to 0, not {times}")
     return checked
+
+
+def as_floats(name: str, values: Any) -> list[float]:
+    """A list of numbers as floats.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        if isinstance(values, str | Mapping) or any(isinstance(value, str) for value in values):
+            raise TypeError
+        return [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {values!r}; it must be a list of numbers") from None
+
+
+def checked_values(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a constructor that are numbers, as Python's own (JSON does not know NumPy's), and its lists and tables as
+    copies.
+
+    Raises:
+        ValueError: If one is not what its annotation says.
+    """
+    checked: dict[str, Any] = {}
+    for name, (kind, is_optional) in kinds_of_arguments(cls).items():
+        value: Any = values.get(name)
+        if name not in values or (value is None and is_optional):
+            continue
+        if kind in KINDS:
+            number, words = KINDS[kind]
+            if value is inspect.Parameter.empty:
+                raise ValueError(f"`{name}` is missing; it must be {words}")
+            fits = isinstance(value, number) and isinstance(value, bool) == (kind == "bool")
+            if not fits or not math.isfinite(value):
+                raise ValueError(f"`{name}` is {value!r}; it must be {words}{' or None' if is_optional else ''}")
+            checked[name] = int(value) if kind == "int" else float(value) if kind == "float" else value
+        elif kind == "list[float]":
+            checked[name] = as_floats(f"`{name}`", value)
+        elif kind == "Coefficients":
+            checked[name] = check_coefficients(value)
+        elif name == "grid_shape":
+            checked[name] = check_grid_shape(value)
+        elif kind == "dict":
+            if not isinstance(value, Mapping):
+                raise ValueError(f"`{name}` is {value!r}; it must be a dict or None")
+            checked[name] = copy.deepcopy(dict(value))
+    return checked
+
+
+@functools.cache
+def kinds_of_arguments(cls: type) -> dict[str, tuple[str, bool]]:
+    """The arguments of a class' constructor: what kind of value each is, and whether it may be `None` instead."""
+    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    found = {name: inspect.formatannotation(p.annotation).strip("'").partition(" | ") for name, p in parameters.items()}
+    return {name: (kind, other == "None") for name, (kind, _, other) in found.items()}
+
+
+def check_grid_shape(grid_shape: Any) -> list[int]:
+    """(height, width) as a list.
+
+    Raises:
+        ValueError: If these are not two positive integers.
+    """
+    sides = list(grid_shape) if isinstance(grid_shape, list | tuple) else []
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise ValueError(f"`grid_shape` is {grid_shape!r}; it must be [height, width], two positive integers, or None")
+    return sides
 
 
 def check_shares(config: Any, name: str) -> None:

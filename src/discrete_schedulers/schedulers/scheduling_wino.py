@@ -103,7 +103,7 @@ class WINOScheduler(OrderScheduler):
         Raises:
             ValueError: If `sample` has another shape than in the call before.
         """
-        nothing = Memory(torch.zeros_like(sample, dtype=torch.bool), torch.zeros_like(sample[:, 0]))
+        nothing = Memory(torch.zeros_like(sample, dtype=torch.bool), sample.new_zeros(len(sample)))
         known = self.memories.get(index, nothing) if index > 0 else nothing
         if known.opened.shape != sample.shape:
             shapes = tuple(sample.shape), tuple(known.opened.shape)
@@ -118,7 +118,7 @@ class WINOScheduler(OrderScheduler):
         checked = self.memory(index, sample).opened & ~is_masked & is_masked.any(1, keepdim=True)
         if index == len(self.calls) - 1:
             return torch.zeros_like(checked)
-        if self.config.block_length is None:
+        if self.config.block_length is None or checked.numel() == 0:
             return checked
         block = torch.arange(sample.shape[1], device=sample.device) // self.config.block_length
         first = is_masked.long().argmax(1, keepdim=True)  # the first mask of each row

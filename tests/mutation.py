@@ -1,0 +1,416 @@
+"""Mutation run: plant small faults in the sources, one at a time, and see whether the fast tests notice.
+
+    python tests/mutation.py --sample 300            (resumable; state in .mutation/, summary in tests/mutation.json)
+
+First the fast tests run once with a tracer: which test runs which line, and how long it takes. Then each mutant of a random
+sample is tried in a fork of a process that has collected all tests, with those that run the mutated lines, until one fails or
+takes far too long.
+
+Not mutated: annotations, docstrings, imports, and what stands in `raise`, `assert`, f-strings and logged texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import gc
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STATE, SUMMARY = ROOT / ".mutation", ROOT / "tests" / "mutation.json"
+SOURCES = [
+    *(f"src/discrete_schedulers/{name}.py" for name in "processes sampling exact scud information".split()),
+    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "src/discrete_schedulers/schedulers").glob("[!_]*.py")),
+    *(f"training/{name}.py" for name in "objectives marginal temperatures jump_steps".split()),
+]
+TESTS = """adaptive correctors diffusers_contract exact_simulation information informed interop jump_steps learn2pd
+    learned likelihood marginal mixture objectives order_search orders processes remasking sampling schedulers scud
+    speed spread temperatures theta uniform""".split()
+
+
+def both_ways(pairs: str) -> dict[str, str]:
+    """Each word of a pair to the other."""
+    return dict(turned for pair in pairs.split(", ") for turned in (pair.split(), pair.split()[::-1]))
+
+
+SWAPS = both_ways("Lt LtE, Gt GtE, Eq NotEq, Is IsNot, In NotIn, Add Sub, Mult Div, BitAnd BitOr, And Or")
+SWAPS |= {"FloorDiv": "Div", "Mod": "Div", "Pow": "Mult"}
+NAMES = both_ways("any all, min max, amin amax, argmin argmax, cummin cummax, minimum maximum, floor ceil, tril triu")
+OPTIONS = ["-m", "not slow", *"-q -p no:cacheprovider -p no:xdist --hypothesis-seed=0 --no-header --tb=line".split()]
+LOG = os.dup(1)  # pytest takes 1 away
+FAULT = 99
+FAILED: dict[str, list[int]] = {"failed": []}  # in place of the lines of a test
+LARGEST = 1000  # sample; smaller ones are its beginnings
+MEMORY = 12 * 2**30  # of address space, for a mutant that runs away
+DROPPED = {"clamp", "double", "abs", "nan_to_num", "round", "flip"}  # x.clamp(...) becomes x
+PLAIN = (bool, int, float, str, tuple, list, dict, set, frozenset)
+SILENT = (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.JoinedStr)
+
+
+def copy_of(node: Any, **changes: Any) -> Any:
+    """The node with some fields changed."""
+    fields = {name: getattr(node, name) for name in node._fields if hasattr(node, name)}
+    return ast.copy_location(type(node)(**(fields | changes)), node)
+
+
+def swapped(operator: ast.AST) -> list[Any]:
+    """The operators that are put in the place of this one."""
+    name = type(operator).__name__
+    return [getattr(ast, SWAPS[name])()] if name in SWAPS else []
+
+
+def variants(node: Any) -> Iterator[ast.AST]:
+    """Every fault that can be planted at this node."""
+    if isinstance(node, ast.Compare):
+        yield from (copy_of(node, ops=[op, *node.ops[1:]]) for op in swapped(node.ops[0]))
+    if isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign):
+        yield from (copy_of(node, op=op) for op in swapped(node.op))
+    if isinstance(node, ast.UnaryOp):
+        yield node.operand
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield copy_of(node, value=not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        yield copy_of(node, value=node.value + 1)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield copy_of(node, value="XX" + node.value)
+    if isinstance(node, ast.Name) and node.id in NAMES:
+        yield copy_of(node, id=NAMES[node.id])
+    if isinstance(node, ast.Attribute) and node.attr in NAMES:
+        yield copy_of(node, attr=NAMES[node.attr])
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in DROPPED:
+        yield node.func.value
+    if isinstance(node, ast.If | ast.IfExp) and isinstance(node.test, ast.Name | ast.Attribute | ast.Call):
+        yield copy_of(node, test=ast.copy_location(ast.UnaryOp(ast.Not(), node.test), node.test))
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield ast.copy_location(ast.Pass(), node)
+
+
+class Spot(NamedTuple):
+    """A node that can be mutated: the lines whose tests run it, whether these run when a function is called, not when the
+    module is imported, the name of its function, and the code of its line."""
+
+    node: Any
+    lines: tuple[int, int] = (1, 10**6)
+    is_inside: bool = False
+    function: str = "module"
+    code: str = ""
+
+
+def spots(spot: Spot) -> Iterator[Spot]:
+    """This node and all below it that can be mutated."""
+    node = spot.node
+    if isinstance(node, SILENT) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+        return
+    if isinstance(node, ast.AnnAssign) and "TypeAlias" in ast.unparse(node.annotation):
+        return
+    if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[0] in ("warnings", "logger"):
+        return
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        spot = spot._replace(function=f"{spot.function}.{node.name}".removeprefix("module."))
+    if isinstance(node, ast.stmt):
+        spot = spot._replace(code=next(text for text in ast.unparse(node).split("\n") if not text.startswith("@")))
+    yield spot
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST):
+                continue
+            lines, is_inside = spot.lines, spot.is_inside or (isinstance(node, ast.FunctionDef) and field == "body")
+            is_head = isinstance(child, ast.expr) and isinstance(node, ast.stmt) and hasattr(node, "body")  # of an if
+            if isinstance(node, ast.FunctionDef) and field == "args":  # defaults matter where the function is called
+                lines = (node.lineno, node.end_lineno or 0)
+            elif is_inside and (is_head or isinstance(child, ast.stmt)):
+                last = child.test if isinstance(child, ast.If) else child
+                lines = (child.lineno, last.end_lineno or 0)
+            yield from spots(spot._replace(node=child, lines=lines, is_inside=is_inside))
+
+
+class Replace(ast.NodeTransformer):
+    """Puts one node in the place of another."""
+
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return self.new if node is self.old else self.generic_visit(node)
+
+
+def mutants(source: str) -> list[dict[str, Any]]:
+    """All mutants of a file."""
+    found: list[dict[str, Any]] = []
+    seen: Counter[str] = Counter()
+    for place, spot in enumerate(spots(Spot(ast.parse((ROOT / source).read_text())))):
+        for number, new in enumerate(variants(spot.node)):
+            before, after = (ast.unparse(n).split("\n")[0] for n in (spot.node, new))
+            key = f"{source} {spot.function} | {spot.code} | {before} -> {after}"
+            seen[key] += 1
+            key += f" #{seen[key]}" if seen[key] > 1 else ""
+            found.append(
+                {"key": key, "source": source, "place": (place, number), "line": spot.node.lineno, **spot._asdict()}
+            )
+    return found
+
+
+def mutated_code(mutant: dict[str, Any]) -> CodeType:
+    """The code of the mutant's module."""
+    path, (place, number) = ROOT / mutant["source"], mutant["place"]
+    tree = ast.parse(path.read_text())
+    old = list(spots(Spot(tree)))[place].node
+    return compile(ast.fix_missing_locations(Replace(old, list(variants(old))[number]).visit(tree)), str(path), "exec")
+
+
+def plant(mutant: dict[str, Any], functions: list[FunctionType]) -> None:
+    """Runs the mutated module beside the one that is there, and gives that one's functions, plain class attributes and plain
+    globals, also where others have imported them, their new values."""
+    path = str(ROOT / mutant["source"])
+    module = next(m for m in list(sys.modules.values()) if os.path.realpath(getattr(m, "__file__", None) or "") == path)
+    code, fresh = mutated_code(mutant), ModuleType(module.__name__)
+    fresh.__dict__.update(__file__=module.__file__, __package__=module.__package__)
+    exec(code, fresh.__dict__)
+    place = {}
+    for new in [thing for thing in gc.get_objects() if isinstance(thing, FunctionType)]:  # what was there is frozen
+        if new.__code__.co_filename == path:
+            place[new.__code__.co_qualname, new.__code__.co_firstlineno] = new
+    for old in functions:
+        new = place.get((old.__code__.co_qualname, old.__code__.co_firstlineno))
+        if new is not None and os.path.realpath(old.__code__.co_filename) == path:
+            old.__code__, old.__defaults__, old.__kwdefaults__ = new.__code__, new.__defaults__, new.__kwdefaults__
+    for name, value in list(vars(fresh).items()):
+        old = getattr(module, name, None)
+        if isinstance(value, type) and value.__module__ == module.__name__:
+            for attribute, content in list(vars(value).items()):
+                if isinstance(content, PLAIN) and not attribute.startswith("__"):
+                    setattr(old, attribute, content)
+        elif isinstance(value, PLAIN) and not name.startswith("__") and value != old:
+            for other in list(sys.modules.values()):
+                if getattr(other, "__dict__", {}).get(name) is old:
+                    setattr(other, name, value)
+
+
+class Recorder:
+    """Pytest plugin: the lines of our sources that each test runs, and its seconds. Tests that fail are left out."""
+
+    def __init__(self) -> None:
+        self.of = functools.cache(lambda name: {str(ROOT / s): s for s in SOURCES}.get(os.path.realpath(name)))
+        self.lines: dict[str, set[int]] = defaultdict(set)
+        self.tests: dict[str, dict[str, list[int]]] = {}
+        self.seconds: Counter[str] = Counter()
+
+    def trace(self, frame: Any, event: str, argument: Any) -> Any:
+        source = self.of(frame.f_code.co_filename)
+        if source is None:
+            return None
+        lines = self.lines[source]
+
+        def local(frame: Any, event: str, argument: Any) -> Any:
+            lines.add(frame.f_lineno)
+            return local
+
+        return local(frame, event, argument)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: Any) -> Any:
+        self.lines.clear()
+        failed = item.session.testsfailed
+        sys.settrace(self.trace)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            is_good = item.session.testsfailed == failed
+            self.tests[item.nodeid] = {s: sorted(lines) for s, lines in self.lines.items()} if is_good else FAILED
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] += report.duration
+
+
+def run_tests(items: list[Any], before: Callable[[Any], None] = lambda item: None, maxfail: float = math.inf) -> int:
+    """Runs collected tests, and returns how many failed."""
+    for item, following in zip(items, [*items[1:], None], strict=False):
+        before(item)
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if item.session.testsfailed >= maxfail:
+            break
+    return items[0].session.testsfailed if items else 0
+
+
+class Forks:
+    """Pytest plugin: instead of all tests runs some of them for each mutant, in a fork of its own."""
+
+    def __init__(self, todo: list[dict[str, Any]], cap: float) -> None:
+        self.todo, self.cap = todo, cap
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        record = self.record(session)
+        items = {item.nodeid: item for item in session.items}
+        functions = [thing for thing in gc.get_objects() if isinstance(thing, FunctionType)]
+        gc.freeze()
+        for mutant in self.todo:
+            chosen = [items[name] for name in choose(mutant, record, self.cap) if name in items]
+
+            def run(mutant: dict[str, Any] = mutant, chosen: list[Any] = chosen) -> int:
+                try:
+                    plant(mutant, functions)
+                except Exception:  # the module cannot be imported
+                    return 1
+                return run_tests(chosen, lambda test: limit_time(record["seconds"][test.nodeid]), 1)
+
+            settle(mutant, fork(run, 30 + sum(record["seconds"][item.nodeid] for item in chosen)))
+        return True
+
+    def record(self, session: pytest.Session) -> dict[str, Any]:
+        """Seconds of each test, and for each file and line the tests that run it. Tests are recorded that have not been since
+        the sources changed."""
+        digest = hashlib.sha256(b"".join((ROOT / source).read_bytes() for source in SOURCES)).hexdigest()
+        record = read(STATE / "record.json")
+        if record.get("sources") != digest:
+            record = {"sources": digest, "tests": {}, "seconds": {}}
+
+        def run() -> int:
+            recorder = Recorder()
+            session.config.pluginmanager.register(recorder)
+            run_tests(unknown)
+            for part in ("tests", "seconds"):
+                record[part] |= getattr(recorder, part)
+            write(STATE / "record.json", record)
+            return 0
+
+        if unknown := [item for item in session.items if item.nodeid not in record["tests"]]:
+            assert fork(run) == 0, "the tests could not be recorded"
+            record = read(STATE / "record.json")
+        lines: dict[str, dict[int, list[str]]] = {source: defaultdict(list) for source in SOURCES}
+        for name, of_test in record["tests"].items():
+            for source, numbers in of_test.items() if of_test != FAILED else ():
+                for number in numbers:
+                    lines[source][number].append(name)
+        idle = {name for name, of_test in record["tests"].items() if not of_test}
+        return {"seconds": record["seconds"], "lines": lines, "idle": idle}
+
+
+def choose(mutant: dict[str, Any], record: dict[str, Any], cap: float) -> list[str]:
+    """Tests that run the mutant's lines, up to `cap` seconds: the quick ones first, and the k-th case of a test function counts
+    as k times as slow. They run by file, those named like the module before the others."""
+    (first, last), seconds, of_line = mutant["lines"], record["seconds"], record["lines"][mutant["source"]]
+    names = {name for line, some in of_line.items() if first <= line <= last for name in some}
+    stem = Path(mutant["source"]).stem.removeprefix("scheduling_")
+    if not mutant["is_inside"]:  # and those that look at signatures, class attributes and constants
+        names |= {name for name in seconds if name in record["idle"] or stem in name.split("::")[0]}
+    cases: Counter[str] = Counter()
+    ranked = []
+    for name in sorted(names, key=lambda name: (seconds[name], name)):
+        cases[name.split("[")[0]] += 1
+        ranked.append((cases[name.split("[")[0]] * seconds[name], name))
+    chosen, total = [], 0.0
+    for _, name in sorted(ranked):
+        if total + seconds[name] <= cap:
+            chosen.append(name)
+            total += seconds[name]
+    order = {name: number for number, name in enumerate(chosen)}
+    return sorted(chosen, key=lambda name: (stem not in name.split("::")[0], name.split("::")[0], order[name]))
+
+
+def limit_time(seconds: float) -> None:
+    """Ends this process after a few times so many more seconds of CPU time."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(usage.ru_utime + usage.ru_stime + 5 + 2 * seconds), -1))
+
+
+def fork(run: Callable[[], int], seconds: float = 1e6) -> int:
+    """What it returns in a child process with so many seconds of CPU time, or minus the signal that ended it; FAULT if it
+    raises."""
+    child = os.fork()
+    if child == 0:
+        limit_time(seconds)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        code = FAULT
+        try:
+            code = int(run())
+        except BaseException:
+            os.write(LOG, traceback.format_exc().encode())
+        finally:
+            os._exit(code)
+    end = time.monotonic() + 30 * seconds
+    while not (status := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > end:  # waits for something
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(status[1])
+
+
+def settle(mutant: dict[str, Any], code: int) -> None:
+    """Writes down what became of a mutant, by the exit code of its tests."""
+    results = read(STATE / "results.json")
+    result = {0: "survived", FAULT: "fault"}.get(code, "timeout" if code < 0 else "killed")
+    results[mutant["key"]] = result
+    write(STATE / "results.json", results)
+    os.write(LOG, f"{time.strftime('%H:%M:%S')} {result:8} {mutant['line']:4} {mutant['key']}\n".encode())
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON file; empty if there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(path: Path, content: Any) -> None:
+    """As JSON, whole or not at all."""
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    path.with_suffix(".tmp").rename(path)
+
+
+def summarise(everything: list[dict[str, Any]], results: dict[str, str]) -> None:
+    """Counts per file, and the survivors, each with the reason that stands in the summary already."""
+    old = read(SUMMARY).get("survivors", {})
+    counts = {s: Counter(mutants=0, tried=0, killed=0, timeout=0, survived=0) for s in SOURCES}
+    for mutant in everything:
+        counts[mutant["source"]]["mutants"] += 1
+        if result := results.get(mutant["key"]):
+            counts[mutant["source"]].update(["tried", result])
+    survivors = {m["key"]: old.get(m["key"], "") for m in everything if results.get(m["key"]) == "survived"}
+    total = sum(counts.values(), Counter())
+    write(SUMMARY, {"total": total, "files": counts, "survivors": survivors})
+    print(f"{dict(total)}: {total['survived'] / max(total['tried'], 1):.1%} survive")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, default=300, help=f"mutants of all files to try, at most {LARGEST}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cap", type=float, default=15.0, help="seconds of tests for one mutant")
+    parser.add_argument("--again", action="store_true", help="try survivors again that have no reason in the summary")
+    arguments = parser.parse_args()
+    STATE.mkdir(exist_ok=True)
+    os.chdir(ROOT)
+    everything = [mutant for source in SOURCES for mutant in mutants(source)]
+    sample = random.Random(arguments.seed).sample(everything, LARGEST)[: arguments.sample]
+    results = read(STATE / "results.json")
+    known = {key for key, reason in read(SUMMARY).get("survivors", {}).items() if reason}
+    open_cases = {key for key, result in results.items() if result == "survived"} - known if arguments.again else ()
+    todo = [mutant for mutant in sample if mutant["key"] not in results or mutant["key"] in open_cases]
+    if todo:
+        files = [f"tests/test_{name}.py" for name in TESTS]
+        pytest.main([*OPTIONS, *files], plugins=[Forks(todo, arguments.cap)])
+    results = read(STATE / "results.json")
+    summarise(everything, {m["key"]: results[m["key"]] for m in sample if m["key"] in results})
+
+
+if __name__ == "__main__":
+    main()
