@@ -39,7 +39,9 @@ from discrete_schedulers import (
 )
 from discrete_schedulers.evaluation import sampler_nll_bound
 from discrete_schedulers.processes import Process
+from discrete_schedulers.schedulers import scheduling_utils
 from discrete_schedulers.schedulers.learned_utils import learned_law, times_from_counts
+from discrete_schedulers.schedulers.scheduling_learned import BLOCKS
 
 V, LENGTH, STEPS = 6, 8, 5  # the mask is 5
 FACTS: dict[str, Any] = {"vocab_size": V, "mask_token_id": V - 1}
@@ -593,3 +595,7 @@ def test_states_that_are_never_drawn_leave_the_gradient_finite(process: Process)
     with torch.no_grad():
         quotient = float(entry(power + 1e-6) - entry(power - 1e-6)) / 2e-6
     assert float(slope) == pytest.approx(quotient, rel=1e-6)
+
+
+def test_no_block_is_taken_for_one_of_a_newer_version() -> None:
+    assert set(BLOCKS) <= set(scheduling_utils.BLOCKS)

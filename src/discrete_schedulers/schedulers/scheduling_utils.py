@@ -95,6 +95,7 @@ BLOCKS = (  # all learned blocks of all schedulers: another one is of a newer ve
         "scale",
         "rate",
         "inverse_temperature",
+        "top_p",
         "gate_a",
         "gate_b",
         "remask",
