@@ -199,7 +199,7 @@ def same_floats(a: DiscreteScheduler, b: DiscreteScheduler) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["jys", "search", "order", "learn2pd"])
+@pytest.mark.parametrize("name", ["jys", "beta", "search", "order", "learn2pd"])
 def test_two_processes(finished: Callable[[str], Finished], work: Path, tmp_path: Path, name: str) -> None:
     metrics, folder = finished(name)
     launch(given(work, name, tmp_path), 2, tmp_path)

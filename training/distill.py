@@ -7,11 +7,12 @@ Methods, each learning floats for every step budget, on the texts that are given
 model's own samples:
 
     lsd, lsd_plus   a factor on the score for each step; step sizes as well (`--repaired`: an objective whose optimum samples)
-    optimal_grid    time grid by dynamic programming on the model's information curve: any number of steps
+    optimal_grid    time grid by dynamic programming on the model's information curve: any number of steps; or that of the
+                    spread order (`--order spread`)
     jys             time grid of Jump Your Steps; `--unbiased`: the exact optimum of the part that ancestral steps pay
     beta            a and b of a Beta schedule, by the bound on the information curve
     marginal        an inverse temperature for each step, by gradients on the law of the last samples
-    search          a few floats (`--blocks`), without gradients, on the law of the last samples
+    search          a few floats (`--blocks`) and a plan of counts, without gradients, on the law of the last samples
     order           which positions open in which step, by the exact likelihood of the data
     learn2pd        a filter that says which predictions are final: fewer calls than steps
 

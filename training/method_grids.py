@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from discrete_schedulers import AncestralScheduler, DiscreteScheduler, InformationCurve, information_curve
-from discrete_schedulers.information import schedule_gain
+from discrete_schedulers import AncestralScheduler, DiscreteScheduler, InformationCurve
+from discrete_schedulers.information import curve_of, curve_plan, level_nats, schedule_gain
 from discrete_schedulers.training.jump_steps import (
     beta_shares,
     jump_your_steps,
@@ -47,8 +47,8 @@ def spread_grid(run: Run) -> DiscreteScheduler:
         asked = data[own], ranks[own], run.mask_token_id, args.train_batch_size
         table = run.reduce(len(own) * ordered_information(run.pipe.denoiser, *asked)) / len(data)
         counts = optimal_ordered_counts(table, max(args.num_inference_steps))
-        found |= {str(steps): [float(count) for count in counts[steps - 1]] for steps in args.num_inference_steps}
         run.add_evaluations()
+        found |= {str(steps): [float(count) for count in counts[steps - 1]] for steps in args.num_inference_steps}
         run.save(None)
     return run.each_budget(
         lambda steps: {"counts": found[str(steps)]}, run.learned(grid="learned", order="spread", unmasking="counts")
@@ -57,18 +57,26 @@ def spread_grid(run: Run) -> DiscreteScheduler:
 
 def model_curve(run: Run) -> InformationCurve:
     """The information curve of the model on the data, measured once; the state has it and its `schedule_gain`."""
-    state, args, length = run.state, run.args, run.length
+    state, length = run.state, run.length
     if "curve" not in state:
-        asked = (run.pipe.denoiser, run.data, run.mask_token_id)
-        orders = [torch.Generator().manual_seed(args.seed) for _ in range(2)]
-        curve = information_curve(*asked, generator=orders[0], batch_size=args.train_batch_size)
+        curve = shared_curve(run, None)
         # R on few levels: the stairs of a fit on all of them would make it too small
-        coarse = information_curve(*asked, min(length, 16) if length > 1 else None, orders[1], args.train_batch_size)
+        coarse = shared_curve(run, min(length, 16) if length > 1 else None)
         state |= {"curve": curve.to_config(), "schedule_gain": schedule_gain(coarse)}
         state["evaluations"] += curve.num_evaluations + coarse.num_evaluations
         run.passed.clear()
         run.save(None)
     return InformationCurve.from_config(state["curve"])
+
+
+def shared_curve(run: Run, num_levels: int | None) -> InformationCurve:
+    """`information_curve` of the data, of which every process measures its share."""
+    data, generator = run.data, torch.Generator().manual_seed(run.args.seed)
+    batch_size, share = run.args.train_batch_size, run.share(len(run.data))
+    levels, rank = curve_plan(data, run.mask_token_id, num_levels, generator, batch_size)
+    rows = slice(share.start, None, share.step)
+    own = level_nats(run.pipe.denoiser, data[rows], rank[rows], levels, run.mask_token_id, batch_size)
+    return curve_of(run.gather(own.to(data.device), len(data)), levels, run.length)
 
 
 def jys(run: Run) -> DiscreteScheduler:

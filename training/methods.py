@@ -52,18 +52,13 @@ def check_length(args: argparse.Namespace, length: int) -> None:
 def check_data(args: argparse.Namespace, count: int, processes: int) -> None:
     """Raises `ValueError` if so many sequences are too few for the method."""
     where = "(`--max_data_samples`, or `--num_samples` where there are no texts)"
-    if args.method in ("optimal_grid", "beta") or args.unbiased:
-        if count < 2:
-            raise ValueError(
-                f"a curve needs 2 sequences or more; there is {count} (`--max_data_samples`, `--num_samples`)"
-            )
-    elif args.method in ("marginal", "search"):
-        if count // 2 <= JUDGE_FEATURES:
-            raise ValueError(
-                f"`--method {args.method}` judges on half of {count} sequences; it needs more than {JUDGE_FEATURES} there "
-                f"{where}"
-            )
-    elif args.method in FITS_ON_DATA and count < 2 * processes:
+    if (args.method in ("optimal_grid", "beta") or args.unbiased) and count < 2:
+        raise ValueError(f"a curve needs 2 sequences or more; there is {count} (`--max_data_samples`, `--num_samples`)")
+    if args.method in ("marginal", "search") and count // 2 <= JUDGE_FEATURES:
+        raise ValueError(
+            f"`--method {args.method}` judges on half of {count} sequences; it needs more than {JUDGE_FEATURES} there {where}"
+        )
+    if args.method in FITS_ON_DATA and count < 2 * processes:  # an empty share, also of a half, has nothing to gather
         raise ValueError(
             f"`--method {args.method}` has {count} sequences; {processes} processes need at least {2 * processes} {where}"
         )

@@ -85,7 +85,6 @@ class InformationCurve:
         return cls(curve, torch.full_like(curve, math.nan), 0)
 
 
-@torch.no_grad()
 def information_curve(
     denoiser: Callable[..., Any],
     data: Tensor,
@@ -119,6 +118,15 @@ def information_curve(
         ValueError: If an argument is not as above, `data` has a mask token, or the network gives NaN or a clean token
             probability 0 (then the curve is infinite).
     """
+    levels, rank = curve_plan(data, mask_token_id, num_levels, generator, batch_size)
+    return curve_of(level_nats(denoiser, data, rank, levels, mask_token_id, batch_size), levels, data.shape[1])
+
+
+def curve_plan(
+    data: Tensor, mask_token_id: int, num_levels: int | None, generator: Generators, batch_size: int
+) -> tuple[list[int], Tensor]:
+    """What `information_curve` measures: the levels, and the rank of each position in its sequence's order, (B, L). Arguments
+    and errors as there."""
     if data.dim() != 2 or data.dtype != torch.int64 or len(data) < 2 or data.shape[1] == 0:
         raise ValueError(
             f"`data` has shape {tuple(data.shape)} and {data.dtype}, allowed is int64 (B, L) with B >= 2 (for the "
@@ -130,12 +138,22 @@ def information_curve(
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}, allowed is at least 1")
     batch, length = data.shape
-    levels = _levels(length, num_levels)
-    rank = uniforms((batch, length), generator, data.device).argsort(dim=1)  # (B, L), each row a random permutation
+    return _levels(length, num_levels), uniforms((batch, length), generator, data.device).argsort(dim=1)
+
+
+@torch.no_grad()
+def level_nats(
+    denoiser: Callable[..., Any], data: Tensor, rank: Tensor, levels: list[int], mask_token_id: int, batch_size: int
+) -> Tensor:
+    """Mean of -log p over the masked positions of each sequence at each level, float64 (B, levels) on the CPU. Rows do not know
+    of each other: what several processes have measured goes into one `curve_of`."""
     batches = zip(data.split(batch_size), rank.split(batch_size), strict=True)
-    nll = torch.cat([_level_means(denoiser, x_0, order, levels, mask_token_id) for x_0, order in batches])
-    nll = nll.cpu()  # (B, levels)
-    at = torch.tensor(levels)
+    return torch.cat([_level_means(denoiser, x_0, order, levels, mask_token_id) for x_0, order in batches]).cpu()
+
+
+def curve_of(nll: Tensor, levels: list[int], length: int) -> InformationCurve:
+    """The fitted curve of L values from `level_nats`, (B, levels)."""
+    batch, at = len(nll), torch.tensor(levels)
     fitted = isotonic_fit(nll.mean(0), (length - at).double())
     # Rounding in the interpolation may lift a value by one unit in the last place; the running minimum takes that back.
     values = _interpolate(at, fitted, length).cummin(0).values
