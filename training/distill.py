@@ -176,8 +176,12 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(
             f"--teacher_steps {args.teacher_steps} is not a multiple of {wrong}: the grids would not be nested"
         )
-    if not args.learning_rate > 0:
-        parser.error(f"--learning_rate is {args.learning_rate}; it must be positive")
+    if not 0 < args.learning_rate < math.inf:
+        parser.error(f"--learning_rate is {args.learning_rate}; it must be positive and finite")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed is {args.seed}; allowed are 0 to {2**32 - 1}")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file; it must be a folder, or not there")
     if not 0 <= args.hamming_share < 1:
         parser.error(f"--hamming_share is {args.hamming_share}; allowed are numbers in [0, 1)")
 
@@ -205,7 +209,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--validation_file needs --train_file")
     for name in ("train_file", "validation_file"):
         if getattr(args, name) is not None and not Path(getattr(args, name)).is_file():
-            parser.error(f"--{name} {getattr(args, name)} is not a file")
+            parser.error(f"--{name} {getattr(args, name)} is not a file; it must be one, a document a line")
     if args.report_to == "wandb" and args.hub_token is not None:
         parser.error("--report_to wandb would store --hub_token in its config; log in with `hf auth login` instead")
     if args.push_to_hub:
@@ -492,9 +496,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
     set_seed(args.seed)
     show = accelerator.is_main_process
-    if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
 
     # The frozen model and its scheduler
     pipe = DiscreteDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, revision=args.revision)
@@ -548,11 +549,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         fit = pack(texts.fit, pipe.tokenizer, length, args.max_data_samples).to(accelerator.device)
         heldout = pack(texts.heldout, pipe.tokenizer, length, args.num_eval_samples).to(accelerator.device)
     elif fits_on_data:
+        if args.method == "optimal_grid":
+            require_two(args.num_samples)
         if "samples" not in tensors:
             pipe.scheduler = AncestralScheduler.from_config(base, unmasking="counts", order="random")
             tensors["samples"] = sample(pipe, 3, args.num_samples + args.num_eval_samples, length, length, args).cpu()
             checkpoint()
         fit, heldout = tensors["samples"].to(accelerator.device).split([args.num_samples, args.num_eval_samples])
+
+    if accelerator.is_main_process:  # what came before refuses without a trace
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
 
     passed: list[int] = []  # sequences in each call of the network since they were counted
     counting = pipe.model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
@@ -567,10 +574,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     learned_for |= {"vocab_size": base["vocab_size"], "method": args.method}
     scheduler: DiscreteScheduler
     if args.method == "optimal_grid":
-        if len(fit) < 2:
-            raise ValueError(
-                f"a curve needs 2 sequences or more; there is {len(fit)} (`--max_data_samples`, `--num_samples`)"
-            )
+        require_two(len(fit))
         if "curve" not in state:
             asked = (pipe.denoiser, fit, base["mask_token_id"])
             orders = [torch.Generator().manual_seed(args.seed) for _ in range(2)]
@@ -701,6 +705,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         accelerator.print(f"pushed: {upload(args.output_dir, repo_id, args.hub_token)}")
     accelerator.end_training()
     return metrics
+
+
+def require_two(sequences: int) -> None:
+    """Raises `ValueError` if an information curve cannot be measured on so few sequences."""
+    if sequences < 2:
+        raise ValueError(
+            f"a curve needs 2 sequences or more; there is {sequences} (`--max_data_samples`, `--num_samples`)"
+        )
 
 
 def gather_samples(accelerator: Accelerator, x: Tensor, num_samples: int) -> Tensor:
