@@ -123,7 +123,7 @@ ANY = st.one_of(
 )
 
 
-@examples(300)
+@examples(200)
 @given(st.sampled_from(CASES), st.data())
 def test_any_value_for_any_argument(case: SchedulerCase, data: st.DataObject) -> None:
     """It is refused by name, or the scheduler works and its config survives JSON."""
@@ -143,7 +143,7 @@ def test_any_value_for_any_argument(case: SchedulerCase, data: st.DataObject) ->
         assert type(held) is {"int": int, "float": float, "bool": bool}[kind]
         assert math.isfinite(held)
     again = case.cls.from_config(json.loads(scheduler.to_json_string()))
-    assert json.dumps(again.config[name]) == json.dumps(scheduler.config[name])
+    assert again.config[name] == scheduler.config[name]
     width = scheduler.config.vocab_size
     assume(width < 50)
     try:
@@ -223,7 +223,7 @@ def test_any_times_and_tokens(kind: str, noise_schedule: str, width: int, t: Any
         noisy = process.add_noise(tokens, t, seeded())
         law = process.posterior(tokens, p_0 / p_0.sum(-1, keepdim=True), t, s)
     except ValueError as error:
-        names_one(error, "`t`", "`x_0`", "`x_t`")
+        names_one(error, "`t`", "`s`", "`x_0`", "`x_t`")
         return
     assert 0 <= int(noisy.min()) <= int(noisy.max()) < width
     assert 0 <= s <= t <= 1

@@ -228,8 +228,8 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens([MASK_TOKEN])
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
-            f"`--vocab_size` is {vocab_size}, but this corpus makes {tokenizer.get_vocab_size()} tokens, the mask included: they must be "
-            "equal"
+            f"`--vocab_size` is {vocab_size}, but this corpus makes {tokenizer.get_vocab_size()} tokens, the mask included: "
+            "they must be equal"
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, mask_token=MASK_TOKEN, clean_up_tokenization_spaces=False
