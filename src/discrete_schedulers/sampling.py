@@ -210,6 +210,14 @@ def positive_weights(logits: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.softmax(logits, -1, out=out)
 
 
+def row_sums(values: Tensor) -> Tensor:
+    """Sums (r,) of rows (r, V), the same bits whatever other rows there are and however many threads.
+
+    A row that is alone is summed twice: threads would share the sum of one long row, and it is rounded where they split it.
+    """
+    return values.sum(-1) if len(values) != 1 else torch.cat([values, values]).sum(-1)[:1]
+
+
 def invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Exact draw by inversion.
 

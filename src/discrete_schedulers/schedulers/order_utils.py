@@ -31,6 +31,7 @@ from discrete_schedulers.sampling import (
     check_finite,
     invert,
     positive_weights,
+    row_sums,
     top_subset,
     uniforms,
 )
@@ -106,7 +107,7 @@ def entropy_of(logits: Tensor, law: Tensor) -> Tensor:
     H = log Z - sum_v p(v) d(v),  d = logits - max,  log Z = -log max p
     """
     below = logits.sub_(logits.amax(-1, keepdim=True)).clamp_(min=-800.0)  # where p is 0; 0 * inf is NaN
-    return -below.mul_(law).sum(-1) - law.amax(-1).log()
+    return -row_sums(below.mul_(law)) - law.amax(-1).log()
 
 
 def measured(name: Measure, logits: Tensor, law: Tensor, tokens: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def token_probabilities(rows: RowLogits, mask_token_id: int, tokens: Tensor) -> 
 
 def normalised(weights: Tensor) -> Tensor:
     """Weights (r, V) as probabilities: those of float32 already are."""
-    return weights / weights.sum(-1, keepdim=True) if weights.dtype == torch.float64 else weights
+    return weights / row_sums(weights)[:, None] if weights.dtype == torch.float64 else weights
 
 
 class Prediction(NamedTuple):
