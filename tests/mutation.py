@@ -400,6 +400,7 @@ def main() -> None:
     arguments = parser.parse_args()
     STATE.mkdir(exist_ok=True)
     os.chdir(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not survive a fork
     everything = [mutant for source in SOURCES for mutant in mutants(source)]
     sample = random.Random(arguments.seed).sample(everything, LARGEST)[: arguments.sample]
     results = read(STATE / "results.json")
