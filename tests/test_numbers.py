@@ -31,7 +31,7 @@ from discrete_schedulers import (
     information_curve,
     optimal_counts,
 )
-from discrete_schedulers.sampling import RowLogits, weigh
+from discrete_schedulers.sampling import weigh
 from discrete_schedulers.schedulers.order_utils import OrderScheduler
 from discrete_schedulers.schedulers.scheduling_utils import FactorisedScheduler
 from discrete_schedulers.training.objectives import fit_phi
