@@ -300,8 +300,9 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             max_new_tokens (`int`, *optional*): Instead of `length`: tokens to write in each sample. Behind shorter prompts
                 there is padding then, which needs a network that takes `attention_mask`.
             num_inference_steps (`int`, defaults to 16): Steps; most schedulers call the network once in each.
-            use_cache (`bool`, defaults to `True`): Where the attention goes by blocks: keep keys and values of finished blocks,
-                which changes nothing but time and memory. Not with guidance; elsewhere there is nothing to keep.
+            use_cache (`bool`, defaults to `True`): Where the attention goes by blocks: keep keys and values of finished blocks
+                and run equal prompts once, which changes nothing but time and memory. Not with guidance; elsewhere there is
+                nothing to keep.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One, or one per sample: then a sample does
                 not depend on its batch (its law never does; the draws are for the whole width, padding included).
             latents (`torch.Tensor` of shape `(B, L)`, *optional*): Tokens to start from instead of the prior.
