@@ -32,12 +32,12 @@ from discrete_schedulers.training.pretrain_images import is_heldout, read_digits
 FULL = {
     "budgets": [4, 8, 16],
     "reference_budgets": [32, 196],  # of the plain sampler; 196 opens one token in a call
-    "samples": 160,  # for each seed
-    "calibration_samples": 64,
+    "samples": 128,  # for each seed
+    "calibration_samples": 48,
     "curve_sequences": 32,
     "data_sequences": 512,  # to search on, and as many to choose on
     "search_samples": 96,
-    "first_search": 35,  # candidates for the first budget; the others start where the one before ended
+    "first_search": 28,  # candidates for the first budget; the others start where the one before ended
     "next_search": 14,
     "learning_samples": 8,  # of LSD+
     "teacher_steps": 1024,

@@ -1,8 +1,9 @@
 """All reported numbers, in one command:
 
-    python benchmarks/run.py                  # everything, about 40 minutes on two cores; a killed run goes on
+    python benchmarks/run.py                  # everything, about three hours on two cores; a killed run goes on
     python benchmarks/run.py joints table     # some parts: joints, tiny-text, tiny-image, molecules, antiberty, steps, costs,
                                               # distillation, learned-text, learned-image
+    python benchmarks/run.py steps table --again    # what is complete, too: times of a quieter machine
     python benchmarks/run.py --quick          # tiny settings, to see that it runs; results in runs/benchmarks-quick
 
 Each part writes benchmarks/results/<part>.json; `table` writes the README's tables from these files. A part that is complete,
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join([*PARTS, 'table'])}; all by default")
     parser.add_argument("--quick", action="store_true", help="Tiny settings.")
+    parser.add_argument("--again", action="store_true", help="Run the named parts anew, also where they are complete.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=None, help="Defaults to benchmarks/results.")
     parser.add_argument("--readme", type=Path, default=None, help="Defaults to README.md, or tables.md of a quick run.")
@@ -74,10 +76,14 @@ def main(argv: list[str] | None = None) -> None:
     wrong = set(args.parts) - {*PARTS, "table"}
     if wrong:
         parser.error(f"unknown part {sorted(wrong)}; allowed: {', '.join([*PARTS, 'table'])}")
+    if args.again and not set(args.parts) & {*PARTS}:
+        parser.error("--again needs the parts that are to be run anew")
     folder = args.output_dir or (ROOT / "runs" / "benchmarks-quick" if args.quick else ROOT / "benchmarks" / "results")
     readme = args.readme or (folder / "tables.md" if args.quick else ROOT / "README.md")
     for part, run in PARTS.items():
         if part in args.parts or not args.parts:
+            if args.again:
+                (folder / f"{part}.json").unlink(missing_ok=True)
             run(folder, args.seeds, args.quick)
     if "table" in args.parts or not args.parts:
         if args.quick and args.readme is None:

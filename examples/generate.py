@@ -48,9 +48,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--output_dir", type=Path, default=Path("samples"))
     args = parser.parse_args(argv)
-    for name in ("num_samples", "batch_size", "shard_size"):
-        if getattr(args, name) < 1:
+    for name in ("num_samples", "num_inference_steps", "length", "batch_size", "shard_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file; it must be a folder, or not there")
     return args
 
 
@@ -70,6 +72,7 @@ def load_pipeline(args: argparse.Namespace) -> DiscreteDiffusionPipeline:
         config = discrete_schedulers.DiscreteScheduler.load_config(args.scheduler)
         pipe.scheduler = getattr(discrete_schedulers, config["_class_name"]).from_config(config)
     pipe.set_progress_bar_config(disable=True)
+    pipe.check_call(args.prompt, args.length, args.num_inference_steps)  # before a file is written
     return pipe
 
 
@@ -135,11 +138,11 @@ def write_shard(pipe: DiscreteDiffusionPipeline, args: argparse.Namespace, shard
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = Accelerator()
+    with accelerator.main_process_first():  # which downloads
+        pipe = load_pipeline(args).to(accelerator.device)
     # The main process says what is missing: by the time that another one looks, some of it may be there
     missing = [begin(args) if accelerator.is_main_process else None]
     missing = broadcast_object_list(missing)[0] if accelerator.num_processes > 1 else missing[0]
-    with accelerator.main_process_first():  # which downloads
-        pipe = load_pipeline(args).to(accelerator.device)
     with accelerator.split_between_processes(missing) as own:
         for shard in own:
             write_shard(pipe, args, shard)

@@ -195,6 +195,11 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             with named_json_errors(name):
                 return super().from_pretrained(name, **kwargs)
         with bundled_folder(name) as folder:
+            kind = read_config(Path(folder) / "model_index.json").get("_class_name")
+            if kind in IMAGE_PIPELINES:
+                raise ValueError(
+                    f"{name!r} is of {kind}, for images: load it with DiscreteImagePipeline.from_pretrained"
+                )
             pipe = super().from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=name)
         return pipe
@@ -295,8 +300,9 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             max_new_tokens (`int`, *optional*): Instead of `length`: tokens to write in each sample. Behind shorter prompts
                 there is padding then, which needs a network that takes `attention_mask`.
             num_inference_steps (`int`, defaults to 16): Steps; most schedulers call the network once in each.
-            use_cache (`bool`, defaults to `True`): Where the attention goes by blocks: keep keys and values of finished blocks,
-                which changes nothing but time and memory. Not with guidance; elsewhere there is nothing to keep.
+            use_cache (`bool`, defaults to `True`): Where the attention goes by blocks: keep keys and values of finished blocks
+                and run equal prompts once, which changes nothing but time and memory. Not with guidance; elsewhere there is
+                nothing to keep.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One, or one per sample: then a sample does
                 not depend on its batch (its law never does; the draws are for the whole width, padding included).
             latents (`torch.Tensor` of shape `(B, L)`, *optional*): Tokens to start from instead of the prior.
@@ -373,6 +379,22 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
                 "`prompt` or `template` is text, but this pipeline has no tokenizer: pass ids as `template`"
             )
         self.check_tokenizer()
+
+    def check_call(self, prompt: str | list[str] | None, length: int | None, num_inference_steps: int) -> None:
+        """What a call with these arguments checks before its network runs; nothing is sampled.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): As in a call.
+            length (`int`, *optional*): As in a call.
+            num_inference_steps (`int`): As in a call.
+
+        Raises:
+            ValueError: If an argument is not allowed.
+        """
+        self.check_scheduler()
+        self.check_inputs(prompt, None, None, 1, length, None, "text")
+        self.scheduler.set_timesteps(num_inference_steps)
+        self.check_blocks(self.prepare_frame(prompt, None, None, None, length, None, None), num_inference_steps)
 
     def check_tokenizer(self) -> None:
         """Raises `ValueError` if the tokenizer's mask is another token than the model's: a mask in a text would then be a word

@@ -1,6 +1,6 @@
 """Mutation run: plant small faults in the sources, one at a time, and see whether the fast tests notice.
 
-    python tests/mutation.py --sample 300            (resumable; state in .mutation/, summary in tests/mutation.json)
+    python tests/mutation.py --sample 350            (resumable; state in .mutation/, summary in tests/mutation.json)
 
 First the fast tests run once with a tracer: which test runs which line, and how long it takes. Then each mutant of a random
 sample is tried in a fork of a process that has collected all tests, with those that run the mutated lines, until one fails or
@@ -379,26 +379,28 @@ def write(path: Path, content: Any) -> None:
 def summarise(everything: list[dict[str, Any]], results: dict[str, str]) -> None:
     """Counts per file, and the survivors, each with the reason that stands in the summary already."""
     old = read(SUMMARY).get("survivors", {})
-    counts = {s: Counter(mutants=0, tried=0, killed=0, timeout=0, survived=0) for s in SOURCES}
+    counts = {source: Counter(mutants=0, tried=0, survived=0) for source in SOURCES}
     for mutant in everything:
         counts[mutant["source"]]["mutants"] += 1
         if result := results.get(mutant["key"]):
             counts[mutant["source"]].update(["tried", result])
     survivors = {m["key"]: old.get(m["key"], "") for m in everything if results.get(m["key"]) == "survived"}
     total = sum(counts.values(), Counter())
-    write(SUMMARY, {"total": total, "files": counts, "survivors": survivors})
+    files = {s: f"{c['tried']} of {c['mutants']} tried, {c['survived']} survived" for s, c in counts.items()}
+    write(SUMMARY, {"total": total, "files": files, "survivors": survivors})
     print(f"{dict(total)}: {total['survived'] / max(total['tried'], 1):.1%} survive")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=300, help=f"mutants of all files to try, at most {LARGEST}")
+    parser.add_argument("--sample", type=int, default=350, help=f"mutants of all files to try, at most {LARGEST}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cap", type=float, default=15.0, help="seconds of tests for one mutant")
     parser.add_argument("--again", action="store_true", help="try survivors again that have no reason in the summary")
     arguments = parser.parse_args()
     STATE.mkdir(exist_ok=True)
     os.chdir(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not survive a fork
     everything = [mutant for source in SOURCES for mutant in mutants(source)]
     sample = random.Random(arguments.seed).sample(everything, LARGEST)[: arguments.sample]
     results = read(STATE / "results.json")

@@ -34,7 +34,7 @@ from discrete_schedulers import (
     ThresholdScheduler,
     UniformEntropyBoundScheduler,
 )
-from discrete_schedulers.schedulers.order_utils import OrderScheduler
+from discrete_schedulers.schedulers.order_utils import OrderScheduler, entropy_of
 
 TOKENS = 3  # and the mask, which has the last id
 MASK = TOKENS
@@ -508,6 +508,17 @@ def test_an_entropy_bound_of_0_opens_what_is_certain_and_one_more() -> None:
     law = torch.tensor([[[0.6, 0.4, 0.0], [0.0, 1.0, 0.0], [0.7, 0.2, 0.1], [1.0, 0.0, 0.0]]])
     scheduler = build(EntropyBoundScheduler, 9, entropy_bound=0.0)
     assert opened(scheduler, logits_of(law), 0, masks(4)) == [[0, 1, 3]]
+
+
+def test_entropies_are_summed_in_float64() -> None:
+    """Of 4,096 equal masks the sum of float32 numbers would be off by more than a thousandth of one of them."""
+    logits = torch.tensor([0.3, 0.0, -math.inf]).expand(1, 4096, 3)
+    each = float(entropy_of(logits[0, :1].clone(), logits[0, :1].softmax(-1)))
+    for bound, opened in ((1999.999 * each, 2000), (2000.001 * each, 2001)):  # the largest one is free
+        scheduler = EntropyBoundScheduler(vocab_size=3, mask_token_id=2, entropy_bound=bound)
+        scheduler.set_timesteps(4096)
+        x = scheduler.step(logits, 0, torch.full((1, 4096), 2), generator=seeded()).prev_sample
+        assert (x != 2).sum() == opened
 
 
 def test_learned_entropy_bounds() -> None:

@@ -7,7 +7,9 @@ say what comes out.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import lzma
 import math
 import os
 import pickle
@@ -49,6 +51,13 @@ from discrete_schedulers import (
     optimal_times,
 )
 from discrete_schedulers.schedulers.scheduling_utils import KINDS, kinds_of_arguments
+from discrete_schedulers.training import distill, pretrain, pretrain_images
+
+spec = importlib.util.spec_from_file_location("generate", Path(__file__).parents[1] / "examples" / "generate.py")
+assert spec is not None
+assert spec.loader is not None
+generate = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(generate)
 
 NAN, INF = math.nan, math.inf
 V, B, L = 6, 2, 8
@@ -64,8 +73,10 @@ SUBJECT = re.compile(r"`[^`]+`|--\w+|\w+\.(json|safetensors|bin|txt|xz|parquet)|
 ALLOWED = re.compile(
     r"must|allowed|needs?\b|(is|are) (needed|required|for|missing)|is a number from|has not|at most|known|cannot|has no\b|"
     r"lacks|learned budgets|leaves|newer version|is not (read|JSON|in|for|bundled|a folder)|unexpected keyword|choose from|"
-    r"is another|of at least|is of|does not|download it|run the network|to fill in|one (per|for|each)|"
-    r"valid JSON|no file named|do not fit|save that|pass `",
+    r"is another|"
+    r"of at least|is of|does not|download it|run the network|to fill in|one (per|for|each)|"
+    r"valid JSON|invalid (int|choice)|expected at least|multiple of|at least|more than|fewer than|Choose between|unrecognized|"
+    r"there is no such|for images|delete it|is not the path|valid JSON|no file named|do not fit|save that|pass `",
     re.IGNORECASE,
 )
 VAGUE = re.compile(
@@ -1459,3 +1470,154 @@ def test_an_unknown_key_is_named_in_the_log(saved: Path, tmp_path: Path, warning
     updated("scheduler_config.json", wobble=3)(tmp_path / "copy", {})
     AncestralScheduler.from_pretrained(tmp_path / "copy")
     assert any("wobble" in line and "not expected" in line for line in warnings_of_diffusers())
+
+
+# The command lines, in this process: nothing is begun, and no folder is made
+
+
+CUT_OFF = b"\xfd7zXZ\x00 cut off"
+
+
+@pytest.fixture
+def command_folder(tmp_path: Path, saved: Path) -> Path:
+    """Where the commands run: `m` a model, `u` one with uniform noise, texts and corpora, good and bad."""
+    (tmp_path / "m").symlink_to(saved / "pipe")
+    uniform = AncestralScheduler(len(WORDS), process="uniform")
+    tiny_pipeline(uniform).save_pretrained(tmp_path / "u")
+    LearnedScheduler(**FACTS, coefficients={"4": {"rate": [1.0] * 4}}).save_pretrained(tmp_path / "four")
+    AncestralScheduler(30, 29).save_pretrained(tmp_path / "wide")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("the cat\nsat\n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x81" * 50)
+    text = lzma.compress(b"the cat sat on the mat\n" * 60)
+    for name, train in {"good": text, "cut": text[:-9], "none": CUT_OFF, "empty": lzma.compress(b"")}.items():
+        (tmp_path / f"{name}-corpus").mkdir()
+        for split in ("train", "validation", "test"):
+            (tmp_path / f"{name}-corpus" / f"{split}.txt.xz").write_bytes(train if split == "train" else text)
+    (tmp_path / "latin-corpus").mkdir()
+    (tmp_path / "latin-corpus" / "train.txt.xz").write_bytes(lzma.compress(b"\xff\xe4" * 50))
+    return tmp_path
+
+
+AT_LEAST = "it must be at least 1"
+COMMANDS = {
+    "distill": (
+        "--pretrained_model_name_or_path m --output_dir out --num_samples 4 --num_eval_samples 4 --teacher_steps 4 "
+        "--num_inference_steps 2 --sequence_length 6"
+    ),
+    "generate": "--pretrained_model_name_or_path m --output_dir out --num_samples 4 --length 5 --num_inference_steps 2",
+    "pretrain": (
+        "--corpus_dir good-corpus --output_dir out --vocab_size 262 --sequence_length 8 --hidden_size 16 --num_blocks 1 "
+        "--num_heads 2 --max_train_steps 2"
+    ),
+    "pretrain_images": "--output_dir out",
+}
+LINES: dict[str, dict[str, str]] = {
+    "distill": {
+        "--num_inference_steps 0": r"--num_inference_steps is \[0\]; budgets must be at least 1",
+        "--num_inference_steps 2.5": "--num_inference_steps: invalid int value: '2.5'",
+        "--num_inference_steps": "--num_inference_steps: expected at least one argument",
+        "--num_inference_steps 3": r"--teacher_steps 4 is not a multiple of \[3\]",
+        "--num_samples 0": f"--num_samples is 0; {AT_LEAST}",
+        "--num_samples x": "--num_samples: invalid int value: 'x'",
+        "--teacher_steps -4": f"--teacher_steps is -4; {AT_LEAST}",
+        "--num_epochs 0": f"--num_epochs is 0; {AT_LEAST}",
+        "--buckets 0": f"--buckets is 0; {AT_LEAST}",
+        "--train_batch_size 0": f"--train_batch_size is 0; {AT_LEAST}",
+        "--sequence_length -1": f"--sequence_length is -1; {AT_LEAST}",
+        "--sequence_length 99": "`--sequence_length` is 99; this model takes at most 32",
+        "--learning_rate nan": "--learning_rate is nan; it must be positive and finite",
+        "--learning_rate inf": "--learning_rate is inf; it must be positive and finite",
+        "--hamming_share nan": r"--hamming_share is nan; allowed are numbers in \[0, 1\)",
+        "--seed -1": "--seed is -1; allowed are 0 to 4294967295",
+        "--seed 99999999999": "--seed is 99999999999; allowed are 0 to 4294967295",
+        "--method x": r"--method: invalid choice: 'x' \(choose from 'lsd'",
+        "--objective x": "--objective: invalid choice: 'x' .choose from",
+        "--mixed_precision fp8": "--mixed_precision: invalid choice: 'fp8' .choose from",
+        "--repaired": "--repaired is for --method lsd_plus",
+        "--method marginal": "--num_samples is 4; --method marginal needs more than 21",
+        "--method optimal_grid --num_samples 1": "a curve needs 2 sequences or more; there is 1 .`--max_data_samples`",
+        "--train_file nowhere.txt": "--train_file nowhere.txt is not a file",
+        "--train_file empty.txt": "`--train_file` empty.txt has no text; it must",
+        "--train_file bytes.txt": "`--train_file` bytes.txt is not UTF-8 .*; it must be text",
+        "--train_file short.txt": "2 documents have 3 tokens, fewer than one sequence of `--sequence_length` 6",
+        "--report_to nothing": "Unsupported logging capability: nothing. Choose between .'all'",
+        "--resume_from_checkpoint nowhere": "`--resume_from_checkpoint` nowhere is not a folder",
+        "--resume_from_checkpoint checkpoint": "checkpoint checkpoint is damaged .*delete it",
+        "--output_dir file": "--output_dir file is a file; it must be a folder",
+        "--pretrained_model_name_or_path no/where/at": "is 'no/where/at'; there is no such folder",
+        "--pretrained_model_name_or_path u": "`--pretrained_model_name_or_path` is a uniform-noise model; .* are for masked",
+        "--pretrained_model_name_or_path discrete-schedulers/tiny-image": "tiny-image' is of .*, for images: load it",
+        "--push_to_hub --hub_model_id a/b/c": "--hub_model_id: .*'a/b/c'",
+        "--wobble": "unrecognized arguments: --wobble",
+    },
+    "generate": {
+        "--num_samples 0": f"--num_samples is 0; {AT_LEAST}",
+        "--batch_size 0": f"--batch_size is 0; {AT_LEAST}",
+        "--shard_size -1": f"--shard_size is -1; {AT_LEAST}",
+        "--num_inference_steps 0": f"--num_inference_steps is 0; {AT_LEAST}",
+        "--length 0": f"--length is 0; {AT_LEAST}",
+        "--length 99": "`length` is 99; allowed are 1 to 32",
+        "--length 1 --prompt the": "`prompt` has 1 tokens; `length` 1 leaves nothing to write",
+        "--seed x": "--seed: invalid int value: 'x'",
+        "--dtype int8": "--dtype: invalid choice: 'int8' .choose from",
+        "--scheduler no/where/at": "no/where/at",
+        "--scheduler wide": "`scheduler` has vocab_size 30, but the model has 22: they must be equal",
+        "--scheduler four": "no coefficients for `num_inference_steps` 2; learned budgets: 4",
+        "--pretrained_model_name_or_path no/where/at": "is 'no/where/at'; there is no such folder",
+        "--pretrained_model_name_or_path discrete-schedulers/tiny-image": "tiny-image' is of .*, for images: load it",
+        "--output_dir file": "--output_dir file is a file; it must be a folder",
+        "--wobble": "unrecognized arguments: --wobble",
+    },
+    "pretrain": {
+        "--max_train_steps 0": f"--max_train_steps is 0; {AT_LEAST}",
+        "--train_batch_size -2": f"--train_batch_size is -2; {AT_LEAST}",
+        "--learning_rate nan": "--learning_rate is nan; it must be positive and finite",
+        "--learning_rate -1": "--learning_rate is -1.0; it must be positive and finite",
+        "--weight_decay nan": "--weight_decay is nan; allowed are numbers of at least 0",
+        "--max_grad_norm 0": "--max_grad_norm is 0.0; it must be positive and finite",
+        "--ema_decay 1": r"--ema_decay is 1.0; allowed are numbers in \[0, 1\)",
+        "--lr_decay_share nan": r"--lr_decay_share is nan; allowed are numbers in \(0, 1\]",
+        "--data proteins": "--data: invalid choice: 'proteins' .choose from",
+        "--vocab_size 0": f"--vocab_size is 0; {AT_LEAST}",
+        "--vocab_size 9999": "`--vocab_size` is 9999, but this corpus makes .* tokens",
+        "--sequence_length 0": f"--sequence_length is 0; {AT_LEAST}",
+        "--sequence_length 99999": "`--sequence_length` is 99999, but a split has .* tokens",
+        "--hidden_size 15": "--hidden_size is 15; it must be a multiple of --num_heads 2",
+        "--num_heads 0": f"--num_heads is 0; {AT_LEAST}",
+        "--num_blocks 0": f"--num_blocks is 0; {AT_LEAST}",
+        "--corpus_dir nowhere": "`--corpus_dir`: nowhere/train.txt.xz could not be read .*it must be UTF-8 text in xz",
+        "--corpus_dir cut-corpus": "`--corpus_dir`: cut-corpus/train.txt.xz could not be read",
+        "--corpus_dir none-corpus": "`--corpus_dir`: none-corpus/train.txt.xz could not be read",
+        "--corpus_dir latin-corpus": "`--corpus_dir`: latin-corpus/train.txt.xz could not be read .UnicodeDecodeError",
+        "--corpus_dir empty-corpus": "`--corpus_dir`: empty-corpus/train.txt.xz has no text; it must",
+        "--resume_from_checkpoint nowhere": "--resume_from_checkpoint nowhere is not a checkpoint; it must be a folder",
+        "--output_dir file": "--output_dir file is a file; it must be a folder",
+    },
+    "pretrain_images": {
+        "--num_codes 1": "--num_codes is 1; it must be at least 2",
+        "--num_codes -1": f"--num_codes is -1; {AT_LEAST}",
+        "--patch_size 0": f"--patch_size is 0; {AT_LEAST}",
+        "--patch_size 5": "--patch_size is 5; it must divide 28",
+        "--class_dropout nan": r"--class_dropout is nan; allowed are numbers in \[0, 1\]",
+        "--cond_dim 0": f"--cond_dim is 0; {AT_LEAST}",
+        "--num_heads 3": "--hidden_size is 128; it must be a multiple of --num_heads 3",
+    },
+}
+
+
+@pytest.mark.parametrize(("command", "line"), [(command, line) for command in LINES for line in LINES[command]])
+def test_a_command_refuses(
+    command: str, line: str, command_folder: Path, refuses: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modules = {"distill": distill, "generate": generate, "pretrain": pretrain, "pretrain_images": pretrain_images}
+
+    def run() -> None:
+        try:
+            modules[command].main([*COMMANDS[command].split(), *line.split()])
+        except SystemExit as ended:  # of the parser, which prints
+            raise ValueError(capsys.readouterr().err.splitlines()[-1]) from ended
+
+    refuses(run, LINES[command][line])

@@ -131,6 +131,36 @@ def test_finished_blocks_run_once() -> None:
     assert "cache" not in pipe.config.denoiser
 
 
+@pytest.mark.parametrize("name", SPLIT)
+def test_equal_prompts_are_run_once(name: str) -> None:
+    """Five rows with two prompts of two blocks: two rows are run over the prompt, five over the block that is asked for; the
+    logits are those without a cache. Other padding, or another condition of a row, is another prompt."""
+    model = NETWORKS[name]()
+    runs = count_tokens(model)
+    facts = FACTS | SPLIT[name]
+    x = started(5, 12, [9, 9, 9, 9, 9])
+    x[[0, 2, 3], :9], x[[1, 4], :9] = x[0, :9].clone(), x[1, :9].clone()
+    padding = torch.ones(5, 12, dtype=torch.int64)
+    padding[3, 1] = 0
+    cases: list[tuple[dict[str, Tensor], int]] = [({}, 2), ({"attention_mask": padding}, 3)]
+    for conditions, leaders in cases:
+        denoiser = NetworkDenoiser(model, **facts, cache=BlockCache(DynamicCache))
+        expected = NetworkDenoiser(model, **facts)(x, 0.5, x == MASK, **conditions).logits
+        runs.clear()
+        found = denoiser(x, 0.5, x == MASK, **conditions).logits
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert runs == [(leaders, 8), (5, 4)]
+        assert not torch.equal(found[:3], found[3:6])  # two prompts
+        after = x.masked_fill(torch.arange(12) == 9, 3)
+        runs.clear()
+        denoiser(after, 0.5, after == MASK, **conditions)
+        assert runs == [(5, 4)]
+    different = started(3, 12, [9, 9, 9])
+    runs.clear()
+    NetworkDenoiser(model, **facts, cache=BlockCache(DynamicCache))(different, 0.5, different == MASK)
+    assert runs == [(3, 12)]
+
+
 def test_shifted_logits_need_no_second_block() -> None:
     """The first position of a block is predicted in the block before, whose last output is kept."""
     model = causal("qwen2")

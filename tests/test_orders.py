@@ -263,6 +263,8 @@ def test_counts_rounded_down_are_dreams() -> None:
                 assert int(scheduler.due(torch.full((1, masks), MASK), index)) == expected
     assert due_counts(torch.ones(1, 64, dtype=torch.bool), 1 - (1 - (1 - 1e-3) / 8), "down").tolist() == [7]
     assert due_counts(torch.ones(1, 64, dtype=torch.bool), 1 / 8, "down").tolist() == [8]
+    few = torch.ones(1, 8, dtype=torch.bool)  # half a mask is due, also of a block
+    assert [due_counts(few, 1 / 16, rounding, few).tolist() for rounding in ("down", "up")] == [[0], [1]]
 
 
 def test_model_and_tempered_law_by_hand() -> None:

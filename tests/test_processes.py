@@ -144,6 +144,14 @@ def test_time_of_noise_is_where_a_share_of_the_noise_is_there(noise_schedule: st
     torch.testing.assert_close(reached, share, rtol=0, atol=1e-12)
 
 
+def test_all_the_noise_is_at_time_1_whatever_is_learned() -> None:
+    """A constant: t = share with linear noise, but nothing flows back from the end, where cosine noise has no slope."""
+    share = torch.tensor([0.25, 1.0], dtype=torch.float64, requires_grad=True)
+    t = UniformProcess(V, "linear").time_of_noise(share)
+    assert t.tolist() == [0.25, 1.0]
+    assert torch.autograd.grad(t.sum(), share)[0].tolist() == [1.0, 0.0]
+
+
 # Marginals
 
 

@@ -202,6 +202,8 @@ def test_the_table_is_exact_on_the_circle_and_smooth() -> None:
     assert (table.share.diff() > 0).all()
     assert float(table.variance_ratio[-1]) == pytest.approx(1, abs=0.02)  # nothing is curved yet
     assert float(table.angle_ratio[-1]) == pytest.approx(1, abs=1e-3)
+    late = bridge_moments(28, 0.0, LogarithmBridge(28, 27).total_noise).variance_ratio[0]
+    assert float(late) == pytest.approx(1, abs=0.01)  # nor any more: rho is sqrt(tau)
     with pytest.raises(ValueError, match="covers the sphere"):
         bridge_moments(4, 0.0, 30.0)
 

@@ -174,8 +174,12 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(
             f"--teacher_steps {args.teacher_steps} is not a multiple of {wrong}: the grids would not be nested"
         )
-    if not args.learning_rate > 0:
-        parser.error(f"--learning_rate is {args.learning_rate}; it must be positive")
+    if not 0 < args.learning_rate < math.inf:
+        parser.error(f"--learning_rate is {args.learning_rate}; it must be positive and finite")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed is {args.seed}; allowed are 0 to {2**32 - 1}")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file; it must be a folder, or not there")
     if not all(0 < one < math.inf for one in args.eval_temperatures):
         parser.error(f"--eval_temperatures is {args.eval_temperatures}; temperatures must be positive")
     if not 0 <= args.hamming_share < 1:
@@ -202,7 +206,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--validation_file needs --train_file")
     for name in ("train_file", "validation_file"):
         if getattr(args, name) is not None and not Path(getattr(args, name)).is_file():
-            parser.error(f"--{name} {getattr(args, name)} is not a file")
+            parser.error(f"--{name} {getattr(args, name)} is not a file; it must be one, a document a line")
     if args.report_to == "wandb" and args.hub_token is not None:
         parser.error("--report_to wandb would store --hub_token in its config; log in with `hf auth login` instead")
     if args.push_to_hub:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from importlib.resources import as_file, files
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,9 @@ def load_texts(args: argparse.Namespace) -> Texts | None:
         return split_texts(splits["train"], heldout)
     if args.train_file is not None:
         named = {"train": args.train_file, "validation": args.validation_file}
+        for split, file in named.items():
+            if file is not None:
+                check_text_file(f"--{split}_file", Path(file))
         data = load_dataset("text", data_files={name: file for name, file in named.items() if file is not None})
         return split_texts(
             list(data["train"]["text"]), list(data["validation"]["text"]) if "validation" in data else None
@@ -45,6 +49,19 @@ def load_texts(args: argparse.Namespace) -> Texts | None:
             data = load_dataset("text", data_files=named)
             return Texts(*(list(data[split]["text"]) for split in ("validation", "test", "train")))
     return None
+
+
+def check_text_file(argument: str, path: Path) -> None:
+    """Raises `ValueError` if a file has no text, or bytes that are none; those that are compressed are left to `datasets`."""
+    if path.suffix in (".xz", ".gz", ".bz2", ".zst", ".zip", ".lz4"):
+        return
+    try:
+        with path.open(encoding="utf-8") as lines:
+            has_text = any(line.strip() for line in lines)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{argument}` {path} is not UTF-8 ({error}); it must be text, a document a line") from error
+    if not has_text:
+        raise ValueError(f"`{argument}` {path} has no text; it must have a document in each line")
 
 
 def split_texts(train: list[str], heldout: list[str] | None) -> Texts:

@@ -106,6 +106,16 @@ not chosen:
 
 {samples}
 """
+SIZES = (
+    "hidden_size",
+    "num_blocks",
+    "num_heads",
+    "sequence_length",
+    "vocab_size",
+    "cond_dim",
+    "num_codes",
+    "patch_size",
+)
 JUDGED_STEPS = 64  # more than a molecule has tokens: one token a step
 
 
@@ -159,15 +169,48 @@ def check_fit_arguments(parser: argparse.ArgumentParser, args: argparse.Namespac
     for name in counts:
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    sizes = [name for name in SIZES if name in args]
+    for name in sizes:
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.hidden_size % args.num_heads:
+        parser.error(f"--hidden_size is {args.hidden_size}; it must be a multiple of --num_heads {args.num_heads}")
     if not 0 < args.lr_decay_share <= 1:
         parser.error(f"--lr_decay_share is {args.lr_decay_share}; allowed are numbers in (0, 1]")
+    for name in ("learning_rate", "max_grad_norm"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be positive and finite")
+    if not 0 <= args.weight_decay < math.inf:
+        parser.error(f"--weight_decay is {args.weight_decay}; allowed are numbers of at least 0")
+    if not 0 <= args.ema_decay < 1:
+        parser.error(f"--ema_decay is {args.ema_decay}; allowed are numbers in [0, 1)")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file; it must be a folder, or not there")
+    resumed = args.resume_from_checkpoint
+    if resumed not in (None, "latest") and not (Path(resumed) / "state.safetensors").is_file():
+        parser.error(
+            f"--resume_from_checkpoint {resumed} is not a checkpoint; it must be a folder with state.safetensors"
+        )
     return args
 
 
 def read_split(corpus_dir: Path | None, split: str, model: str = "tiny-text") -> str:
-    """The text of one split of the corpus; the one of a bundled model where no folder is named."""
+    """The text of one split of the corpus; the one of a bundled model where no folder is named.
+
+    Raises:
+        ValueError: If the file is not there, not compressed text, or empty.
+    """
     folder = corpus_dir or files("discrete_schedulers") / "assets" / model / "corpus"
-    return lzma.decompress((folder / f"{split}.txt.xz").read_bytes()).decode()
+    path = folder / f"{split}.txt.xz"
+    try:
+        text = lzma.decompress(path.read_bytes()).decode()
+    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"`--corpus_dir`: {path} could not be read ({type(error).__name__}: {error}); it must be UTF-8 text in xz"
+        ) from error
+    if not text.strip():
+        raise ValueError(f"`--corpus_dir`: {path} has no text; it must have some")
+    return text
 
 
 def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -185,7 +228,8 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens([MASK_TOKEN])
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
-            f"`--vocab_size` is {vocab_size}, but this corpus makes {tokenizer.get_vocab_size()} tokens, the mask included"
+            f"`--vocab_size` is {vocab_size}, but this corpus makes {tokenizer.get_vocab_size()} tokens, the mask included: "
+            "they must be equal"
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, mask_token=MASK_TOKEN, clean_up_tokenization_spaces=False
@@ -219,7 +263,7 @@ def text_rows(tokenizer: PreTrainedTokenizerFast, text: str, length: int, stride
     """
     stream = torch.tensor(tokenizer(text)["input_ids"])
     if len(stream) <= length:
-        raise ValueError(f"`--sequence_length` is {length}, but a split has {len(stream)} tokens")
+        raise ValueError(f"`--sequence_length` is {length}, but a split has {len(stream)} tokens: it must have more")
     return stream.unfold(0, length, stride)
 
 
@@ -343,9 +387,6 @@ def load_checkpoint(
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    if accelerator.is_main_process:
-        output_folder(args.output_dir)
-    accelerator.wait_for_everyone()
 
     # Data
     length, bundled = args.sequence_length, {"text": "tiny-text", "molecules": "tiny-molecule"}[args.data]
@@ -418,6 +459,9 @@ def fit(
     average = {name: p.detach().clone() for name, p in network.named_parameters()}
 
     # Resume
+    if accelerator.is_main_process:  # what came before refuses without a trace
+        output_folder(args.output_dir)
+    accelerator.wait_for_everyone()
     step, seconds = 0, 0.0
     known = checkpoints(args.output_dir)
     if args.resume_from_checkpoint and (known or args.resume_from_checkpoint != "latest"):

@@ -28,7 +28,7 @@ from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from discrete_schedulers import AncestralScheduler, DDiTModel, DiscreteImagePipeline, PatchCodebook, information_curve
-from discrete_schedulers.training.files import output_folder, published
+from discrete_schedulers.training.files import published
 from discrete_schedulers.training.pretrain import (
     add_fit_arguments,
     check_fit_arguments,
@@ -39,6 +39,7 @@ from discrete_schedulers.training.pretrain import (
 from discrete_schedulers.training.signals import ends_at_sigterm
 
 HELDOUT_EVERY = 10  # of every ten images of a class one is held out
+IMAGE_SIZE = 28  # of MNIST
 SAMPLE_STEPS, SAMPLE_ROWS = 64, 6  # of the card's picture
 
 CARD = """---
@@ -93,7 +94,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_train_steps", type=int, default=5_000)
     add_fit_arguments(parser)
     parser.set_defaults(train_batch_size=16)
-    return check_fit_arguments(parser, parser.parse_args(argv))
+    args = check_fit_arguments(parser, parser.parse_args(argv))
+    if args.num_codes < 2:
+        parser.error(f"--num_codes is {args.num_codes}; it must be at least 2: the blank patch and one with ink")
+    if IMAGE_SIZE % args.patch_size:
+        parser.error(f"--patch_size is {args.patch_size}; it must divide {IMAGE_SIZE}, the pixels of a side")
+    if not 0 <= args.class_dropout <= 1:
+        parser.error(f"--class_dropout is {args.class_dropout}; allowed are numbers in [0, 1]")
+    return args
 
 
 def read_digits() -> tuple[Tensor, Tensor]:
@@ -162,9 +170,6 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    if accelerator.is_main_process:
-        output_folder(args.output_dir)
-    accelerator.wait_for_everyone()
 
     # Data
     images, labels = read_digits()

@@ -6,8 +6,8 @@
         while ...:
             stop_if_asked(accelerator)   # here all processes can stop together
 
-`accelerate launch` hands the signal on to several processes; where it starts one it does not: send it to the script, or to the
-process group.
+`accelerate launch` hands the signal on to several processes, and itself ends with 1; where it starts only one it does not hand
+it on: send it to the script, or to the process group.
 
 Until `before_end` names what is to be saved, and after `before_end(None)`, SIGTERM ends the process at once. A signal is a
 thing of the whole process, and so is the state of this module.

@@ -123,22 +123,15 @@ def run_by_blocks(
     positions = conditions.get("positions")
     conditions = {name: value for name, value in conditions.items() if name != "positions"}
     start = 0 if cache is None else cache.keep(x_t, first, last, block_size, conditions)
-    place = torch.arange(end, device=x_t.device)
-    sees = (place[start:, None] // block_size >= place // block_size)[None, None]  # (1, 1, W, K)
-    arguments = dict(conditions) | {"position_ids": conditions.get("position_ids", place[None])[:, start:end]}
-    padding = conditions.get("attention_mask")
-    if padding is not None:
-        if padding.dim() != 2:
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(padding.shape)}; where attention goes by blocks it must be (B, L)"
-            )
-        itself = torch.eye(end, dtype=torch.bool, device=x_t.device)[start:]  # a row that sees nothing would be NaN
-        sees = sees & (padding[:, None, None, :end].bool() | itself)
+    if cache is not None and start == 0:
+        stop = first // block_size * block_size
+        start = prefill(network, x_t, stop, block_size, conditions, cache, positions is not None)
+    arguments = windowed(conditions, start, end, block_size, x_t)
     if positions is not None:
         arguments["positions"] = positions[:, start:end]
     if cache is not None:
         arguments["past_key_values"] = cache.store
-    output = network(x_t[:, start:end], **arguments | {"attention_mask": sees})
+    output = network(x_t[:, start:end], **arguments)
     known = None if cache is None else cache.ends.get(first)
     if cache is not None:
         cache.learn(x_t[:, start:end], conditions)
@@ -151,3 +144,58 @@ def run_by_blocks(
         assert known is not None
         return torch.cat([known[:, None], output[:, : last - start]], dim=1)
     return output[:, first - start : last - start]
+
+
+def windowed(conditions: Mapping[str, Any], start: int, end: int, block_size: int, x_t: Tensor) -> dict[str, Any]:
+    """Conditions of a call at the positions from `start` to `end` - 1 that sees all before them by blocks.
+
+    Raises:
+        ValueError: If there is an attention mask of another shape than (B, L).
+    """
+    place = torch.arange(end, device=x_t.device)
+    sees = (place[start:, None] // block_size >= place // block_size)[None, None]  # (1, 1, W, K)
+    padding = conditions.get("attention_mask")
+    if padding is not None:
+        if padding.dim() != 2:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(padding.shape)}; where attention goes by blocks it must be (B, L)"
+            )
+        itself = torch.eye(end, dtype=torch.bool, device=x_t.device)[start:]  # a row that sees nothing would be NaN
+        sees = sees & (padding[:, None, None, :end].bool() | itself)
+    place_ids = conditions.get("position_ids", place[None])[:, start:end]
+    return dict(conditions) | {"position_ids": place_ids, "attention_mask": sees}
+
+
+def prefill(
+    network: Callable[..., Tensor],
+    x_t: Tensor,
+    stop: int,
+    block_size: int,
+    conditions: Mapping[str, Any],
+    cache: BlockCache,
+    takes_positions: bool,
+) -> int:
+    """Run the blocks before the position `stop`, of which no output is asked for, once for all rows that are equal there, as
+    samples of one prompt are. Returns how many positions are kept: `stop`, or 0 where no two rows are equal. Arguments as in
+    `run_by_blocks`."""
+    batch, known = len(x_t), {"tokens": x_t[:, :stop]}
+    for name, value in conditions.items():
+        if isinstance(value, Tensor) and len(value) == batch:
+            known[name] = value[:, :stop] if name in ("attention_mask", "position_ids") else value
+        elif isinstance(value, dict):
+            return 0
+    if stop == 0 or batch == 1:
+        return 0
+    alike = torch.stack([(v[:, None] == v).reshape(batch, batch, -1).all(2) for v in known.values()]).all(0)  # (B, B)
+    leader = alike.long().argmax(1)  # the first row that is equal to each
+    leaders, number = leader.unique(return_inverse=True)
+    if len(leaders) == batch:
+        return 0
+    some = {n: v[leaders] if isinstance(v, Tensor) and len(v) == batch else v for n, v in conditions.items()}
+    arguments = windowed(some, 0, stop, block_size, x_t)
+    if takes_positions:  # no head is needed
+        arguments["positions"] = torch.zeros(len(leaders), stop, dtype=torch.bool, device=x_t.device)
+    network(x_t[leaders, :stop], **arguments, past_key_values=cache.store)
+    cache.store.batch_select_indices(number)
+    cache.learn(x_t[:, :stop], conditions)
+    return stop

@@ -87,6 +87,11 @@ def as_time(t: Tensor | float, device: torch.device | str = "cpu") -> Tensor:
 def check_step_back(t: Tensor | float, s: Tensor | float) -> None:
     """Raises `ValueError` if a reverse step does not go from a time t > 0 to a time s <= t; not looked at where the host would
     have to wait for it."""
+    for name, time in (("t", t), ("s", s)):
+        if not isinstance(time, Tensor | numbers.Real):
+            raise ValueError(
+                f"`{name}` is {time!r}; a time is a number from 0 (clean) to 1 (noise), or a tensor of them"
+            )
     times = [time for time in (t, s) if isinstance(time, Tensor)]
     if not all(map(on_host, times)):
         return

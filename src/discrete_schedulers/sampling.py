@@ -398,7 +398,8 @@ def scanned(
     shifts, sums = [empty[:, :1]], [block_sums(empty)]
     found = {"power": [source.new_empty(0, dtype=torch.float64)]} if with_entropy else {}
     found |= {name: [measure(empty, slice(0, 0))] for name, measure in measures.items()}
-    for part, logits in rows.chunks(writable=True):
+    size = chunk_size(source) // 2 if with_entropy else None  # logarithms and weights have to fit into the cache
+    for part, logits in rows.chunks(size, writable=True):
         if isinstance(without, Tensor):
             logits.scatter_(1, without[part, None], -math.inf)
         elif without is not None:
