@@ -20,6 +20,7 @@ from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from accelerate.utils import check_device_map, get_balanced_memory, offload_weight, save_offload_index
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -75,6 +76,17 @@ def first_file(source: str, names: tuple[str, ...], hub: Mapping[str, Any]) -> P
             f"the Hub cannot be reached, and {' or '.join(names)} of {source!r} is not in the local cache"
         ) from unknown
     return None
+
+
+def check_repo_id(name: str) -> None:
+    """Raises `ValueError` if a name that is no folder cannot be a repository either."""
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` is {name!r}; there is no such folder, and a Hub id must be of the form "
+            "'namespace/name'"
+        ) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
