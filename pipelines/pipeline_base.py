@@ -26,14 +26,13 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
 from discrete_schedulers.models import DDiTModel, HollowTransformerModel
 from discrete_schedulers.models.diffusion_gemma import PromptAndCanvas, canvas_length
-from discrete_schedulers.models.loading import read_config
+from discrete_schedulers.models.loading import check_repo_id, read_config
 from discrete_schedulers.patience import check_download, patiently
 from discrete_schedulers.processes import check_tokens
 from discrete_schedulers.sampling import Generators
@@ -84,13 +83,7 @@ def name_of(pretrained_model_name_or_path: Any) -> str:
     if not isinstance(name, str | Path) or not str(name):
         raise ValueError(f"`pretrained_model_name_or_path` is {name!r}; it must be a folder, a Hub id or a bundled id")
     if not Path(name).is_dir() and not is_bundled(str(name)):
-        try:
-            validate_repo_id(str(name))
-        except ValueError as error:
-            raise ValueError(
-                f"`pretrained_model_name_or_path` is {str(name)!r}; there is no such folder, and a Hub id must be of the form "
-                "'namespace/name'"
-            ) from error
+        check_repo_id(str(name))
     return str(name)
 
 

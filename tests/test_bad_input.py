@@ -50,7 +50,7 @@ from discrete_schedulers import (
     optimal_counts,
     optimal_times,
 )
-from discrete_schedulers.schedulers.scheduling_utils import KINDS, kinds_of_arguments
+from discrete_schedulers.schedulers.scheduling_utils import BLOCKS, KINDS, kinds_of_arguments
 from discrete_schedulers.training import distill, pretrain, pretrain_images
 
 spec = importlib.util.spec_from_file_location("generate", Path(__file__).parents[1] / "examples" / "generate.py")
@@ -384,6 +384,19 @@ def test_a_number_that_is_none_is_refused(case: SchedulerCase, refuses: Callable
         for shape in ([4], "4x2", [4, -2], 8, [2.0, 4.0]):
             message = rf"`grid_shape` is {re.escape(repr(shape))}; it must be \[height, width\]"
             refuses(lambda shape=shape: case.build(V, grid_shape=shape), message)
+
+
+def test_every_block_that_is_read_is_known() -> None:
+    """`BLOCKS` has all names by which the schedulers' files read coefficients: one that lacks would be refused."""
+    folder, names = Path(discrete_schedulers.__file__).parent / "schedulers", set()
+    for path in folder.glob("*.py"):
+        text = path.read_text()
+        names |= set(re.findall(r"(?:per_step|learned|is_learned)\(\"(\w+)\"", text))
+        names |= set(re.findall(r"blocks(?:\.get\(|\[)\"(\w+)\"", text))
+        for listed in re.findall(r"(?:learned_knobs|learned_block|STEP_BLOCKS|MIXTURE_BLOCKS) = (.+)", text):
+            names |= set(re.findall(r"\"(\w+)\"", listed))
+    assert len(names) > 20
+    assert names - {"learned"} <= set(BLOCKS)
 
 
 OWN: dict[str, tuple[Callable[[], Any], str]] = {

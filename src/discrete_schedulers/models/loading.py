@@ -21,6 +21,7 @@ from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from accelerate.utils import check_device_map, get_balanced_memory, offload_weight, save_offload_index
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -96,6 +97,17 @@ def download(source: str, name: str, hub: Mapping[str, Any]) -> Path:
         return path
 
     return patiently(once)
+
+
+def check_repo_id(name: str) -> None:
+    """Raises `ValueError` if a name that is no folder cannot be a repository either."""
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` is {name!r}; there is no such folder, and a Hub id must be of the form "
+            "'namespace/name'"
+        ) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
