@@ -186,6 +186,11 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         concrete = [c for c in library if isinstance(c, type) and issubclass(c, DiscreteScheduler)]
         return [c for c in concrete if not inspect.isabstract(c)]
 
+    @property
+    def compatibles(self) -> list[type]:
+        """The classes that `from_config` takes this scheduler's config for: those for its process."""
+        return [cls for cls in self._get_compatibles() if self.config.process in cls.processes]
+
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers, which says of a Hub that cannot be reached that the repository does not have the file, and loads the
