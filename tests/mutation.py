@@ -16,6 +16,7 @@ import ast
 import functools
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -279,11 +280,11 @@ class Forks:
 
     def record(self, session: pytest.Session) -> dict[str, Any]:
         """Seconds of each test, and for each file and line the tests that run it. Tests are recorded that have not been since
-        the sources changed."""
+        they or the sources changed."""
         digest = hashlib.sha256(b"".join((ROOT / source).read_bytes() for source in SOURCES)).hexdigest()
         record = read(STATE / "record.json")
         if record.get("sources") != digest:
-            record = {"sources": digest, "tests": {}, "seconds": {}}
+            record = {"sources": digest, "tests": {}, "seconds": {}, "code": {}}
 
         def run() -> int:
             recorder = Recorder()
@@ -291,10 +292,13 @@ class Forks:
             run_tests(unknown)
             for part in ("tests", "seconds"):
                 record[part] |= getattr(recorder, part)
+            record["code"] |= code
             write(STATE / "record.json", record)
             return 0
 
-        if unknown := [item for item in session.items if item.nodeid not in record["tests"]]:
+        code = {item.nodeid: inspect.getsource(item.function) for item in session.items}
+        code = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in code.items()}
+        if unknown := [item for item in session.items if record["code"].get(item.nodeid) != code[item.nodeid]]:
             assert fork(run) == 0, "the tests could not be recorded"
             record = read(STATE / "record.json")
         lines: dict[str, dict[int, list[str]]] = {source: defaultdict(list) for source in SOURCES}
