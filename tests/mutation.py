@@ -1,6 +1,6 @@
 """Mutation run: plant small faults in the sources, one at a time, and see whether the fast tests notice.
 
-    python tests/mutation.py --sample 350            (resumable; state in .mutation/, summary in tests/mutation.json)
+    python tests/mutation.py --sample 414            (resumable; state in .mutation/, summary in tests/mutation.json)
 
 First the fast tests run once with a tracer: which test runs which line, and how long it takes. Then each mutant of a random
 sample is tried in a fork of a process that has collected all tests, with those that run the mutated lines, until one fails or
@@ -397,7 +397,7 @@ def summarise(everything: list[dict[str, Any]], results: dict[str, str]) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=350, help=f"mutants of all files to try, at most {LARGEST}")
+    parser.add_argument("--sample", type=int, default=414, help=f"mutants of all files to try, at most {LARGEST}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cap", type=float, default=15.0, help="seconds of tests for one mutant")
     parser.add_argument("--again", action="store_true", help="try survivors again that have no reason in the summary")
