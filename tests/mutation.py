@@ -296,7 +296,8 @@ class Forks:
             write(STATE / "record.json", record)
             return 0
 
-        code = {item.nodeid: inspect.getsource(item.function) for item in session.items}
+        source_of = functools.cache(inspect.getsource)  # once for all cases of a test
+        code = {item.nodeid: source_of(item.function) for item in session.items}
         code = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in code.items()}
         if unknown := [item for item in session.items if record["code"].get(item.nodeid) != code[item.nodeid]]:
             assert fork(run) == 0, "the tests could not be recorded"
