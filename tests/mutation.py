@@ -1,6 +1,6 @@
 """Mutation run: plant small faults in the sources, one at a time, and see whether the fast tests notice.
 
-    python tests/mutation.py --sample 350            (resumable; state in .mutation/, summary in tests/mutation.json)
+    python tests/mutation.py --sample 414            (resumable; state in .mutation/, summary in tests/mutation.json)
 
 First the fast tests run once with a tracer: which test runs which line, and how long it takes. Then each mutant of a random
 sample is tried in a fork of a process that has collected all tests, with those that run the mutated lines, until one fails or
@@ -16,6 +16,7 @@ import ast
 import functools
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -279,11 +280,11 @@ class Forks:
 
     def record(self, session: pytest.Session) -> dict[str, Any]:
         """Seconds of each test, and for each file and line the tests that run it. Tests are recorded that have not been since
-        the sources changed."""
+        they or the sources changed."""
         digest = hashlib.sha256(b"".join((ROOT / source).read_bytes() for source in SOURCES)).hexdigest()
         record = read(STATE / "record.json")
         if record.get("sources") != digest:
-            record = {"sources": digest, "tests": {}, "seconds": {}}
+            record = {"sources": digest, "tests": {}, "seconds": {}, "code": {}}
 
         def run() -> int:
             recorder = Recorder()
@@ -291,10 +292,14 @@ class Forks:
             run_tests(unknown)
             for part in ("tests", "seconds"):
                 record[part] |= getattr(recorder, part)
+            record["code"] |= code
             write(STATE / "record.json", record)
             return 0
 
-        if unknown := [item for item in session.items if item.nodeid not in record["tests"]]:
+        source_of = functools.cache(inspect.getsource)  # once for all cases of a test
+        code = {item.nodeid: source_of(item.function) for item in session.items}
+        code = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in code.items()}
+        if unknown := [item for item in session.items if record["code"].get(item.nodeid) != code[item.nodeid]]:
             assert fork(run) == 0, "the tests could not be recorded"
             record = read(STATE / "record.json")
         lines: dict[str, dict[int, list[str]]] = {source: defaultdict(list) for source in SOURCES}
@@ -393,7 +398,7 @@ def summarise(everything: list[dict[str, Any]], results: dict[str, str]) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=350, help=f"mutants of all files to try, at most {LARGEST}")
+    parser.add_argument("--sample", type=int, default=414, help=f"mutants of all files to try, at most {LARGEST}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cap", type=float, default=15.0, help="seconds of tests for one mutant")
     parser.add_argument("--again", action="store_true", help="try survivors again that have no reason in the summary")

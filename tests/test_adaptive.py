@@ -511,10 +511,10 @@ def test_an_entropy_bound_of_0_opens_what_is_certain_and_one_more() -> None:
 
 
 def test_entropies_are_summed_in_float64() -> None:
-    """Of 4,096 equal masks the sum of float32 numbers would be off by more than a thousandth of one of them."""
+    """In float32 the sum of 2,000 equal numbers is off by more than a millionth of one of them."""
     logits = torch.tensor([0.3, 0.0, -math.inf]).expand(1, 4096, 3)
-    each = float(entropy_of(logits[0, :1].clone(), logits[0, :1].softmax(-1)))
-    for bound, opened in ((1999.999 * each, 2000), (2000.001 * each, 2001)):  # the largest one is free
+    each = float(entropy_of(logits[0].clone(), logits[0].softmax(-1))[0])
+    for bound, opened in ((1999.999999 * each, 2000), (2000.000001 * each, 2001)):  # the largest one is free
         scheduler = EntropyBoundScheduler(vocab_size=3, mask_token_id=2, entropy_bound=bound)
         scheduler.set_timesteps(4096)
         x = scheduler.step(logits, 0, torch.full((1, 4096), 2), generator=seeded()).prev_sample

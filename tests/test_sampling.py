@@ -316,6 +316,16 @@ def test_weights_of_rows(dtype: torch.dtype, width: int) -> None:
             assert torch.equal(one.probability(own[row, None])[0], found.probability(own)[row])
 
 
+@pytest.mark.parametrize("writable", [False, True])
+def test_rows_come_a_few_at_a_time(writable: bool) -> None:
+    """As many as the size has room for, and one at least."""
+    rows = RowLogits(torch.arange(40.0).view(10, 4), torch.ones(1, 10, dtype=torch.bool))
+    for size, lengths in ((8, [2] * 5), (15, [3, 3, 3, 1]), (1, [1] * 10), (1000, [10])):
+        parts = [(part, some.clone()) for part, some in rows.chunks(size, writable)]
+        assert [len(some) for _, some in parts] == lengths
+        assert all(torch.equal(some, rows.logits[part]) for part, some in parts)
+
+
 def test_no_rows_draw_nothing() -> None:
     rows = RowLogits(torch.empty(0, 5), torch.zeros(2, 3, dtype=torch.bool))
     assert draw_tokens(rows, seeded()).shape == (0,)
