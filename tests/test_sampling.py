@@ -290,7 +290,7 @@ def test_weights_of_rows(dtype: torch.dtype, width: int) -> None:
     """Probabilities and entropies of softmax in float64, wherever the logits lie, without a column of each row, and the same
     bits in a batch as by themselves: a row far from 0 is weighed from its largest logit and changes no other one."""
     logits = torch.randn(8, width, generator=seeded(), dtype=torch.float64) * 4
-    logits += torch.tensor([0.0, 40.0, -40.0, 80.0, -80.0, 2e4, -2e4, 0.0])[:, None]
+    logits += torch.tensor([0.0, 58.0, -58.0, 80.0, -80.0, 2e4, -2e4, 0.0])[:, None]
     logits[7, 1:] = -math.inf  # certain
     logits[:, 2] = -math.inf
     logits, own = logits.to(dtype), torch.tensor([3, 1, 4, 0, 1, 3, 4, 1])
@@ -303,7 +303,8 @@ def test_weights_of_rows(dtype: torch.dtype, width: int) -> None:
         law = ((kept - kept.amax(1, keepdim=True)) / 0.7).softmax(-1)
         found = weigh(rows, 1 / 0.7, without, {"best": lambda w, _: w.amax(-1)}, with_entropy=True)
         error = 1e-13 if dtype == torch.float64 else 4e-6
-        for tokens in (torch.full((8,), 4), own, law.argmax(-1)):
+        rarest = law.masked_fill(law == 0, 1.0).argmin(-1)
+        for tokens in (torch.full((8,), 4), own, law.argmax(-1), rarest):
             expected = law.gather(1, tokens[:, None])[:, 0]
             torch.testing.assert_close(found.probability(tokens), expected, rtol=error, atol=1e-30)
         torch.testing.assert_close(found.entropy(), -torch.xlogy(law, law).sum(-1), rtol=2e-6, atol=2e-5)

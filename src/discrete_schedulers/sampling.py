@@ -42,9 +42,8 @@ Measure: TypeAlias = Callable[
 
 BLOCK = 128  # neighbouring weights that are summed as they are, before float64 takes over
 FLOAT32_ENTROPY = 2e-5  # nats; less cannot be told from 0 with weights in float32
-FAR = (
-    2.0**64
-)  # rows whose weights sum to more than this, or to less than its inverse, are weighed from their largest logit
+# Rows whose weights sum to more than this, or to less than its inverse, are weighed from their largest logit.
+FAR = 2.0**64
 CPU_CHUNK = 2**19  # numbers that are worked on at once: 2 MB of float32 stay in the cache
 DEVICE_CHUNK = 2**23  # 34 MB on other devices, where each chunk costs the start of its kernels
 
