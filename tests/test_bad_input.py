@@ -797,7 +797,9 @@ PARTS: dict[str, tuple[Callable[[], Any], str, int]] = {
         0,
     ),
     "a mask that is a real token": (
-        lambda: tiny_pipeline(AncestralScheduler(len(WORDS), 3), denoiser={"mask_token_id": 3})(prompt="the", **RUN),
+        lambda: tiny_pipeline(AncestralScheduler(len(WORDS), 3), denoiser={"mask_token_id": 3})(
+            prompt="the [MASK]", **RUN
+        ),
         r"`tokenizer` has the mask token '\[MASK\]' at id 21, but the model's mask is 3",
         0,
     ),

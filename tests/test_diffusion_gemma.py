@@ -19,6 +19,7 @@ from discrete_schedulers import (
     AncestralScheduler,
     DiscreteDDIMScheduler,
     DiscreteDiffusionPipeline,
+    RowLogits,
     UniformEntropyBoundScheduler,
 )
 from discrete_schedulers.models.checkpoints import find_family
@@ -149,15 +150,19 @@ def test_a_run_is_that_of_diffusers(gemma: DiffusionGemmaForBlockDiffusion, pipe
     )
 
     scheduler, generator = AncestralScheduler(**arguments), seeded(1)
-    original = scheduler.step
+    original, chosen = scheduler.step, scheduler.positions
 
     @functools.wraps(original)
-    def step(model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
-        moved = original(model_output[:, PROMPT:], timestep, sample[:, PROMPT:], **kwargs)
+    def step(model_output: RowLogits, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+        rows = RowLogits(model_output.logits, model_output.positions[:, PROMPT:])
+        moved = original(rows, timestep, sample[:, PROMPT:], **kwargs)
         moved.prev_sample = torch.cat([sample[:, :PROMPT], moved.prev_sample], 1)
         return moved
 
-    scheduler.step = step
+    def positions(timestep: Any, sample: Tensor, generator: Any = None) -> Tensor:
+        return torch.cat([sample[:, :PROMPT] < 0, chosen(timestep, sample[:, PROMPT:], generator)], 1)
+
+    scheduler.step, scheduler.positions = step, positions
     default, pipe.scheduler = pipe.scheduler, scheduler
     canvas = torch.randint(0, V, (1, CANVAS), generator=generator)
     latents = torch.cat([known[:, :PROMPT], canvas], 1)

@@ -498,7 +498,7 @@ def test_a_pipeline_refuses_what_is_not_for_tokens() -> None:
     pipe.scheduler = diffusers.DDIMScheduler()
     with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler; it must be one of discrete_schedulers' own"):
         pipe(length=LENGTH)
-    with pytest.raises(ValueError, match=r"those of diffusers for tokens as ForeignScheduler\(...\)"):
+    with pytest.raises(ValueError, match=r"of diffusers' for tokens as ForeignScheduler\(...\)"):
         DiscreteDiffusionPipeline(tiny_model(), diffusers.AmusedScheduler(MASK))
     with pytest.raises(ValueError, match="`process` is 'absorbing'; diffusers' DiscreteDDIMScheduler is for uniform"):
         pipe.scheduler = diffusers.DiscreteDDIMScheduler()

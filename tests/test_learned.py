@@ -542,7 +542,7 @@ def test_only_the_blocks_of_a_budget_are_read(tmp_path: Path) -> None:
     ("kwargs", "message"),
     [
         (learned(2, rate=[1.0, -0.1]), "'rate' multiplies a probability"),
-        (learned(2, remask=[0.0, 1.1]), "'remask' has fractions"),
+        (learned(2, remask=[0.0, 1.1]), "'remask' must have fractions"),
         (learned(2, inverse_temperature=[0.0, 1.0]), "'inverse_temperature' must be positive"),
         (learned(2, top_p=[0.0, 1.0]), r"'top_p' has masses of most probable tokens, in \(0, 1\], not \[0.0, 1.0\]"),
         (learned(2, counts=[0.0, 1.0]), "'counts' must be positive"),
@@ -571,7 +571,7 @@ def test_blocks_that_are_refused(kwargs: dict[str, Any], message: str) -> None:
         ({"grid": "cosine", **learned(2, counts=[1.0, 2.0])}, "have 'counts', which `grid='learned'` reads"),
         ({"grid": "learned", **learned(2, times=[1.0, 0.5, 0.0], counts=[1.0, 1.0])}, "have 'times' and 'counts'"),
         ({"grid": "learned", **learned(2, rate=[1.0, 1.0])}, r"have no 'times'; they have: \['rate'\]"),
-        ({"grid": "learned", **learned(2, counts=[1.0, 1e-30])}, "which do not fall strictly"),
+        ({"grid": "learned", **learned(2, counts=[1.0, 1e-30])}, "which must fall strictly"),
     ],
 )
 def test_grids_that_are_refused(kwargs: dict[str, Any], message: str) -> None:

@@ -57,7 +57,9 @@ def test_logits_without_a_temperature_are_scored_as_they_are() -> None:
     """Not even rounded: top-p of 1 keeps all, also what the sum of the others hides."""
     scheduler = ConfidenceScheduler(vocab_size=7, mask_token_id=MASK, score_law="tempered")
     logits = torch.tensor([[0.0, -50.0, -60.0]], dtype=torch.float64)
-    assert scheduler.scored_logits(logits).tolist() == logits.tolist()
+    scored = scheduler.scored_logits()
+    assert scored is not None
+    assert scored(logits, slice(None)).tolist() == logits.tolist()
 
 
 def test_who_goes_by_blocks() -> None:

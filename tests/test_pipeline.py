@@ -81,8 +81,10 @@ def test_steps_and_calls(name: str, steps: int) -> None:
     assert output.num_model_calls == calls.number
     assert pipe.num_timesteps == steps
     # A step in which no position moves needs no call. With "counts" each opens one while there are fewer steps than tokens.
-    if name in ("lsd, log-score", "uniform", "uniform, euler"):
+    if name == "lsd, log-score":
         assert calls.number == steps
+    elif "uniform" in name:  # a token may jump more than once
+        assert min(steps, 7) <= calls.number <= steps
     elif name == "counts":
         assert min(steps, LENGTH) <= calls.number <= steps
     else:

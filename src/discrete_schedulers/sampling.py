@@ -502,7 +502,7 @@ def draw_others(rows: RowLogits, u: Tensor, own: Tensor, shaped: RowFunction | N
         rows (`RowLogits`): Laws of R positions, as logits.
         u (`torch.Tensor` of shape `(R,)`): Uniforms in [0, 1), float64.
         own (`torch.Tensor` of shape `(R,)`): The token of each row, int64.
-        shaped (`Callable`, *optional*): As in `draw_tokens`.
+        shaped (`Callable` or `None`): As in `draw_tokens`.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Drawn states (R,), int64, of any value where others have no share, and 1 - p(own)

@@ -180,14 +180,14 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
     learned_knobs: tuple[str, ...] = ()  # numbers of the constructor that can be learned for each step
 
     @classmethod
-    def _get_compatibles(cls) -> list[type]:
+    def _get_compatibles(cls) -> list[type[DiscreteScheduler]]:
         # diffusers looks names up in its own package only
         library = vars(sys.modules["discrete_schedulers.schedulers"]).values()
         concrete = [c for c in library if isinstance(c, type) and issubclass(c, DiscreteScheduler)]
         return [c for c in concrete if not inspect.isabstract(c)]
 
     @property
-    def compatibles(self) -> list[type]:
+    def compatibles(self) -> list[type[DiscreteScheduler]]:
         """The classes that `from_config` takes this scheduler's config for: those for its process."""
         return [cls for cls in self._get_compatibles() if self.config.process in cls.processes]
 
