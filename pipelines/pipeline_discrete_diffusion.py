@@ -397,15 +397,15 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         self.check_blocks(self.prepare_frame(prompt, None, None, None, length, None, None), num_inference_steps)
 
     def check_masks(self, *given: Any) -> None:
-        """Raises `ValueError` if texts have the tokenizer's mask, and it is another token than the model's: it would be a word to
-        the model. Tokenizers of models that were trained with a mask of their own may well have one."""
+        """Raises `ValueError` if texts have the tokenizer's mask, and it is another token than the model's: it would be a word
+        to the model. Tokenizers of models that were trained with a mask of their own may well have one."""
         mask, name = self.config.denoiser["mask_token_id"], getattr(self.tokenizer, "mask_token", None)
         if mask is None or name is None or not any(isinstance(one, str | list) and name in str(one) for one in given):
             return
         if self.tokenizer.mask_token_id != mask:
             raise ValueError(
-                f"`tokenizer` has the mask token {name!r} at id {self.tokenizer.mask_token_id}, but the model's mask is {mask}: "
-                "it is another model's tokenizer, or set `pipe.tokenizer.mask_token`"
+                f"`tokenizer` has the mask token {name!r} at id {self.tokenizer.mask_token_id}, but the model's mask is "
+                f"{mask}: it is another model's tokenizer, or set `pipe.tokenizer.mask_token`"
             )
 
     def check_blocks(self, frame: Frame, num_inference_steps: int) -> None:

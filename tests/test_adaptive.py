@@ -34,7 +34,7 @@ from discrete_schedulers import (
     ThresholdScheduler,
     UniformEntropyBoundScheduler,
 )
-from discrete_schedulers.sampling import RowLogits, weigh
+from discrete_schedulers.sampling import weigh
 from discrete_schedulers.schedulers.order_utils import OrderScheduler
 
 TOKENS = 3  # and the mask, which has the last id
