@@ -700,6 +700,15 @@ def test_compatibles_are_all_classes_of_the_process() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
 
 
+@every_case
+def test_a_config_comes_back_from_every_compatible_class(case: SchedulerCase) -> None:
+    """Whole, with diffusers' list of what was not given, in the same order."""
+    scheduler = case.build(5)
+    for cls in scheduler.compatibles:
+        back = type(scheduler).from_config(cls.from_config(scheduler.config).config)
+        assert {name: back.config[name] for name in scheduler.config} == dict(scheduler.config)
+
+
 def test_rest_of_the_base_keeps_its_signatures() -> None:
     """No scheduler adds a parameter to the contract."""
     for cls, name in itertools.product(CLASSES, ["step", "set_timesteps", "positions", "add_noise"]):

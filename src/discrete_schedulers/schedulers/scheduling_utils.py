@@ -249,7 +249,10 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         Raises:
             ValueError: If a value is of another kind.
         """
-        super().register_to_config(**(kwargs | checked_values(type(self), kwargs)))
+        kwargs |= checked_values(type(self), kwargs)
+        if "_use_default_values" in kwargs:  # diffusers' order is that of a set: equal configs would differ
+            kwargs["_use_default_values"] = sorted(kwargs["_use_default_values"])
+        super().register_to_config(**kwargs)
         defaults = dict(self._internal_dict).get("_use_default_values")
         if defaults and "_use_default_values" not in kwargs:
             super().register_to_config(_use_default_values=[key for key in defaults if key not in kwargs])
