@@ -137,5 +137,5 @@ def test_launches_the_trainer(python: Path, tmp_path: Path) -> None:
     small = ["--teacher_steps", "8", "--num_samples", "2", "--num_eval_samples", "2", "--num_inference_steps", "4"]
     run(*launch, *model, *small, cwd=tmp_path)
     written = {path.name for path in (tmp_path / "learned").iterdir() if path.is_file()}
-    assert written == {"scheduler_config.json", "metrics.json", "plot.png", "README.md"}
+    assert written == {"scheduler_config.json", "metrics.json", "plot.png", "coefficients.png", "README.md"}
     assert set(json.loads((tmp_path / "learned/scheduler_config.json").read_text())["coefficients"]) == {"4"}
