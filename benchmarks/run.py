@@ -1,6 +1,6 @@
 """All reported numbers, in one command:
 
-    python benchmarks/run.py                  # everything, about three hours on two cores; a killed run goes on
+    python benchmarks/run.py                  # everything, some hours; a killed run goes on
     python benchmarks/run.py joints table     # some parts: joints, tiny-text, tiny-image, molecules, antiberty, steps, costs,
                                               # distillation, learned-text, learned-image
     python benchmarks/run.py steps table --again    # what is complete, too: times of a quieter machine

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import language  # noqa: E402
+import learned  # noqa: E402
 import part_costs  # noqa: E402
 import part_joints  # noqa: E402
 import part_steps  # noqa: E402
@@ -373,6 +374,43 @@ def test_optimal_grids_take_the_curve():
     for name in ("counts-optimal", "spread-optimal", "bernoulli-optimal"):
         scheduler = BY_NAME[name].build({"vocab_size": 3, "mask_token_id": 2}, CURVE, {})
         assert list(scheduler.config.information_curve) == InformationCurve.from_config(CURVE).to_config()
+
+
+class TestLearned:
+    def test_classifier_accuracy(self):
+        """A half where nothing is to be seen, also with many features; 1 where one tells all; Bayes' 0.841 for a shift of 2."""
+        noise = torch.randn(1200, 20, generator=seeded(), dtype=torch.float64)
+        a, b = noise[:500].clone(), noise[500:]
+        assert abs(learned.classifier_accuracy(a, b, 0) - 0.5) < 0.06
+        a[:, 3] += 2
+        assert abs(learned.classifier_accuracy(a, b, 0) - 0.841) < 0.04
+        a[:, 3] += 20
+        assert learned.classifier_accuracy(a, b, 0) == 1
+
+    def test_distance_in_standard_errors(self):
+        mine, other = ({"m": {"mean": m, "standard_error": e}} for m, e in ((1.0, 0.3), (3.5, 0.4)))
+        assert learned.distance(mine, other, "m") == pytest.approx(5)
+        assert learned.distance(other, mine, "m") == pytest.approx(-5)
+
+    @pytest.mark.parametrize("wanted", [0.6, 0.95, 1.3])
+    def test_calibrated(self, wanted, monkeypatch):
+        """The temperature of an entropy that grows with it, on a bent line."""
+
+        class Subject:
+            entropy = 3 + math.log(wanted)
+
+            def draw(self, temperature, steps, numbers):
+                return temperature
+
+        monkeypatch.setattr(learned, "mean_entropy", lambda temperature: 3 + math.log(temperature))
+        assert learned.calibrated(Subject(), lambda t: t, 4, 8) == pytest.approx(wanted, abs=0.02)
+
+    def test_blocks(self):
+        floats = {"temperature": torch.tensor([0.0, math.log(4.0)]).double(), "top_p": torch.tensor([0.7]).double()}
+        found = learned.blocks([1, 2, 5], floats)
+        assert found["counts"] == [1.0, 2.0, 5.0]
+        assert found["inverse_temperature"] == pytest.approx([1, 2, 4])
+        assert found["top_p"] == pytest.approx([0.7] * 3)
 
 
 class TestSpeed:
