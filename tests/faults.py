@@ -188,11 +188,9 @@ def require_whole(folder: Path) -> int:
         assert {"state.json", "tensors.safetensors", "sha256.json"} <= names or "state.safetensors" in names, checkpoint
     if (folder / "model_index.json").is_file():
         index = json.loads((folder / "model_index.json").read_text())
-        parts = [
-            name for name, value in index.items() if type(value) is list and value[0]
-        ]  # null: one that it does not have
-        for part in parts:
-            assert list((folder / part).iterdir()), part
+        for part, value in index.items():
+            if type(value) is list and value[0]:  # a part that a pipeline does not have is null
+                assert list((folder / part).iterdir()), part
     return seen
 
 
