@@ -563,13 +563,16 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         conditions = {name: batch(value) for name, value in conditions.items()}
         if canvas_length(self.model) is not None:
             conditions["row_ids"] = torch.arange(len(samples.known), device=self._execution_device)
-        denoiser: Denoiser = GuidedDenoiser(
+        denoiser = GuidedDenoiser(
             self.denoiser_of_a_run(use_cache and not is_guided, samples),
             guidance_scale,
             conditions,
             {name: batch(value) for name, value in negative.items()},
             None if ids is None else batch(ids),
         )
+        self._guidance_scale = guidance_scale
+        if is_guided:
+            denoiser.guidance_scale = self.guidance_at  # asked in each step: a callback may change it
         return denoiser if logits_processor is None else ProcessedDenoiser(denoiser, logits_processor)
 
     def prepare_padding(self, frame: Frame) -> dict[str, Tensor]:

@@ -315,11 +315,6 @@ class DiscreteImagePipeline(DiscretePipeline):
         return output if return_dict else (output.images, output.sequences, output.num_model_calls)
 
     @property
-    def guidance_scale(self) -> float:
-        """That of the last call; a callback changes it by `pipe._guidance_scale`."""
-        return self._guidance_scale
-
-    @property
     def num_classes(self) -> int | None:
         """Classes of the network; their number is also the id of "any". `None`: it has none."""
         return self.model.config.get("num_classes") if isinstance(self.model, ConfigMixin) else None

@@ -18,7 +18,8 @@ model's own samples:
 
 The folder then holds scheduler_config.json, metrics.json, plot.png, coefficients.png and README.md; `--push_to_hub` uploads
 these in one commit. Every random number is a function of (seed, sample index), so the coefficients do not depend on the
-number of processes, and a run that was killed goes on with `--resume_from_checkpoint latest`.
+number of processes, and a run that was killed goes on with `--resume_from_checkpoint latest`. SIGTERM ends it with a
+checkpoint; `accelerate launch` hands it on to several processes, but not to a single one: send it to the process group then.
 
 On CPUs, two processes: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 training/distill.py ...`
 """
