@@ -17,6 +17,7 @@ from discrete_schedulers import AncestralScheduler, RowLogits, sampling
 from discrete_schedulers.sampling import (
     bernoulli_subset,
     categorical,
+    draw_others,
     draw_states,
     draw_tokens,
     nearest_on_ring,
@@ -284,11 +285,23 @@ def test_rows_are_the_same_wherever_they_stand(width: int, monkeypatch: pytest.M
             assert torch.equal(fixed.put(draw_tokens(fixed, seeded(2)), tokens), put)
 
 
+PLACES = {"at once": (2**19, True), "a few rows": (6, True), "device": (6, False)}
+
+
+def work(place: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows at once, or a few at a time (with their entropies, half as many), also where values cannot be looked at."""
+    rows, is_on_host = PLACES[place]
+    monkeypatch.setattr(sampling, "CPU_CHUNK", rows * width)
+    monkeypatch.setattr(sampling, "on_host", lambda _: is_on_host)
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("width", [5, 700])
-def test_weights_of_rows(dtype: torch.dtype, width: int) -> None:
+def test_weights_of_rows(width: int, dtype: torch.dtype, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Probabilities and entropies of softmax in float64, wherever the logits lie, without a column of each row, and the same
     bits in a batch as by themselves: a row far from 0 is weighed from its largest logit and changes no other one."""
+    work(place, width, monkeypatch)
     logits = torch.randn(8, width, generator=seeded(), dtype=torch.float64) * 4
     logits += torch.tensor([0.0, 58.0, -58.0, 80.0, -80.0, 2e4, -2e4, 0.0])[:, None]
     logits[7, 1:] = -math.inf  # certain
@@ -310,11 +323,37 @@ def test_weights_of_rows(dtype: torch.dtype, width: int) -> None:
         torch.testing.assert_close(found.entropy(), -torch.xlogy(law, law).sum(-1), rtol=2e-6, atol=2e-5)
         torch.testing.assert_close(found.found["best"] / found.total, law.amax(-1), rtol=error, atol=0)
         assert found.entropy()[7] == 0
+        u, sums = torch.rand(8, generator=seeded(1), dtype=torch.float64), found.sums.clone()
+        assert torch.equal(found.draw(u), found.draw(u))
+        assert torch.equal(found.sums, sums)
         for row in range(8):
             column = without[row, None] if isinstance(without, Tensor) else without
             one = weigh(RowLogits(logits[row, None], torch.ones(1, 1, dtype=torch.bool)), 1 / 0.7, column)
             assert torch.equal(one.sums[0], found.sums[row])
             assert torch.equal(one.probability(own[row, None])[0], found.probability(own)[row])
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("width", [4, 300])
+def test_tokens_beside_the_own_one(width: int, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against cumulative sums of the other tokens' probabilities: as they are, sharpened, far from 0, and without any other."""
+    work(place, width, monkeypatch)
+    logits = torch.randn(15, width, generator=seeded(), dtype=torch.float64) * 3
+    logits += torch.tensor([0.0, 500.0, -3000.0])[:, None].repeat(5, 1)
+    own, u = torch.arange(15) * 37 % width, torch.rand(15, generator=seeded(1), dtype=torch.float64)
+    logits[7] = torch.full((width,), -math.inf).scatter(0, own[7], 2.0)
+    rows = RowLogits(logits, torch.ones(1, 15, dtype=torch.bool))
+    scales = 1 + torch.arange(15) / 5  # each row its own
+    for shaped, scale in ((None, torch.ones(15)), (lambda some, part: some * scales[part, None], scales)):
+        law = (logits * scale[:, None]).softmax(-1)
+        others = law.scatter(1, own[:, None], 0.0)
+        share = others.sum(1)
+        expected = (others.cumsum(1) <= u[:, None] * share[:, None]).sum(1)
+        tokens, found = draw_others(rows, u, own, shaped)
+        has_others = torch.arange(15) != 7
+        assert torch.equal(tokens[has_others], expected[has_others])
+        torch.testing.assert_close(found, share, rtol=1e-12, atol=0)
+        assert found[7] == 0
 
 
 @pytest.mark.parametrize("writable", [False, True])
@@ -332,8 +371,10 @@ def test_no_rows_draw_nothing() -> None:
     assert draw_tokens(rows, seeded()).shape == (0,)
 
 
-def test_draws_do_not_depend_on_what_else_is_drawn() -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_draws_do_not_depend_on_what_else_is_drawn(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uniforms are drawn for the whole sheet: a position gets the same token with few or many others."""
+    work(place, 9, monkeypatch)
     logits = torch.randn(4, 6, 9, generator=seeded())
     everywhere, somewhere = torch.ones(4, 6, dtype=torch.bool), torch.rand(4, 6, generator=seeded(1)) < 0.3
     dense = draw_tokens(RowLogits(logits[everywhere], everywhere), seeded(2)).view(4, 6)

@@ -592,6 +592,25 @@ def test_jumps_are_the_transition(case: SchedulerCase) -> None:
         assert min(asked) < 0.85  # and the rest of the network's head is not run
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_jumps_over_a_wide_vocabulary(temperature: float, dtype: torch.dtype) -> None:
+    """How often a token stays, and which hundred it goes to, as in the transition: weights are summed by blocks of 128."""
+    width, number = 700, 4000
+    width, number = 700, 4000
+    scheduler = on_grid(AncestralScheduler(width, process="uniform", temperature=temperature), 4)
+    logits = torch.randn(width, generator=seeded(), dtype=torch.float64)
+    logits[300] += 7.0  # of its own token
+    logits, x = logits.to(dtype), torch.full((1, number), 300)
+    after = scheduler.step(logits.expand(1, number, -1), 2, x, generator=seeded(1)).prev_sample
+    law = scheduler.transition(logits[None, None], 2, x[:, :1])[0, 0]
+    place = torch.arange(width) // 100
+    place[300] = 7
+    law = torch.zeros(8, dtype=torch.float64).index_add_(0, place, law)
+    assert 0.1 < law[7] < 0.9
+    assert chi_square_z(torch.bincount(place[after[0]], minlength=8), law) < 4.5
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.0, 0.7])
 def test_jumps_where_the_network_is_sure_of_the_token(temperature: float) -> None:
     """Others have no share at all, or one that float32 has no number for: the token stays, but for noise. The step is the last,
