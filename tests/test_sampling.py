@@ -20,6 +20,7 @@ from discrete_schedulers.sampling import (
     draw_others,
     draw_states,
     draw_tokens,
+    invert,
     nearest_on_ring,
     one_stage,
     spread_subset,
@@ -208,6 +209,16 @@ def test_the_ends_of_u_stay_inside(seed: int, num_states: int, scale: float) -> 
         assert (weight > 0).all()  # also: no index beyond the last
 
 
+def test_rounding_does_not_lead_out_of_a_block() -> None:
+    """The first block holds a little more than 1/4 of the law, so that the last u and the end of the second block are rounded
+    to the same distance from its beginning: what is drawn is the one token there is in it."""
+    weights = torch.zeros(1, 256, dtype=torch.float64)
+    weights[0, 0], weights[0, 128] = 1 / 4 + 3 * 2.0**-54, 3 / 4 - 2.0**-53
+    token, total = invert(weights, torch.tensor([LAST_U], dtype=torch.float64))
+    assert token.tolist() == [128]
+    assert total.tolist() == [1.0]
+
+
 def test_logits_need_not_be_normalised() -> None:
     logits, u = torch.randn(100, 30, generator=seeded(), dtype=torch.float64), torch.rand(100, dtype=torch.float64)
     assert torch.equal(categorical(logits, u), categorical(logits + 800.0, u))
@@ -225,6 +236,11 @@ def test_bad_logits_are_refused() -> None:
     nothing[0] = -math.inf
     with pytest.raises(ValueError, match="no finite entry in 1 of 3 rows"):
         categorical(nothing, u)
+    law = torch.full((2, 3, 4), 0.25)
+    law[1, 0] = math.nan
+    for draw in ("exact", "one_stage_float32", "one_stage_1e-6"):
+        with pytest.raises(ValueError, match="in 1 of 6 rows"):
+            draw_states(law, None, draw)
 
 
 def test_a_wide_row_ends_where_it_ends() -> None:

@@ -123,6 +123,7 @@ def test_a_dense_step_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPat
     """And draws what the step draws that gathers rows."""
     scheduler = build(*FACTORISED[name])
     logits, sample = state_of(scheduler)
+    kept = logits.clone()
     for index in (0, 3, STEPS - 1):
         scheduler.set_timesteps(STEPS)
         expected = scheduler.step(logits, index, sample, generator=torch.Generator().manual_seed(1)).prev_sample
@@ -131,6 +132,7 @@ def test_a_dense_step_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPat
             found = scheduler.step(logits, index, sample, generator=torch.Generator().manual_seed(1)).prev_sample
         assert torch.equal(found, expected)
         assert index == 0 or not torch.equal(found, sample)
+        assert torch.equal(logits, kept)
 
 
 def test_the_mode_sees_waits() -> None:
@@ -192,6 +194,7 @@ def test_step_compiles_without_a_break(name: str) -> None:
     """`fullgraph=True` fails at any break; one more graph takes the index as a number and serves all other calls."""
     scheduler = build(*FACTORISED[name])
     logits, sample = state_of(scheduler)
+    kept = logits.clone()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(scheduler.step, fullgraph=True, backend="eager")
@@ -200,6 +203,7 @@ def test_step_compiles_without_a_break(name: str) -> None:
         expected = scheduler.step(logits, index, sample).prev_sample
         torch.manual_seed(index)
         assert torch.equal(compiled(logits, index, sample).prev_sample, expected)
+        assert torch.equal(logits, kept)
         assert not torch.equal(expected, sample)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
