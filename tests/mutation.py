@@ -432,8 +432,7 @@ def main() -> None:
     if todo:
         files = [f"tests/test_{name}.py" for name in TESTS]
         pytest.main([*OPTIONS, *files], plugins=[Forks(todo, arguments.cap)])
-    results = read(STATE / "results.json")
-    summarise(everything, {m["key"]: results[m["key"]] for m in sample if m["key"] in results}, arguments.whole)
+    summarise(everything, read(STATE / "results.json"), arguments.whole)
 
 
 if __name__ == "__main__":

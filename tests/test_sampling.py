@@ -280,6 +280,7 @@ def test_rows_are_the_same_wherever_they_stand(width: int, monkeypatch: pytest.M
         for dense in (logits, strided):
             among = RowLogits.chosen(dense, positions)
             assert torch.equal(among.logits, logits[positions])
+            assert among.source.data_ptr() == dense.data_ptr()  # no copy of all
             assert len(among) == int(positions.sum())
             assert torch.equal(among.pick(tokens), tokens[positions])
             assert torch.equal(draw_tokens(among, seeded(2)), expected)
@@ -368,6 +369,7 @@ def test_tokens_beside_the_own_one(width: int, place: str, monkeypatch: pytest.M
         tokens, found = draw_others(rows, u, own, shaped)
         has_others = torch.arange(15) != 7
         assert torch.equal(tokens[has_others], expected[has_others])
+        assert 0 <= tokens[7] < width
         torch.testing.assert_close(found, share, rtol=1e-12, atol=0)
         assert found[7] == 0
 

@@ -135,6 +135,16 @@ def test_a_dense_step_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPat
         assert torch.equal(logits, kept)
 
 
+def test_rows_of_all_positions_wait_for_nothing() -> None:
+    logits, sample = state_of(build(AncestralScheduler, {}))
+    rows = RowLogits.everywhere(logits)
+    with NoWaits(logits, sample):
+        picked = rows.pick(sample)
+        put = rows.put(picked + 1, sample)
+    assert torch.equal(picked, sample.flatten())
+    assert torch.equal(put, sample + 1)
+
+
 def test_the_mode_sees_waits() -> None:
     """Rows that are gathered, and values that are looked at."""
     scheduler = build(AncestralScheduler, {})
