@@ -320,6 +320,9 @@ def choose(mutant: dict[str, Any], record: dict[str, Any], cap: float) -> list[s
     stem = Path(mutant["source"]).stem.removeprefix("scheduling_")
     if not mutant["is_inside"]:  # and those that look at signatures, class attributes and constants
         names |= {name for name in seconds if name in record["idle"] or stem in name.split("::")[0]}
+        word = re.compile(rf"\b{mutant['code'].split(' ')[0].rstrip(':')}\b")
+        text = enumerate((ROOT / mutant["source"]).read_text().splitlines(), 1)
+        names |= {name for number, line in text if word.search(line) for name in of_line.get(number, ())}
     cases: Counter[str] = Counter()
     ranked = []
     for name in sorted(names, key=lambda name: (seconds[name], name)):

@@ -230,7 +230,9 @@ def test_bad_logits_are_refused() -> None:
     for bad in (math.nan, math.inf):
         logits = torch.zeros(3, 4)
         logits[1, 2] = bad
-        with pytest.raises(ValueError, match=r"`model_output` has NaN, \+inf or no finite entry in 1 of 3 rows"):
+        with pytest.raises(
+            ValueError, match=r"`model_output` has NaN, \+inf or no finite entry in 1 of 3 rows.*; where float16"
+        ):
             categorical(logits, u)
     nothing = torch.zeros(3, 4)
     nothing[0] = -math.inf
@@ -399,6 +401,8 @@ def test_draws_do_not_depend_on_what_else_is_drawn(place: str, monkeypatch: pyte
     sparse = draw_tokens(RowLogits(logits[somewhere], somewhere), seeded(2))
     assert torch.equal(dense[somewhere], sparse)
     assert torch.equal(dense, draw_states(logits.softmax(-1), seeded(2)))
+    rounded = logits.softmax(-1).bfloat16()
+    assert torch.equal(draw_states(rounded, seeded(2)), draw_states(rounded.double(), seeded(2)))
 
 
 # The published one-stage races
