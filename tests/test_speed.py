@@ -57,6 +57,7 @@ FACTORISED: dict[str, tuple[type[DiscreteScheduler], dict[str, Any]]] = {
     "psi": (PsiScheduler, {}),
     "DDIM": (DiscreteDDIMScheduler, {}),
     "Euler, uniform": (EulerScheduler, {"process": "uniform"}),
+    "from a law": (TauLeapingScheduler, {"process": "uniform", "jumps": "reject"}),
 }
 COMPILED = list(FACTORISED)[:7]
 
@@ -281,6 +282,7 @@ BUDGETS = {
     "ancestral, uniform": Budget(AncestralScheduler, {"process": "uniform"}, "all", 0.65, 215),
     "Psi": Budget(PsiScheduler, {}, "all", 0.6, 230),
     "tau-leaping, uniform": Budget(TauLeapingScheduler, {"process": "uniform"}, "all", 0.65, 252),
+    "from a law": Budget(TauLeapingScheduler, {"process": "uniform", "jumps": "reject"}, "all", 27.5, 6950),
 }
 
 
