@@ -251,7 +251,7 @@ def invert_blocks(sums: Tensor, u: Tensor, width: int, weights_at: Callable[[Ten
     Returns:
         `torch.Tensor` of shape `(r,)`: Drawn states, int64. A state of weight 0 is passed over.
     """
-    upper = sums.double().cumsum_(-1)  # (r, blocks)
+    upper = sums.cumsum(-1, dtype=torch.float64)  # (r, blocks); `sums` stay as they are
     target = u[:, None] * upper[:, -1:]
     # `right=True` finds the first entry *above* the target. Nothing is above it where a row has NaN or no weight at all.
     block = torch.searchsorted(upper, target, right=True).clamp_(max=upper.shape[1] - 1)
