@@ -64,7 +64,9 @@ def test_schedulers_have_one_row_each() -> None:
 
 def test_links_and_files_exist() -> None:
     """Headings that are linked to, files that are linked to, and files named by their path."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
     for target in re.findall(r"\]\(([^)\s]+)\)", WITHOUT_TABLES):
         if target.startswith("#"):
