@@ -118,7 +118,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
     ```
 
     Raises:
-        ValueError: If the scheduler is neither one of this library nor one of diffusers' for tokens.
+        ValueError: If the scheduler is not one of this library; diffusers' go in as [`ForeignScheduler`].
     """
 
     model_cpu_offload_seq = "model"
