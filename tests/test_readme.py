@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import json
 import re
 from pathlib import Path
 
@@ -75,3 +76,53 @@ def test_links_and_files_exist() -> None:
             assert (ROOT / target).is_file(), target
     for path in re.findall(r"\b(?:examples|training|tests|benchmarks)/\w+\.(?:py|json)\b", WITHOUT_TABLES):
         assert (ROOT / path).is_file(), path
+
+
+def mean_of(part: str, *keys: str) -> float:
+    """A mean out of the results of a benchmark."""
+    entry = json.loads((ROOT / "benchmarks" / "results" / f"{part}.json").read_text())["rows"]
+    for key in keys:
+        entry = entry[key]
+    return sum(entry) / len(entry) if isinstance(entry, list) else entry["mean"]
+
+
+LEARNED, UNIFORM = ("learned", "4"), (("uniform", "4"), ("uniform", "64"))
+NLL = (("spread", "4"), ("counts", "16"), ("spread", "8"), ("counts", "32"))
+MOLECULES = ("confidence, blocks of 6", "counts, random order", "confidence")
+CLAIMS = [
+    (
+        "two-sample statistic {:.2f} at 4 calls, random order {:.2f}, and {:.2f} with 64 calls",
+        [("learned-text", name, calls, "statistic") for name, calls in (("spread-top-p", "4"), *UNIFORM)],
+    ),
+    (
+        "four learned calls ({:.2f}; {:.0f}) are nearer to held-out text than 64 calls of the plain sampler ({:.2f}; {:.0f})",
+        [("learned-text", *row, metric) for row in (LEARNED, UNIFORM[1]) for metric in ("statistic", "perplexity")],
+    ),
+    (
+        "those of 64 plain calls less ({:.2f})",
+        [("learned-text", *UNIFORM[1], "classifier")],
+    ),
+    (
+        "a spread order at 4 calls (NLL {:.2f}) is level with random order at 16 ({:.2f}), at 8 calls ({:.2f}) with random "
+        "order at 32 ({:.2f})",
+        [("tiny-text", f"{name}-uniform", steps, "nll") for name, steps in NLL],
+    ),
+    (
+        "antibodies at 4 calls: NLL {:.2f}, uniform grid {:.2f}",
+        [("antiberty", f"counts-{grid}", "4", "nll") for grid in ("optimal", "uniform")],
+    ),
+    (
+        "{:.2f} valid, random order {:.2f}; without blocks {:.2f}, but shorter molecules",
+        [("molecules", name, "32", "validity") for name in MOLECULES],
+    ),
+    (
+        "as recognisable as held-out images (0.950), without it 64 are not ({:.3f})",
+        [("tiny-image", "counts", "64", "accuracy")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("sentence", "places"), CLAIMS)
+def test_numbers_in_sentences_are_those_of_the_results(sentence: str, places: list[tuple[str, ...]]) -> None:
+    """The sentence with the numbers of today's results stands in the README: measured again, it has to be read again."""
+    assert sentence.format(*(mean_of(*place) for place in places)) in " ".join(WITHOUT_TABLES.split())
