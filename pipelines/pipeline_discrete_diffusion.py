@@ -118,7 +118,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
     ```
 
     Raises:
-        ValueError: If the scheduler is not one of this library.
+        ValueError: If the scheduler is not one of this library; diffusers' go in as [`ForeignScheduler`].
     """
 
     model_cpu_offload_seq = "model"
@@ -157,7 +157,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder written by `save_pretrained`, a Hub id, or the bundled
-                id `"discrete-schedulers/tiny-text"`, which needs no network.
+                ids `"discrete-schedulers/tiny-text"` and `"discrete-schedulers/tiny-molecule"`, which need no network.
             family (`str`, *optional*): The family of the weights, where the repository does not show it.
             mask_token_id (`int`, *optional*): The mask's id, instead of the family's.
             shift (`int`, *optional*): 1 where logits at i - 1 predict position i, instead of the family's.

@@ -859,3 +859,15 @@ def test_main_job_on_the_bundled_model(tmp_path: Path, method: str) -> None:
         assert 10 < row["perplexity"] < 1e8  # of bad texts: each new word pays for its spelling
     if method == "lsd":
         assert flat(metrics["coefficients"]) == pytest.approx([1.0] * 4, abs=1e-6)
+
+
+def test_card_of_a_bundled_model_has_no_link(finished: Callable, tmp_path: Path) -> None:
+    """It has no page of its own. And numbers from 1,000 on are read without decimals."""
+    metrics, _ = finished("lsd")
+    row = metrics["table"][0] | {"nll": 12345.678, "calls": 4.0}
+    named = metrics | {"base_model": "discrete-schedulers/tiny-text", "table": [row]}
+    write_card(tmp_path / "README.md", "me/x", "LSDScheduler", named, Facts("command", 1, "cpu", 1.0, 2.0))
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert "`discrete-schedulers/tiny-text` (bundled with discrete_schedulers)" in text
+    assert "huggingface.co" not in text
+    assert "| 12,346 | 4.000 |" in text

@@ -41,18 +41,18 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     # Model and data
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Hub id, folder, or a bundled id.")
-    parser.add_argument("--revision", default=None)
+    parser.add_argument("--revision", default=None, help="Branch, tag or commit of the model.")
     parser.add_argument("--dataset_name", default=None, help="A dataset for `datasets.load_dataset`.")
-    parser.add_argument("--dataset_config", default=None)
+    parser.add_argument("--dataset_config", default=None, help="Its name, where a dataset has several.")
     parser.add_argument("--train_file", default=None, help="Text file to fit on, a document a line.")
     parser.add_argument(
         "--validation_file", default=None, help="Text file to measure on. Default: every tenth line of --train_file."
     )
-    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--text_column", default="text", help="Of the dataset. Default: %(default)s.")
     parser.add_argument("--max_data_samples", type=int, default=256, help="Sequences of each split that are used.")
     parser.add_argument("--sequence_length", type=int, default=None, help="Defaults to the model's longest.")
     # Method
-    parser.add_argument("--method", choices=METHODS, default="lsd")
+    parser.add_argument("--method", choices=METHODS, default="lsd", help="See above. Default: %(default)s.")
     parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4, 8, 16], help="Step budgets.")
     parser.add_argument(
         "--objective", choices=SCALE_OF, default=None, help="d of eq. 6. Default: generalised_kl, or what --scale has."
@@ -142,12 +142,16 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     )
     # Run
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
+    parser.add_argument("--seed", type=int, default=0, help="Default: %(default)s.")
+    parser.add_argument(
+        "--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Of the network. Default: %(default)s."
+    )
     parser.add_argument("--report_to", default=None, help="A tracker of Accelerate, such as tensorboard.")
     parser.add_argument("--resume_from_checkpoint", default=None, help="A checkpoint folder, or `latest`.")
-    parser.add_argument("--checkpoints_total_limit", type=int, default=1)
-    parser.add_argument("--push_to_hub", action="store_true")
+    parser.add_argument(
+        "--checkpoints_total_limit", type=int, default=1, help="How many are kept. Default: %(default)s."
+    )
+    parser.add_argument("--push_to_hub", action="store_true", help="Upload the finished folder.")
     parser.add_argument("--hub_model_id", default=None, help="Defaults to the name of the output folder.")
     parser.add_argument("--hub_token", type=access_token, help="Better HF_TOKEN: launchers print what they were given.")
     args = parser.parse_args(argv)
