@@ -156,8 +156,12 @@ class NetworkDenoiser:
             )
         if self.process == "uniform" and self.revealed_logits != "none":
             raise ValueError(f"`revealed_logits={self.revealed_logits!r}` is for the absorbing process")
-        if self.head is not None and self.head not in dict(self.model.named_modules()):
-            raise ValueError(f"`head` is {self.head!r}; {type(self.model).__name__} has no submodule of this name")
+        if self.head is not None:
+            try:
+                self.model.get_submodule(self.head)
+            except AttributeError as error:
+                name = type(self.model).__name__
+                raise ValueError(f"`head` is {self.head!r}; {name} has no submodule of this name") from error
         if self.head is not None and self.split_head:
             raise ValueError(
                 "`head` and `split_head` cannot both be given: the network splits its head itself, or is made to"
