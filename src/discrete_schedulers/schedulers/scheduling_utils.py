@@ -19,7 +19,7 @@ import numbers
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
@@ -85,33 +85,21 @@ KINDS: dict[str, tuple[type, str]] = {
     "float": (numbers.Real, "a finite number"),
     "bool": (bool, "True or False"),
 }
+ALLOWED: dict[str, Callable[[float], bool]] = {  # values of a knob; that they are finite is checked before
+    "any numbers": lambda value: True,
+    "numbers of at least 0": lambda value: value >= 0,
+    "positive numbers": lambda value: value > 0,
+    "numbers in [0, 1]": lambda value: 0 <= value <= 1,
+    "numbers in (0, 1)": lambda value: 0 < value < 1,
+    "numbers in (0, 1]": lambda value: 0 < value <= 1,
+}
 # learned blocks whose length is not that of the steps: a float for each position, component, or token at each position
 OTHER_LENGTHS = ("order", "mixture_weight", "mixture_shift")
-BLOCKS = (  # all learned blocks of all schedulers: another one is of a newer version, or misspelt
-    *(
-        "times",
-        "counts",
-        "events",
-        "scale",
-        "rate",
-        "inverse_temperature",
-        "top_p",
-        "gate_a",
-        "gate_b",
-        "remask",
-        *OTHER_LENGTHS,
-    ),
-    *(
-        "accept_threshold",
-        "choice_temperature",
-        "corrector_step",
-        "divergence_free",
-        "entropy_bound",
-        "factor",
-        "kappa",
-    ),
-    *("kl_threshold", "remask_mass", "remask_threshold", "score_temperature", "selection_temperature", "sigma_share"),
-    *("stochasticity", "theta", "threshold"),
+# all learned blocks of all schedulers: another one is of a newer version, or misspelt
+BLOCKS = tuple(
+    "times counts events scale rate inverse_temperature top_p gate_a gate_b remask order mixture_weight mixture_shift "
+    "accept_threshold choice_temperature corrector_step divergence_free entropy_bound factor kappa kl_threshold "
+    "remask_mass remask_threshold score_temperature selection_temperature sigma_share stochasticity theta threshold".split()
 )
 
 
@@ -177,7 +165,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
     draws_latent = False
     opens_by_chance = False
     learned_block: str | None = None  # the block of `coefficients` without which a budget cannot be run
-    learned_knobs: tuple[str, ...] = ()  # numbers of the constructor that can be learned for each step
+    learned_knobs: Mapping[str, str] = {}  # numbers of the constructor that can be learned for each step: see `ALLOWED`
 
     @classmethod
     def _get_compatibles(cls) -> list[type[DiscreteScheduler]]:
@@ -286,6 +274,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.register_to_config(
             vocab_size=config.vocab_size, mask_token_id=config.mask_token_id, process=config.process
         )
+        for name, values in self.learned_knobs.items():
+            check_knob(config, name, values)
         learned = (config.learned_for or {}).get("vocab_size", config.vocab_size)
         if learned != config.vocab_size:
             raise ValueError(
@@ -973,20 +963,13 @@ def check_grid_shape(grid_shape: Any) -> list[int]:
     return sides
 
 
-def check_shares(config: Any, name: str) -> None:
-    """Raises `ValueError` if the knob `name` lies outside [0, 1], as a constant or in the coefficients."""
-    learned = {f" for {n} steps": blocks.get(name, []) for n, blocks in (config.coefficients or {}).items()}
-    for where, values in ({"": [config[name]]} | learned).items():
-        if not all(0 <= value <= 1 for value in values):
-            raise ValueError(f"`{name}`{where} is {values}; allowed are numbers in [0, 1]")
-
-
-def check_not_negative(config: Any, name: str) -> None:
-    """Raises `ValueError` if the knob `name` is negative or not finite, as a constant or in the coefficients."""
-    learned = {f" for {n} steps": blocks.get(name, []) for n, blocks in (config.coefficients or {}).items()}
-    for where, values in ({"": [config[name]]} | learned).items():
-        if not all(0 <= value < math.inf for value in values):
-            raise ValueError(f"`{name}`{where} is {values}; allowed are numbers of at least 0")
+def check_knob(config: Any, name: str, allowed: str) -> None:
+    """Raises `ValueError` if the knob `name` is not what is `ALLOWED`, as a constant or in the coefficients."""
+    if not ALLOWED[allowed](config[name]):
+        raise ValueError(f"`{name}` is {config[name]}; allowed are {allowed}")
+    for budget, blocks in (config.coefficients or {}).items():
+        if not all(map(ALLOWED[allowed], blocks.get(name, []))):
+            raise ValueError(f"`{name}` for {budget} steps is {blocks[name]}; allowed are {allowed}")
 
 
 def check_corrections(config: Any) -> None:
@@ -995,7 +978,6 @@ def check_corrections(config: Any) -> None:
         raise ValueError(f"`num_corrector_steps` is {config.num_corrector_steps}; it must be at least 0")
     if config.positions_per_correction < 1:
         raise ValueError(f"`positions_per_correction` is {config.positions_per_correction}; it must be at least 1")
-    check_not_negative(config, "selection_temperature")
 
 
 def selection_confidence(log_law: Tensor, tokens: Tensor, selection: Selection) -> Tensor:
