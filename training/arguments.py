@@ -30,7 +30,7 @@ ONLY_FOR = {  # arguments that other methods do not read, and what they are wher
     "repaired": (("lsd_plus",), False),
     "unbiased": (("jys",), False),
     "unmasking": (("jys", "beta"), "counts"),
-    "blocks": (("search",), ["temperature_line", "top_p"]),
+    "blocks": (("search",), ["contrast", "temperature_line"]),
     "plan": (("search",), "best"),
     "block_length": (("learn2pd",), None),
 }
@@ -85,9 +85,10 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         "--blocks",
         choices=FLOATS,
         nargs="+",
-        default=["temperature_line", "top_p"],
-        help="search: what it is over: an inverse temperature a step, or those of the first and last, a top-p, a and b of a "
-        "Beta grid, a and b of a gate, a strength of remasking. Fewer than 20 floats.",
+        default=["contrast", "temperature_line"],
+        help="search: what it is over: a contrast (context against what is likely anyway), an inverse temperature a step, or "
+        "those of the first and last, a top-p, a and b of a Beta grid, a and b of a gate, a strength of remasking. Fewer than "
+        "20 floats.",
     )
     parser.add_argument(
         "--plan",

@@ -97,7 +97,7 @@ ALLOWED: dict[str, Callable[[float], bool]] = {  # values of a knob; that they a
 OTHER_LENGTHS = ("order", "mixture_weight", "mixture_shift")
 # all learned blocks of all schedulers: another one is of a newer version, or misspelt
 BLOCKS = tuple(
-    "times counts events scale rate inverse_temperature top_p gate_a gate_b remask order mixture_weight mixture_shift "
+    "times counts events scale rate contrast inverse_temperature top_p gate_a gate_b remask order mixture_weight mixture_shift "
     "accept_threshold choice_temperature corrector_step divergence_free entropy_bound factor kappa kl_threshold "
     "remask_mass remask_threshold score_temperature selection_temperature sigma_share stochasticity theta threshold".split()
 )
