@@ -158,6 +158,12 @@ def check_count(name: str, value: Any, most: int | None = None) -> None:
         raise ValueError(f"`{name}` is {value!r}; {allowed}")
 
 
+def check_device(device: torch.device) -> None:
+    """Raises `ValueError` if a device has no float64, which laws and draws are in."""
+    if device.type == "mps":
+        raise ValueError("`pipe` is on 'mps', which has no float64: laws and draws need it. Move it to 'cpu' or 'cuda'")
+
+
 def class_ids(class_labels: Any) -> Tensor:
     """One or more classes as a tensor (P,), whatever their range.
 
@@ -363,8 +369,10 @@ class DiscretePipeline(DiffusionPipeline):
         return names
 
     def check_scheduler(self) -> None:
-        """Raises `ValueError` if the scheduler does not fit the model; warns where its coefficients are another model's."""
+        """Raises `ValueError` if the scheduler does not fit the model or its device; warns where its coefficients are another
+        model's."""
         require_ours(self.scheduler)
+        check_device(self._execution_device)
         names = ["vocab_size", "mask_token_id", "process"]
         denoiser = self.denoiser
         if denoiser.time_conditioned or (denoiser.process == "uniform" and denoiser.parametrization != "x0"):

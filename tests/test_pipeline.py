@@ -578,6 +578,13 @@ def test_scheduler_that_does_not_fit(scheduler: Any, message: str) -> None:
         pipe(length=4, num_inference_steps=1)
 
 
+def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline()
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("mps"))
+    with pytest.raises(ValueError, match="`pipe` is on 'mps', which has no float64"):
+        pipe(length=4, num_inference_steps=1)
+
+
 def test_foreign_scheduler_at_construction() -> None:
     with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler"):
         DiscreteDiffusionPipeline(tiny_model(), DDIMScheduler())
