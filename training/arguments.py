@@ -178,8 +178,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--learning_rate is {args.learning_rate}; it must be positive and finite")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed is {args.seed}; allowed are 0 to {2**32 - 1}")
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        parser.error(f"--output_dir {args.output_dir} is a file; it must be a folder, or not there")
     if not all(0 < one < math.inf for one in args.eval_temperatures):
         parser.error(f"--eval_temperatures is {args.eval_temperatures}; temperatures must be positive")
     if not 0 <= args.hamming_share < 1:
@@ -198,6 +196,18 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--learned_scheduler has no such law as --scale log_score: a rate that depends on the logits")
     check_method(parser, args)
 
+    check_texts(parser, args)
+    if args.report_to == "wandb" and args.hub_token is not None:
+        parser.error("--report_to wandb would store --hub_token in its config; log in with `hf auth login` instead")
+    check_push(parser, args)
+    if args.method == "search" and find_spec("cma") is None:
+        parser.error("--method search needs cma: pip install 'discrete_schedulers[search]'")
+    if find_spec("matplotlib") is None:
+        parser.error("the plot needs matplotlib: pip install 'discrete_schedulers[train]'")
+
+
+def check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with a message if the arguments of `data.load_texts` contradict each other, or name what is no file."""
     if args.dataset_name is not None and args.train_file is not None:
         parser.error("--dataset_name and --train_file cannot both be given")
     if args.dataset_config is not None and args.dataset_name is None:
@@ -207,17 +217,17 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name in ("train_file", "validation_file"):
         if getattr(args, name) is not None and not Path(getattr(args, name)).is_file():
             parser.error(f"--{name} {getattr(args, name)} is not a file; it must be one, a document a line")
-    if args.report_to == "wandb" and args.hub_token is not None:
-        parser.error("--report_to wandb would store --hub_token in its config; log in with `hf auth login` instead")
+
+
+def check_push(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with a message if results could not go where they are to go: `--output_dir`, and with `--push_to_hub` the Hub."""
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file; it must be a folder, or not there")
     if args.push_to_hub:
         try:
             validate_repo_id(args.hub_model_id or args.output_dir.resolve().name)
         except ValueError as error:
             parser.error(f"--hub_model_id: {error}")
-    if args.method == "search" and find_spec("cma") is None:
-        parser.error("--method search needs cma: pip install 'discrete_schedulers[search]'")
-    if find_spec("matplotlib") is None:
-        parser.error("the plot needs matplotlib: pip install 'discrete_schedulers[train]'")
 
 
 def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from discrete_schedulers import DiscreteDiffusionPipeline
+
 MAX_DOCUMENTS = 50_000  # of each split of a dataset, evenly thinned: more than any metric here can use
 
 
@@ -82,6 +84,21 @@ def documents(split: Any, column: str) -> list[str]:
         raise ValueError(f"`--text_column` is {column!r}; the dataset has {split.column_names}")
     chosen = torch.linspace(0, len(split) - 1, min(len(split), MAX_DOCUMENTS), dtype=torch.float64).long().tolist()
     return list(split.select(chosen)[column])
+
+
+def sequence_length(args: argparse.Namespace, pipe: DiscreteDiffusionPipeline) -> int:
+    """L, the tokens of a sequence.
+
+    Raises:
+        ValueError: If it is not known, or not allowed.
+    """
+    longest = pipe.config.denoiser.get("max_length")
+    length = args.sequence_length or longest
+    if length is None:
+        raise ValueError("`--sequence_length` is required: this model does not say how long its sequences are")
+    if longest is not None and length > longest:
+        raise ValueError(f"`--sequence_length` is {length}; this model takes at most {longest}")
+    return length
 
 
 def pack(texts: list[str], tokenizer: Any, length: int, limit: int) -> Tensor:

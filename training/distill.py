@@ -46,7 +46,7 @@ from discrete_schedulers import (
 from discrete_schedulers.evaluation import NgramJudge, unigram_entropy
 from discrete_schedulers.training.arguments import FREE, parse_args
 from discrete_schedulers.training.checkpoints import load_checkpoint, save_checkpoint
-from discrete_schedulers.training.data import Texts, load_texts, pack
+from discrete_schedulers.training.data import Texts, load_texts, pack, sequence_length
 from discrete_schedulers.training.files import output_folder, write_text
 from discrete_schedulers.training.hub import (
     Facts,
@@ -131,21 +131,6 @@ def load_model(args: argparse.Namespace, accelerator: Accelerator) -> DiscreteDi
             f"`--learned_scheduler` needs loglinear or linear noise here; the model has {config.noise_schedule!r}"
         )
     return pipe
-
-
-def sequence_length(args: argparse.Namespace, pipe: DiscreteDiffusionPipeline) -> int:
-    """L.
-
-    Raises:
-        ValueError: If it is not known, or not allowed.
-    """
-    longest = pipe.config.denoiser.get("max_length")
-    length = args.sequence_length or longest
-    if length is None:
-        raise ValueError("`--sequence_length` is required: this model does not say how long its sequences are")
-    if longest is not None and length > longest:
-        raise ValueError(f"`--sequence_length` is {length}; this model takes at most {longest}")
-    return length
 
 
 def begin(args: argparse.Namespace, accelerator: Accelerator, pipe: DiscreteDiffusionPipeline, length: int) -> Run:

@@ -156,8 +156,8 @@ class NetworkDenoiser:
             )
         if self.process == "uniform" and self.revealed_logits != "none":
             raise ValueError(f"`revealed_logits={self.revealed_logits!r}` is for the absorbing process")
-        if self.head is not None and self.head not in dict(self.model.named_modules()):
-            raise ValueError(f"`head` is {self.head!r}; {type(self.model).__name__} has no submodule of this name")
+        if self.head is not None:
+            self.head = self.find_head(self.head)
         if self.head is not None and self.split_head:
             raise ValueError(
                 "`head` and `split_head` cannot both be given: the network splits its head itself, or is made to"
@@ -179,6 +179,17 @@ class NetworkDenoiser:
             raise ValueError(
                 f"`suppress_token_ids` and `frozen_token_ids` must lie in [0, {self.vocab_size}), got {ids}"
             )
+
+    def find_head(self, name: str) -> str:
+        """The full name of a submodule, also of a network inside another one: an adapter, or data parallelism.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        found = [full for full, _ in self.model.named_modules() if f".{full}".endswith(f".{name}")]
+        if not found:
+            raise ValueError(f"`head` is {name!r}; {type(self.model).__name__} has no submodule of this name")
+        return min(found, key=lambda full: full.count("."))
 
     def check_attention(self) -> None:
         """Raises `ValueError` if what is said of the attention contradicts itself or the rest."""
