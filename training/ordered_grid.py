@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from discrete_schedulers.sampling import Generators, spread_subset
+from discrete_schedulers.training.objectives import token_nats
 
 
 def spread_ranks(shape: tuple[int, int], generator: Generators, grid_shape: tuple[int, int] | None = None) -> Tensor:
@@ -79,8 +80,8 @@ def ordered_information(
             part = slice(start, start + batch_size)
             x_0, hidden = data[part], ranks[part] >= known
             rows = denoiser(x_0.masked_fill(hidden, mask_token_id), (length - known) / length, hidden)
-            nll = -rows.logits.double().log_softmax(-1).gather(-1, x_0[hidden][:, None]).squeeze(-1)
-            placed = torch.zeros(x_0.shape, dtype=torch.float64, device=data.device).masked_scatter(hidden, nll)
+            nats = token_nats(rows, x_0[hidden], mask_token_id)
+            placed = torch.zeros(x_0.shape, dtype=torch.float64, device=data.device).masked_scatter(hidden, nats)
             table[known] += placed.gather(1, by_rank[part]).sum(0).cpu() / batch
     if not table.isfinite().all():
         raise ValueError("the network gives NaN, or a token of `data` has probability 0: there is no finite bound")
