@@ -32,7 +32,7 @@ from discrete_schedulers.training import adapt, distill, pretrain
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("FAULT_KILLS", "2"))
 ALL = "FAULT_KILLS" in os.environ
-DISTILL = ["--num_inference_steps", "2", "4", "--teacher_steps", "32", "--num_samples", "13", "--num_eval_samples", "8"]
+DISTILL = ["--num_inference_steps", "2", "4", "--num_samples", "13", "--num_eval_samples", "8"]
 MARGINAL = ["--method", "marginal", "--num_samples", "24", "--num_epochs", "3", "--buckets", "4"]
 ORDER = ["--method", "order", "--num_samples", "16", "--num_epochs", "12"]
 ADAPT = ["--max_train_steps", "6", "--checkpointing_steps", "2", "--max_data_samples", "24", "--num_eval_samples", "4"]
@@ -98,7 +98,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Script]:
     spec.loader.exec_module(generate)
     corpus = ["--corpus_dir", str(write_corpus(work / "corpus"))]
     return {
-        "lsd": Script(distill.main, [*model, *DISTILL, "--objective", "l2"], again, learned),
+        "lsd": Script(distill.main, [*model, *DISTILL, "--objective", "l2", "--teacher_steps", "32"], again, learned),
         "marginal": Script(distill.main, [*model, *DISTILL, *MARGINAL, *texts], again, learned),
         "order": Script(distill.main, [*model, *DISTILL, *ORDER, *texts], again, learned),
         "optimal_grid": Script(distill.main, [*model, *DISTILL, "--method", "optimal_grid", *texts], again, learned),

@@ -44,7 +44,7 @@ from discrete_schedulers import (
     LSDScheduler,
 )
 from discrete_schedulers.evaluation import NgramJudge, unigram_entropy
-from discrete_schedulers.training.arguments import FREE, parse_args
+from discrete_schedulers.training.arguments import FREE, ONLY_FOR, parse_args
 from discrete_schedulers.training.checkpoints import load_checkpoint, save_checkpoint
 from discrete_schedulers.training.data import Texts, load_texts, pack, sequence_length
 from discrete_schedulers.training.files import output_folder, write_text
@@ -92,15 +92,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     listen_to_sigterm(run)
 
-    if texts is None and args.method in FITS_ON_DATA:
+    if heldout is None:
         heldout = draw_data(run)
     stop_counting = run.count_calls()
     scheduler = METHODS[args.method](run)
     stop_counting()
     if args.learned_scheduler:
         scheduler = as_learned(scheduler)
-    if heldout is None:  # LSD without texts: the teacher's samples
-        heldout = run.tensors["states"][-1][: args.num_eval_samples].to(accelerator.device)
 
     accelerator.wait_for_everyone()
     run.add_seconds("learning")
@@ -154,8 +152,9 @@ def begin(args: argparse.Namespace, accelerator: Accelerator, pipe: DiscreteDiff
 
 
 def identity(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that the result depends on."""
-    return {name: value for name, value in vars(args).items() if name not in FREE}
+    """The arguments that the result depends on: none that the method does not read."""
+    unread = {name for name, methods in ONLY_FOR.items() if args.method not in methods}
+    return {name: value for name, value in vars(args).items() if name not in FREE | unread}
 
 
 def load_data(run: Run) -> tuple[Texts | None, Tensor | None]:
@@ -179,15 +178,17 @@ def load_data(run: Run) -> tuple[Texts | None, Tensor | None]:
 
 
 def draw_data(run: Run) -> Tensor:
-    """In place of texts samples of the model, one token a call: sets what the run fits on, returns what to measure on."""
+    """In place of texts samples of the model, one token a call; each process draws its share. Sets what the run fits on, where
+    the method does, and returns others to measure on."""
     args, pipe = run.args, run.pipe
+    sizes = [args.num_samples if args.method in FITS_ON_DATA else 0, args.num_eval_samples]
     if "samples" not in run.tensors:
         pipe.scheduler = AncestralScheduler.from_config(run.base, unmasking="counts", order="random")
-        both = range(args.num_samples + args.num_eval_samples)
-        run.tensors["samples"] = sample(pipe, DATA, both, run.length, run.length, args).cpu()
+        count = max(sum(sizes), run.accelerator.num_processes)  # no share is empty
+        own = sample(pipe, DATA, run.share(count), run.length, run.length, args)
+        run.tensors["samples"] = run.gather(own, count)[: sum(sizes)]
         run.save(None)
-    samples = run.tensors["samples"].to(run.accelerator.device)
-    run.fit, heldout = samples.split([args.num_samples, args.num_eval_samples])
+    run.fit, heldout = run.tensors["samples"].to(run.accelerator.device).split(sizes)
     return heldout
 
 
