@@ -43,7 +43,7 @@ from discrete_schedulers.training.learn2pd import Decoded, decode_one_by_one, th
 from discrete_schedulers.training.marginal import Verdict
 from discrete_schedulers.training.measuring import Judged, at_entropy
 from discrete_schedulers.training.method_filter import partly_known
-from discrete_schedulers.training.method_grids import measured_levels, smallest_on_grids
+from discrete_schedulers.training.method_grids import measured_levels, measured_starts, smallest_on_grids
 from discrete_schedulers.training.method_marginal import blocks_of, kept_floats
 from discrete_schedulers.training.objectives import draw_noise
 from discrete_schedulers.training.order_search import order_nll
@@ -286,6 +286,15 @@ def test_levels_of_a_long_curve() -> None:
         for steps in (4, 16):
             excess = expected_nll(curve, found[steps - 1]) - expected_nll(curve, best[steps - 1])
             assert 0 <= excess / 512 < 4e-4
+
+
+def test_starts_of_a_long_order() -> None:
+    assert measured_starts(100, 25) == list(range(100))
+    starts = measured_starts(4096, 16)
+    assert starts[:17] == [*range(16), 64]
+    assert {1024, 2048, 3072} < set(starts)
+    assert len(starts) == 16 + 63
+    assert len(measured_starts(4096, 256)) > 1024  # more calls than starts: no plan
 
 
 def test_what_should_not_be_shipped_is_said() -> None:

@@ -34,6 +34,7 @@ from discrete_schedulers import (
     LatentModel,
     LearnedScheduler,
     NetworkDenoiser,
+    RowLogits,
 )
 from discrete_schedulers.evaluation import unigram_entropy
 from discrete_schedulers.training.arguments import check_push, check_texts
@@ -381,20 +382,19 @@ def measure(
     pipe: DiscreteDiffusionPipeline, name: str, heldout: Tensor, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """NLL bound and entropy of samples at each budget, rows of the table."""
-    denoiser, process = pipe.denoiser, pipe.scheduler.noise_process
+    denoiser, scheduler = pipe.denoiser, pipe.scheduler
     mixes = isinstance(pipe.model, LatentModel) and args.method == "di4c"
 
-    def network(x_t: Tensor, t: Tensor, latent: Tensor) -> Tensor:
-        return denoiser(x_t, t, latent=latent) if mixes else denoiser(x_t, t)
+    def network(x_t: Tensor, t: Tensor, positions: Tensor, latent: Tensor) -> RowLogits:
+        return denoiser(x_t, t, positions, latent=latent) if mixes else denoiser(x_t, t, positions)
 
     rows = []
     for steps in args.num_inference_steps:
         bounds = []
         for number, part in enumerate(heldout.to(pipe.device).split(args.train_batch_size)):
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
-            grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
             latents = args.num_eval_latents if mixes else 1
-            bounds.append(mixture_nll_bound(network, process, part, grid, latents, generator))
+            bounds.append(mixture_nll_bound(network, scheduler, part, steps, latents, generator))
         samples = sample(pipe, JUDGED, range(args.num_eval_samples), heldout.shape[1], steps, args)
         row = {"network": name, "steps": steps, "nll": torch.cat(bounds).mean().item()}
         rows.append(row | {"entropy": unigram_entropy(samples).mean().item()})

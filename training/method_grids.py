@@ -46,7 +46,8 @@ def spread_grid(run: Run) -> DiscreteScheduler:
         ranks = spread_ranks((len(data), run.length), torch.Generator().manual_seed(args.seed))
         own = list(run.share(len(data)))
         asked = data[own], ranks[own], run.mask_token_id, args.train_batch_size
-        table = run.reduce(len(own) * ordered_information(run.pipe.denoiser, *asked)) / len(data)
+        starts = measured_starts(run.length, max(args.num_inference_steps))
+        table = run.reduce(len(own) * ordered_information(run.pipe.denoiser, *asked, starts)) / len(data)
         counts = optimal_ordered_counts(table, max(args.num_inference_steps))
         run.add_evaluations()
         found |= {str(steps): [float(count) for count in counts[steps - 1]] for steps in args.num_inference_steps}
@@ -54,6 +55,15 @@ def spread_grid(run: Run) -> DiscreteScheduler:
     return run.each_budget(
         lambda steps: {"counts": found[str(steps)]}, run.learned(grid="learned", order="spread", unmasking="counts")
     )
+
+
+def measured_starts(length: int, max_steps: int) -> list[int]:
+    """Numbers of known tokens at which a call of a plan along an order may begin: all of few positions, else the first 16, and
+    `LEVELS` or four times the calls, whichever are more, evenly spread."""
+    count = max(LEVELS, 4 * max_steps)
+    if length <= count:
+        return list(range(length))
+    return sorted({*range(16), *(length * k // count for k in range(count))})
 
 
 def model_curve(run: Run) -> InformationCurve:
