@@ -41,7 +41,14 @@ from discrete_schedulers.training.arguments import check_push, check_texts
 from discrete_schedulers.training.data import load_texts, pack, sequence_length
 from discrete_schedulers.training.di4c import clean_log_p, di4c_losses, mixture_nll_bound, total_loss
 from discrete_schedulers.training.files import output_folder, published, unwritten, write_text
-from discrete_schedulers.training.hub import Parser, access_token, create_repository, markdown_table, upload
+from discrete_schedulers.training.hub import (
+    Parser,
+    access_token,
+    check_counts,
+    create_repository,
+    markdown_table,
+    upload,
+)
 from discrete_schedulers.training.run import DATA, JUDGED, gather_samples, sample
 from discrete_schedulers.training.sdtt import sdtt_loss, sdtt_targets
 from discrete_schedulers.training.signals import before_end, ends_at_sigterm, stop_if_asked
@@ -137,10 +144,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     """Exits with a message if arguments are not allowed or contradict each other."""
     counts = ["max_data_samples", "sequence_length", "num_eval_latents", "teacher_steps", "lora_r", "lora_alpha"]
     counts += ["train_batch_size", "max_train_steps", "checkpointing_steps", "num_eval_samples"]
-    for name in counts:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}; it must be at least 1")
+    check_counts(parser, args, counts)
     if min(args.num_inference_steps) < 1:
         parser.error(f"--num_inference_steps is {args.num_inference_steps}; budgets must be at least 1")
     if args.num_latents < 2:

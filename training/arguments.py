@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 
-from discrete_schedulers.training.hub import Parser, access_token
+from discrete_schedulers.training.hub import Parser, access_token, check_counts
 from discrete_schedulers.training.method_grids import RESOLUTION
 from discrete_schedulers.training.method_marginal import FLOATS, JUDGE_FEATURES, number_of_floats
 from discrete_schedulers.training.methods import METHODS
@@ -173,10 +173,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace, given:
     """Exits with a message if arguments are not allowed, contradict each other, or (`given`) are not for the method."""
     counts = ["teacher_steps", "num_samples", "num_epochs", "train_batch_size", "max_data_samples", "num_eval_samples"]
     counts += ["buckets", "checkpoints_total_limit", "sequence_length", "block_length", "hidden_units"]
-    for name in counts:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}; it must be at least 1")
+    check_counts(parser, args, counts)
     if min(args.num_inference_steps) < 1:
         parser.error(f"--num_inference_steps is {args.num_inference_steps}; budgets must be at least 1")
     wrong = [n for n in args.num_inference_steps if args.method in LSD and args.teacher_steps % n]

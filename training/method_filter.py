@@ -15,7 +15,11 @@ from discrete_schedulers.training.run import KNOWN, Run
 
 def learn2pd(run: Run) -> DiscreteScheduler:
     """A filter that says which predictions are final, learned from the network's own decoding of partly known sequences; other
-    sequences give the threshold. See `learn2pd.py`."""
+    sequences give the threshold. See `learn2pd.py`.
+
+    It is learned on the most probable tokens, while the config keeps the model's temperature: `temperature=0` decodes as it was
+    learned, and with another one a token that is drawn, but not the most probable, looks less final to the filter.
+    """
     args, tensors, width = run.args, run.tensors, run.args.block_length or run.length
     data = run.data[: 2 * args.num_samples]
     if "confidence" not in tensors:

@@ -40,6 +40,7 @@ from transformers import PreTrainedTokenizerFast
 from discrete_schedulers import AncestralScheduler, DDiTModel, DiscreteDiffusionPipeline, information_curve
 from discrete_schedulers.molecules import NO_RDKIT, molecule_metrics
 from discrete_schedulers.training.files import output_folder, published, remove, unwritten
+from discrete_schedulers.training.hub import check_counts
 from discrete_schedulers.training.prepare_molecules import SMILES_TOKEN, smiles_tokens
 from discrete_schedulers.training.signals import before_end, ends_at_sigterm, stop_if_asked
 
@@ -137,8 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_eval_samples", type=int, default=400, help="Molecules that the card judges.")
     add_fit_arguments(parser)
     args = check_fit_arguments(parser, parser.parse_args(argv))
-    if args.num_eval_samples < 1:
-        parser.error(f"--num_eval_samples is {args.num_eval_samples}; it must be at least 1")
+    check_counts(parser, args, ["num_eval_samples"])
     if args.data == "molecules" and find_spec("rdkit") is None:
         parser.error(f"--data molecules: {NO_RDKIT}")
     return args
@@ -162,20 +162,8 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_fit_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """The arguments, or an error of the parser about one of them."""
-    counts = [
-        "max_train_steps",
-        "train_batch_size",
-        "lr_warmup_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-    ]
-    for name in counts:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    sizes = [name for name in SIZES if name in args]
-    for name in sizes:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    counts = ["max_train_steps", "train_batch_size", "lr_warmup_steps", "checkpointing_steps"]
+    check_counts(parser, args, [*counts, "checkpoints_total_limit", *(name for name in SIZES if name in args)])
     if args.hidden_size % args.num_heads:
         parser.error(f"--hidden_size is {args.hidden_size}; it must be a multiple of --num_heads {args.num_heads}")
     if not 0 < args.lr_decay_share <= 1:
