@@ -359,7 +359,7 @@ def test_coefficients_do_not_depend_on_batches(finished: Callable, work: Path, t
 
 
 @pytest.mark.usefixtures("no_plot")
-@pytest.mark.parametrize("name", ["lsd l2", "optimal_grid text", "marginal text"])
+@pytest.mark.parametrize("name", ["lsd l2", "optimal_grid", "marginal text"])
 def test_evaluations_are_counted(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Every sequence that goes through the network until the coefficients are there, and none of those that measure."""
     rows: list[int] = []
@@ -376,7 +376,8 @@ def test_evaluations_are_counted(work: Path, tmp_path: Path, monkeypatch: pytest
     texts = ["--train_file", str(work / "texts.txt")] if name.endswith("text") else []
     metrics = distill.main([*arguments(work, tmp_path), *METHODS[name], *texts])
     counting.remove()
-    assert metrics["sequence_evaluations"] == before_measuring[0] > 0
+    drawn = 0 if name.endswith("text") else 10 * LENGTH  # samples to measure on, one token a call
+    assert metrics["sequence_evaluations"] == before_measuring[0] - drawn > 0
     assert sum(rows) > before_measuring[0]
 
 

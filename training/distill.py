@@ -178,18 +178,32 @@ def load_data(run: Run) -> tuple[Texts | None, Tensor | None]:
 
 
 def draw_data(run: Run) -> Tensor:
-    """In place of texts samples of the model, one token a call; each process draws its share. Sets what the run fits on, where
-    the method does, and returns others to measure on."""
-    args, pipe = run.args, run.pipe
+    """In place of texts samples of the model, one token a call: sets what the run fits on, where the method does, and returns
+    others to measure on. Only the former are part of what learning costs."""
+    args = run.args
     sizes = [args.num_samples if args.method in FITS_ON_DATA else 0, args.num_eval_samples]
     if "samples" not in run.tensors:
-        pipe.scheduler = AncestralScheduler.from_config(run.base, unmasking="counts", order="random")
-        count = max(sum(sizes), run.accelerator.num_processes)  # no share is empty
-        own = sample(pipe, DATA, run.share(count), run.length, run.length, args)
-        run.tensors["samples"] = run.gather(own, count)[: sum(sizes)]
+        stop_counting = run.count_calls()
+        fit = draw_samples(run, range(sizes[0]))
+        stop_counting()
+        run.add_evaluations()
+        run.tensors["samples"] = torch.cat(
+            [fit, draw_samples(run, range(args.num_samples, args.num_samples + sizes[1]))]
+        )
         run.save(None)
     run.fit, heldout = run.tensors["samples"].to(run.accelerator.device).split(sizes)
     return heldout
+
+
+def draw_samples(run: Run, numbers: range) -> Tensor:
+    """The model's samples with these numbers, int64 (n, L), on the CPU; each process draws its share."""
+    if not numbers:
+        return torch.empty(0, run.length, dtype=torch.int64)
+    run.pipe.scheduler = AncestralScheduler.from_config(run.base, unmasking="counts", order="random")
+    count = max(len(numbers), run.accelerator.num_processes)  # no share is empty
+    share = run.share(count)
+    own = range(numbers.start + share.start, numbers.start + share.stop, share.step)
+    return run.gather(sample(run.pipe, DATA, own, run.length, run.length, run.args), count)[: len(numbers)]
 
 
 def listen_to_sigterm(run: Run) -> None:
