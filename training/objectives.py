@@ -250,7 +250,8 @@ def fit_power(
         low, high = (phi, high) if slope_sum < 0 else (low, phi)
         newton = phi - slope_sum / variance_sum if variance_sum > 0 else math.inf
         following = newton if low < newton < high else math.sqrt(low * high)
-        if abs(following - phi) < 1e-10:
+        close = 1e-6 if following == newton else 1e-10  # what is left behind a Newton step is about its square
+        if abs(following - phi) < close:
             return following
         phi = following
     return phi
