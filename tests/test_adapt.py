@@ -107,7 +107,10 @@ def test_sdtt_leaves_the_latent_alone(model: Path, tmp_path: Path) -> None:
     sdtt = [*SMALL[:-6], *SMALL[-2:], "--method", "sdtt", "--max_train_steps", "3", "--train_file", str(texts)]
     adapt.main(["--pretrained_model_name_or_path", str(model), "--output_dir", str(tmp_path / "sdtt"), *sdtt])
     assert not (tmp_path / "sdtt" / adapt.SAMPLES).exists()
-    assert "Jensen's gap" not in (tmp_path / "sdtt" / "README.md").read_text()
+    card = (tmp_path / "sdtt" / "README.md").read_text()
+    assert '"teacher_steps": 2' in card
+    assert "Jensen's gap" not in card
+    assert "latents" not in card  # what the method does not read
     found = weights(tmp_path / "sdtt", model)
     assert float(found["latent_embedding.mlp.2.weight"].abs().max()) == 0
     assert max(float(p.abs().max()) for name, p in found.items() if "lora_B" in name) > 0
@@ -117,11 +120,12 @@ def test_it_is_measured_on_sequences_that_it_has_not_learned_from(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where both are the model's own samples, and however many processes share the drawing of them out."""
-    seen: dict[str, list] = {"fit": [], "heldout": []}
+    seen: dict[str, list] = {"fit": [], "heldout": [], "seeds": []}
     losses, measure = adapt.losses_of_batch, adapt.measure
 
     def noted(student: Any, teacher: Any, process: Any, x_0: torch.Tensor, *more: Any) -> torch.Tensor:
         seen["fit"] += x_0.tolist()
+        seen["seeds"].append(more[-1])
         return losses(student, teacher, process, x_0, *more)
 
     def judged(pipe: Any, name: str, heldout: torch.Tensor, args: Any) -> list:
@@ -135,6 +139,7 @@ def test_it_is_measured_on_sequences_that_it_has_not_learned_from(
     assert len(drawn) == 24 + 4
     assert seen["heldout"] == [drawn[24:]] * 2
     assert all(row in drawn[:24] for row in seen["fit"])
+    assert seen["seeds"] == [adapt.batch_seeds(0, step, 0)[1] for step in range(8)]
 
 
 def test_seeds_of_batches_differ() -> None:

@@ -164,6 +164,13 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     check_push(parser, args)
 
 
+def identity_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that the result depends on: none that the method does not read."""
+    free = {"output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token"}
+    free |= {name for name, (method, _) in ONLY_FOR.items() if method != args.method}
+    return {name: value for name, value in vars(args).items() if name not in free and value is not None}
+
+
 def embedding_of(model: Any, name: str | None) -> tuple[str, int]:
     """Name and width of the module that embeds tokens.
 
@@ -291,11 +298,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     facts = {name: pipe.config.denoiser[name] for name in ("vocab_size", "mask_token_id", "noise_schedule")}
     pipe.scheduler = AncestralScheduler(**facts)
-    identity = {
-        k: v for k, v in vars(args).items() if isinstance(v, str | int | float | list) and not k.startswith("hub")
-    }
-    identity = {k: v for k, v in identity.items() if k not in ("resume_from_checkpoint", "push_to_hub")}
-    identity["num_processes"] = accelerator.num_processes
+    identity = identity_of(args) | {"num_processes": accelerator.num_processes}
     data, heldout = load_data(args, accelerator, pipe, length, identity)
 
     lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "target_modules": args.lora_target_modules}
@@ -335,12 +338,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     before_end(checkpoint)
     progress = tqdm(range(begin, args.max_train_steps), disable=not accelerator.is_main_process)
     for step in progress:
-        seed = 2 * (
-            (args.seed * 1_000_003 + step) * 4096 + accelerator.process_index
-        )  # of the rows; the next: the rest
-        rows = torch.randint(len(data), (args.train_batch_size,), generator=torch.Generator().manual_seed(seed))
+        of_rows, of_noise = batch_seeds(args.seed, step, accelerator.process_index)
+        rows = torch.randint(len(data), (args.train_batch_size,), generator=torch.Generator().manual_seed(of_rows))
         x_0 = data[rows].to(accelerator.device)
-        loss = losses_of_batch(student, teacher, pipe.scheduler.noise_process, x_0, args, seed + 1).mean()
+        loss = losses_of_batch(student, teacher, pipe.scheduler.noise_process, x_0, args, of_noise).mean()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(prepared.parameters(), args.max_grad_norm)
         optimizer.step()
