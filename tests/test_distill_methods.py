@@ -320,10 +320,10 @@ def test_search_keeps_what_its_judge_prefers(finished: Callable[[str], Finished]
     assert (config.order, config.grid, config.unmasking) == ("spread", "learned", "counts")
     for steps, plans in ((2, [[4, 4], [2, 6]]), (4, [[2, 2, 2, 2], [1, 1, 2, 4]])):
         blocks = plain["coefficients"][str(steps)]
-        assert sorted(blocks) == ["counts", "inverse_temperature", "top_p"]
+        assert sorted(blocks) == ["contrast", "counts", "inverse_temperature"]
         assert blocks["counts"] in plans
-        assert len(set(blocks["top_p"])) == 1
-        assert 0.5 <= blocks["top_p"][0] < 1
+        assert len(set(blocks["contrast"])) == 1
+        assert 0 <= blocks["contrast"][0] <= 1
         logs = torch.tensor(blocks["inverse_temperature"]).log()
         torch.testing.assert_close(logs, torch.linspace(float(logs[0]), float(logs[-1]), steps), atol=1e-6, rtol=0)
     metrics, folder = finished("search grid")

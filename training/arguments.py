@@ -29,7 +29,7 @@ ONLY_FOR: dict[str, dict[str, Any]] = {  # who reads an argument, and what it is
     "unbiased": {"jys": False},
     "unmasking": dict.fromkeys(("jys", "beta"), "counts"),
     "order": dict.fromkeys(("marginal", "search"), "spread") | dict.fromkeys(("jys", "beta", "optimal_grid"), "random"),
-    "blocks": {"search": ["temperature_line", "top_p"]},
+    "blocks": {"search": ["contrast", "temperature_line"]},
     "plan": {"search": "best"},
     "buckets": {"marginal": 128},
     "block_length": {"learn2pd": None},
@@ -94,8 +94,9 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         choices=FLOATS,
         nargs="+",
         default=None,
-        help="search: what it is over: an inverse temperature a step, or those of the first and last, a top-p, a and b of a "
-        "Beta grid, a and b of a gate, a strength of remasking; temperature_line and top_p. Fewer than 20 floats.",
+        help="search: what it is over: a contrast (context against what is likely anyway), an inverse temperature a step, or "
+        "those of the first and last, a top-p, a and b of a Beta grid, a and b of a gate, a strength of remasking. Fewer than "
+        "20 floats; contrast and temperature_line where it is not given.",
     )
     parser.add_argument(
         "--plan",

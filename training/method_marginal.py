@@ -28,7 +28,7 @@ from discrete_schedulers.training.marginal import (
 from discrete_schedulers.training.ordered_grid import doubling_counts, equal_counts
 from discrete_schedulers.training.run import BETA_RANGE, CHOSEN, PATHS, SEARCHED, Run, absorbing, sample
 from discrete_schedulers.training.search import evolve, judged
-from discrete_schedulers.training.temperatures import Rolled, descend_temperatures, roll, text_features
+from discrete_schedulers.training.temperatures import Rolled, descend_temperatures, roll, text_features, token_prior
 
 CANDIDATES = 10  # how many iterates, or centres of the search, are judged, evenly, beside the start
 JUDGE_BUCKETS = 8  # tokens and pairs in the statistic that judges: it needs more samples than features
@@ -100,7 +100,9 @@ def kept_floats(
 
 def shared_features(run: Run, buckets: int) -> Features:
     """`text_features`, of which every process works out its share."""
-    own = text_features(run.pipe.denoiser, buckets, run.args.train_batch_size)
+    denoiser = run.pipe.denoiser
+    prior = token_prior(denoiser, run.length, run.accelerator.device)
+    own = text_features(denoiser, prior, buckets, run.args.train_batch_size)
 
     def features(x: Tensor) -> Tensor:
         share = run.share(len(x))
@@ -115,6 +117,8 @@ def search(run: Run) -> DiscreteScheduler:
     args = run.args
     grid = "learned" if "grid" in args.blocks or args.plan != "even" else "uniform"
     settings = {"order": args.order, "grid": grid, "unmasking": "counts"}
+    if "contrast" in args.blocks:
+        settings["token_prior"] = token_prior(run.pipe.denoiser, run.length, run.accelerator.device)
     process = absorbing(AncestralScheduler.from_config(run.base))
 
     def learn(steps: int) -> dict[str, list[float]]:
@@ -176,7 +180,7 @@ class Floats(NamedTuple):
     Args:
         per_step (`bool`): Whether there is one for each step; else there are `number` for a budget.
         number (`int`): How many.
-        start (`float`): Where the search begins; they change nothing there, but for top-p.
+        start (`float`): Where the search begins; they change nothing there, but for contrast and top-p.
         bounds (`tuple[float, float]`): Where they may lie.
     """
 
@@ -190,6 +194,7 @@ class Floats(NamedTuple):
 
 
 FLOATS = {
+    "contrast": Floats(False, 1, 0.2, (0.0, 1.0)),  # the same in every step
     "inverse_temperature": Floats(True, 1, 0.0, (math.log(0.2), math.log(5.0))),  # their logarithms
     "temperature_line": Floats(
         False, 2, 0.0, (-0.5, 1.0)
@@ -217,6 +222,8 @@ def blocks_of(process: AbsorbingProcess, floats: Coefficients, steps: int) -> di
     if "temperature_line" in floats:
         first, last = floats["temperature_line"].tolist()
         blocks["inverse_temperature"] = torch.linspace(first, last, steps, dtype=torch.float64).exp().tolist()
+    if "contrast" in floats:
+        blocks["contrast"] = floats["contrast"].tolist() * steps
     if "top_p" in floats:
         blocks["top_p"] = (1 - floats["top_p"].exp()).tolist() * steps
     if "counts" in floats:

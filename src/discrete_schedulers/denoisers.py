@@ -186,10 +186,15 @@ class NetworkDenoiser:
         Raises:
             ValueError: If there is none.
         """
-        found = [full for full, _ in self.model.named_modules() if f".{full}".endswith(f".{name}")]
-        if not found:
-            raise ValueError(f"`head` is {name!r}; {type(self.model).__name__} has no submodule of this name")
-        return min(found, key=lambda full: full.count("."))
+        try:
+            self.model.get_submodule(name)
+        except AttributeError as error:
+            found = [full for full, _ in self.model.named_modules() if full.endswith(f".{name}")]
+            if not found:
+                network = type(self.model).__name__
+                raise ValueError(f"`head` is {name!r}; {network} has no submodule of this name") from error
+            return min(found, key=lambda full: full.count("."))
+        return name
 
     def check_attention(self) -> None:
         """Raises `ValueError` if what is said of the attention contradicts itself or the rest."""

@@ -94,6 +94,7 @@ BLOCKS = (  # all learned blocks of all schedulers: another one is of a newer ve
         "events",
         "scale",
         "rate",
+        "contrast",
         "inverse_temperature",
         "top_p",
         "gate_a",
