@@ -34,7 +34,7 @@ from discrete_schedulers.training import adapt, distill, pretrain, pretrain_imag
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("FAULT_KILLS", "2"))
 ALL = "FAULT_KILLS" in os.environ
-DISTILL = ["--num_inference_steps", "2", "4", "--teacher_steps", "32", "--num_samples", "13", "--num_eval_samples", "8"]
+DISTILL = ["--num_inference_steps", "2", "4", "--num_samples", "13", "--num_eval_samples", "8"]
 MARGINAL = ["--method", "marginal", "--num_samples", "24", "--num_epochs", "3", "--buckets", "4"]
 ORDER = ["--method", "order", "--num_samples", "16", "--num_epochs", "12"]
 DIGITS = ["--patch_size", "7", "--max_train_steps", "40", "--checkpointing_steps", "8"]
@@ -115,7 +115,9 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Scri
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(write_digits(work / "digits"))
         yield {
-            "lsd": Script(distill.main, [*model, *DISTILL, "--objective", "l2"], again, learned),
+            "lsd": Script(
+                distill.main, [*model, *DISTILL, "--objective", "l2", "--teacher_steps", "32"], again, learned
+            ),
             "marginal": Script(distill.main, [*model, *DISTILL, *MARGINAL, *texts], again, learned),
             "order": Script(distill.main, [*model, *DISTILL, *ORDER, *texts], again, learned),
             "optimal_grid": Script(
