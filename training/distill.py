@@ -17,8 +17,9 @@ model's own samples:
     learn2pd        a filter that says which predictions are final: fewer calls than steps
 
 The folder then holds scheduler_config.json, metrics.json, plot.png, coefficients.png and README.md; `--push_to_hub` uploads
-these in one commit. Every random number is a function of (seed, sample index), so the coefficients do not depend on the
-number of processes, and a run that was killed goes on with `--resume_from_checkpoint latest`.
+these in one commit. Every random number is a function of (seed, sample index), so neither coefficients nor the
+numbers of the report depend on the number of processes, which share all work of the network. A run that was
+killed goes on with `--resume_from_checkpoint latest`.
 
 On CPUs, two processes: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 training/distill.py ...`
 """
@@ -57,10 +58,10 @@ from discrete_schedulers.training.hub import (
     without_tokens,
     write_card,
 )
-from discrete_schedulers.training.measuring import measure
+from discrete_schedulers.training.measuring import draw_samples, heldout_bound, row_of
 from discrete_schedulers.training.methods import FITS_ON_DATA, METHODS, check_data, check_length
 from discrete_schedulers.training.pictures import write_coefficients_plot, write_plot
-from discrete_schedulers.training.run import DATA, Run, sample
+from discrete_schedulers.training.run import DATA, Run
 from discrete_schedulers.training.signals import before_end, ends_at_sigterm, stop_if_asked
 
 
@@ -104,6 +105,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     accelerator.wait_for_everyone()
     run.add_seconds("learning")
+    measure(run, scheduler, texts, heldout)
     metrics = report(run, scheduler, texts, heldout, command(argv, run)) if accelerator.is_main_process else {}
     accelerator.end_training()
     return metrics
@@ -198,8 +200,7 @@ def draw_data(run: Run) -> Tensor:
     args, pipe = run.args, run.pipe
     if "samples" not in run.tensors:
         pipe.scheduler = AncestralScheduler.from_config(run.base, unmasking="counts", order="random")
-        both = range(args.num_samples + args.num_eval_samples)
-        run.tensors["samples"] = sample(pipe, DATA, both, run.length, run.length, args).cpu()
+        run.tensors["samples"], _ = run.samples(DATA, args.num_samples + args.num_eval_samples, run.length)
         run.save(None)
     samples = run.tensors["samples"].to(run.accelerator.device)
     run.fit, heldout = samples.split([args.num_samples, args.num_eval_samples])
@@ -242,31 +243,35 @@ def command(argv: list[str] | None, run: Run) -> str:
     return without_token(shlex.join([*launch, "training/distill.py", *given]), run.args.hub_token)
 
 
-def report(
-    run: Run, scheduler: DiscreteScheduler, texts: Texts | None, heldout: Tensor, command: str
-) -> dict[str, Any]:
-    """Measure the scheduler beside the same model's plain samplers, write everything down, and push it. On one process."""
+def measure(run: Run, scheduler: DiscreteScheduler, texts: Texts | None, heldout: Tensor) -> None:
+    """Measure the scheduler beside the same model's plain samplers: all processes draw, the main one fills the table."""
     args, state, accelerator = run.args, run.state, run.accelerator
-    if accelerator.num_processes > 1:  # the others have ended: this one decides alone
-        run.pipe.model.register_forward_pre_hook(lambda *_: stop_if_asked())
-    judge = NgramJudge(texts.judge) if texts is not None else None
+    judge = NgramJudge(texts.judge) if texts is not None and accelerator.is_main_process else None
+    temperatures = args.eval_temperatures if texts is not None else []
     samplers = {
         "bernoulli": AncestralScheduler.from_config(run.base, unmasking="bernoulli", order="random"),
         "counts": AncestralScheduler.from_config(run.base, unmasking="counts", order="random"),
         "counts, spread": AncestralScheduler.from_config(run.base, unmasking="counts", order="spread"),
         args.method: scheduler,
     }
-    measured = {(row["sampler"], row["steps"]) for row in state["table"]}
-    wanted = [(name, steps) for steps in args.num_inference_steps for name in samplers]
+    measured = {(row["sampler"], row["steps"]) for row in state["table"]}  # the same on all processes
+    wanted = [(name, steps) for steps in args.num_inference_steps for name in samplers if (name, steps) not in measured]
     for name, steps in tqdm(wanted, desc="measuring"):
-        if (name, steps) in measured:
-            continue
-        row = measure(run.pipe, name, samplers[name], steps, heldout, judge, args)
-        state["table"].append(row)
-        run.add_seconds("measuring")
-        save_checkpoint(args, state, run.tensors, scheduler)
-        accelerator.log({f"{name}/{key}": row[key] for key in row if key not in ("sampler", "steps")}, step=steps)
+        bound = heldout_bound(run, samplers[name], steps, heldout)
+        drawn = draw_samples(run, samplers[name], steps, temperatures)
+        if accelerator.is_main_process:
+            row = row_of(run.pipe, bound, drawn, heldout, judge, args.seed)
+            state["table"].append({"sampler": name, "steps": steps} | row)
+            run.add_seconds("measuring")
+            save_checkpoint(args, state, run.tensors, scheduler)
+            accelerator.log({f"{name}/{key}": value for key, value in row.items()}, step=steps)
 
+
+def report(
+    run: Run, scheduler: DiscreteScheduler, texts: Texts | None, heldout: Tensor, command: str
+) -> dict[str, Any]:
+    """Write everything down, and push it. On the main process alone."""
+    args, state, accelerator = run.args, run.state, run.accelerator
     before_end(None)
     arguments = {k: v for k, v in identity(args).items() if k not in ("pretrained_model_name_or_path", "revision")}
     metrics = {
