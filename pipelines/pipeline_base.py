@@ -99,6 +99,12 @@ def as_dtype(dtype: Any) -> torch.dtype | None:
     raise ValueError(f"`torch_dtype` is {dtype!r}; allowed: torch.float32, torch.bfloat16, torch.float16, ..., or None")
 
 
+def with_dtypes(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` with the dtypes that are named in them: diffusers would take float32 for a name."""
+    named = {key: as_dtype(arguments[key]) for key in ("torch_dtype", "dtype") if isinstance(arguments.get(key), str)}
+    return arguments | named
+
+
 def check_index(cls: type[DiffusionPipeline], name: str, index: Path, given: Mapping[str, Any]) -> None:
     """Raises `ValueError` if a model_index.json is not one of this pipeline: before anything it names is loaded or imported.
 
@@ -124,6 +130,8 @@ def check_index(cls: type[DiffusionPipeline], name: str, index: Path, given: Map
             )
         if value == [None, None] and key in cls._optional_components:
             continue
+        if value == [None, None]:
+            raise ValueError(f"{index} has no {key!r}: diffusers could not save it with the pipeline; pass `{key}=...`")
         library = value[0].partition(".")[0] if is_part else None
         is_foreign = library not in sys.modules or library in sys.stdlib_module_names
         if not is_part or (library not in LIBRARIES and is_foreign):
