@@ -29,6 +29,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
+from discrete_schedulers.guidance import GuidanceScale
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
 from discrete_schedulers.models import DDiTModel, HollowTransformerModel, LatentModel
 from discrete_schedulers.models.diffusion_gemma import PromptAndCanvas, canvas_length
@@ -312,6 +313,17 @@ class DiscretePipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Number of steps of the last call."""
         return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> GuidanceScale:
+        """That of the last call; a callback changes it by `pipe._guidance_scale`, in a call of a text pipeline that began with
+        guidance."""
+        return self._guidance_scale
+
+    def guidance_at(self, t: float) -> float:
+        """The scale of the call at time t, as a callback has left it."""
+        scale = self._guidance_scale
+        return scale(t) if callable(scale) else scale
 
     def denoise(
         self,

@@ -119,7 +119,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
     ```
 
     Raises:
-        ValueError: If the scheduler is not one of this library.
+        ValueError: If the scheduler is not one of this library; diffusers' go in as [`ForeignScheduler`].
     """
 
     model_cpu_offload_seq = "model"
@@ -158,7 +158,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder written by `save_pretrained`, a Hub id, or the bundled
-                id `"discrete-schedulers/tiny-text"`, which needs no network.
+                ids `"discrete-schedulers/tiny-text"` and `"discrete-schedulers/tiny-molecule"`, which need no network.
             family (`str`, *optional*): The family of the weights, where the repository does not show it.
             mask_token_id (`int`, *optional*): The mask's id, instead of the family's.
             shift (`int`, *optional*): 1 where logits at i - 1 predict position i, instead of the family's.
@@ -564,13 +564,16 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         conditions = {name: batch(value) for name, value in conditions.items()}
         if canvas_length(self.model) is not None:
             conditions["row_ids"] = torch.arange(len(samples.known), device=self._execution_device)
-        denoiser: Denoiser = GuidedDenoiser(
+        denoiser = GuidedDenoiser(
             self.denoiser_of_a_run(use_cache and not is_guided, samples),
             guidance_scale,
             conditions,
             {name: batch(value) for name, value in negative.items()},
             None if ids is None else batch(ids),
         )
+        self._guidance_scale = guidance_scale
+        if is_guided:
+            denoiser.guidance_scale = self.guidance_at  # asked in each step: a callback may change it
         return denoiser if logits_processor is None else ProcessedDenoiser(denoiser, logits_processor)
 
     def prepare_padding(self, frame: Frame) -> dict[str, Tensor]:

@@ -58,6 +58,13 @@ GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
+def refuse_texts(name: str, index: dict[str, Any]) -> None:
+    """Raises `ValueError` if this model_index.json is of a pipeline for texts."""
+    kind = index.get("_class_name")
+    if kind == "DiscreteDiffusionPipeline":
+        raise ValueError(f"{name!r} is of {kind}, for texts: load it with {kind}.from_pretrained")
+
+
 @dataclass
 class DiscreteImagePipelineOutput(BaseOutput):
     """Output of [`DiscreteImagePipeline`].
@@ -164,6 +171,7 @@ class DiscreteImagePipeline(DiscretePipeline):
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             index = first_file(name, ("model_index.json",), hub)
             held = {} if index is None else read_config(index)
+            refuse_texts(name, held)
             if held.get("_class_name") not in (cls.__name__, "DiscreteImagePipeline"):
                 return cls.from_published(name, held, weight_name, **kwargs)
             assert index is not None
@@ -171,6 +179,7 @@ class DiscreteImagePipeline(DiscretePipeline):
             with named_json_errors(name):
                 return super().from_pretrained(name, **kwargs)
         with bundled_folder(name) as folder:
+            refuse_texts(name, read_config(Path(folder) / "model_index.json"))
             pipe = super().from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=name)
         return pipe
@@ -313,11 +322,6 @@ class DiscreteImagePipeline(DiscretePipeline):
         self.maybe_free_model_hooks()
         output = DiscreteImagePipelineOutput(images, latents, num_model_calls)
         return output if return_dict else (output.images, output.sequences, output.num_model_calls)
-
-    @property
-    def guidance_scale(self) -> float:
-        """That of the last call; a callback changes it by `pipe._guidance_scale`."""
-        return self._guidance_scale
 
     def check_inputs(
         self,

@@ -181,7 +181,7 @@ CASES = [
         {"process": "uniform", "noise_schedule": "cosine", "scale": "log_score", "coefficients": SCALE},
     ),
     SchedulerCase("learned-counts", LearnedScheduler, {"grid": "learned", "coefficients": COUNTS}),
-    SchedulerCase("learned-contrast", LearnedScheduler, {"order": "spread", "coefficients": CONTRAST}),
+    SchedulerCase("learned-contrast", LearnedScheduler, {"unmasking": "bernoulli", "coefficients": CONTRAST}),
     SchedulerCase("learned-gate", LearnedScheduler, {"unmasking": "bernoulli", "coefficients": GATED}),
     SchedulerCase(
         "learned-uniform",

@@ -157,11 +157,7 @@ class NetworkDenoiser:
         if self.process == "uniform" and self.revealed_logits != "none":
             raise ValueError(f"`revealed_logits={self.revealed_logits!r}` is for the absorbing process")
         if self.head is not None:
-            try:
-                self.model.get_submodule(self.head)
-            except AttributeError as error:
-                name = type(self.model).__name__
-                raise ValueError(f"`head` is {self.head!r}; {name} has no submodule of this name") from error
+            self.head = self.find_head(self.head)
         if self.head is not None and self.split_head:
             raise ValueError(
                 "`head` and `split_head` cannot both be given: the network splits its head itself, or is made to"
@@ -183,6 +179,22 @@ class NetworkDenoiser:
             raise ValueError(
                 f"`suppress_token_ids` and `frozen_token_ids` must lie in [0, {self.vocab_size}), got {ids}"
             )
+
+    def find_head(self, name: str) -> str:
+        """The full name of a submodule, also of a network inside another one: an adapter, or data parallelism.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        try:
+            self.model.get_submodule(name)
+        except AttributeError as error:
+            found = [full for full, _ in self.model.named_modules() if full.endswith(f".{name}")]
+            if not found:
+                network = type(self.model).__name__
+                raise ValueError(f"`head` is {name!r}; {network} has no submodule of this name") from error
+            return min(found, key=lambda full: full.count("."))
+        return name
 
     def check_attention(self) -> None:
         """Raises `ValueError` if what is said of the attention contradicts itself or the rest."""
