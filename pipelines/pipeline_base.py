@@ -187,24 +187,20 @@ def class_ids(class_labels: Any) -> Tensor:
         ) from error
 
 
-def returned_latents(returned: Any, latents: Tensor, vocab_size: int) -> Tensor:
-    """The tokens that a callback returned, or those that there were.
+def returned_latents(returned: Any, latents: Tensor) -> Tensor:
+    """What a callback returned for latents, or those that there were.
 
     Raises:
-        ValueError: If it did not return a dictionary, or other tokens than those of this run.
+        ValueError: If it did not return a dictionary, or latents of another shape.
     """
     if not isinstance(returned, dict):
         raise ValueError(
             f"`callback_on_step_end` returned {returned!r}; it must return a dict: the one it got, or {{}}"
         )
     new = returned.pop("latents", latents)
-    if new is not latents:
-        check_tokens("latents", new, vocab_size)
-        if new.shape != latents.shape:
-            shapes = tuple(new.shape), tuple(latents.shape)
-            raise ValueError(
-                f"`callback_on_step_end` returned latents of shape {shapes[0]}; they must keep {shapes[1]}"
-            )
+    if not isinstance(new, Tensor) or new.shape != latents.shape:
+        found = f"of shape {tuple(new.shape)}" if isinstance(new, Tensor) else repr(new)
+        raise ValueError(f"`callback_on_step_end` returned latents {found}; they must keep {tuple(latents.shape)}")
     return new
 
 
@@ -366,7 +362,8 @@ class DiscretePipeline(DiffusionPipeline):
                     for name in tensor_inputs or self._callback_tensor_inputs:
                         callback_kwargs[name] = locals()[name]
                     returned = callback_on_step_end(self, i, t, callback_kwargs)
-                    latents = returned_latents(returned, latents, denoiser.vocab_size)
+                    latents = returned_latents(returned, latents)
+                    check_tokens("latents", latents, denoiser.vocab_size)
                 progress_bar.update()
         return latents, num_model_calls
 
