@@ -6,6 +6,7 @@ the loopback Hub.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -16,11 +17,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import torch
 from hub import LoopbackHub
@@ -28,6 +32,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from scipy.optimize import minimize_scalar
 from tiny import MASK, WORDS, tiny_model, tiny_pipeline
+from torch import Tensor
 
 from discrete_schedulers import (
     AncestralScheduler,
@@ -45,6 +50,7 @@ from discrete_schedulers.information import schedule_gain
 from discrete_schedulers.training import data, distill
 from discrete_schedulers.training.hub import Facts, write_card
 from discrete_schedulers.training.objectives import CoupledRoll, draw_noise, perturbed_start
+from discrete_schedulers.training.run import Run
 
 ROOT = Path(__file__).parents[1]
 LENGTH, BUDGETS, SAMPLES = 8, [2, 4], 13
@@ -368,9 +374,9 @@ def test_evaluations_are_counted(work: Path, tmp_path: Path, monkeypatch: pytest
     )
     measure, before_measuring = distill.measure, []
 
-    def measure_later(*args: Any) -> dict[str, Any]:
+    def measure_later(*args: Any) -> None:
         before_measuring.append(sum(rows))
-        return measure(*args)
+        measure(*args)
 
     monkeypatch.setattr(distill, "measure", measure_later)
     texts = ["--train_file", str(work / "texts.txt")] if name.endswith("text") else []
@@ -693,12 +699,104 @@ def test_number_of_processes(finished: Callable, work: Path, tmp_path: Path, nam
     launched = json.loads((tmp_path / "metrics.json").read_text())
     assert flat(launched["coefficients"]) == pytest.approx(flat(metrics["coefficients"]), abs=1e-6)
     assert launched["sequence_evaluations"] == metrics["sequence_evaluations"]
+    assert_same_table(launched["table"], metrics["table"])
     if name.startswith("optimal"):
         curves = [
             json.loads((run / "scheduler_config.json").read_text())["information_curve"] for run in (folder, tmp_path)
         ]
         assert curves[0] == pytest.approx(curves[1], abs=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir() if "checkpoint" not in path.name) == FINISHED
+
+
+def assert_same_table(table: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    """Rows with the same numbers: another token in any sample would change them more."""
+    for row, same in zip(table, other, strict=True):
+        numbers, expected = ({k: v for k, v in one.items() if isinstance(v, float)} for one in (row, same))
+        assert numbers == pytest.approx(expected, rel=1e-6)
+        assert row == same | numbers  # names, and what was not measured
+
+
+def measured_rows(argv: list[str]) -> None:
+    """`distill.main`, with a file beside its folder that says how many sequences this process measured with."""
+    rows: list[int] = []
+    measure, folder = distill.measure, Path(argv[argv.index("--output_dir") + 1])
+
+    def count(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows.append(len(inputs[0]) if isinstance(module, DDiTModel) else 0)
+
+    def counting(*args: Any) -> None:
+        torch.nn.modules.module.register_module_forward_pre_hook(count)
+        measure(*args)
+
+    distill.measure = counting  # of a forked process
+    distill.main(argv)
+    (folder.parent / f"rows-{os.environ.get('RANK', 'alone')}").write_text(str(sum(rows)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lsd l2", "optimal_grid text"])
+def test_processes_share_what_is_measured(work: Path, tmp_path: Path, name: str) -> None:
+    """Each has about half of the calls, and the numbers are those of one process; where no coefficients are in it, which may
+    differ in their last digits, all that is made of samples is the same bit for bit."""
+    texts = ["--train_file", str(work / "texts.txt")] if name.endswith("text") else []
+    tables = []
+    for start in (faults.run, faults.run_two):
+        folder = tmp_path / start.__name__ / "out"
+        given = [*arguments(work, folder), *METHODS[name], *texts, "--train_batch_size", "3"]
+        ended = start(measured_rows, given, folder)
+        assert ended.code == 0, ended.printed
+        tables.append(json.loads((folder / "metrics.json").read_text())["table"])
+    assert_same_table(*tables)
+    plain = [[row | {"nll": 0} for row in table if row["sampler"] != name.split()[0]] for table in tables]
+    assert plain[0] == plain[1]
+    assert len(plain[0]) == 6
+    whole = int((tmp_path / "run" / "rows-alone").read_text())
+    halves = [int((tmp_path / "run_two" / f"rows-{rank}").read_text()) for rank in (0, 1)]
+    assert sum(halves) == whole > 0
+    assert max(halves) < 0.7 * whole
+
+
+class Together:
+    """Processes played by threads: what `Run` asks of an accelerator."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, number: int, everyone: list[Any], barrier: threading.Barrier) -> None:
+        self.process_index, self.num_processes, self.everyone, self.barrier = number, len(everyone), everyone, barrier
+
+    def gather(self, x: Tensor) -> Tensor:
+        self.everyone[self.process_index] = x
+        self.barrier.wait()
+        found = torch.cat(self.everyone)
+        self.barrier.wait()
+        return found
+
+    def reduce(self, x: Tensor, reduction: str) -> Tensor:
+        return self.gather(x[None]).sum(0)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize(("count", "size"), [(1, 4), (4, 4), (7, 3), (10, 16), (13, 2)])
+def test_batches_go_round_the_processes(processes: int, count: int, size: int) -> None:
+    """The result is that of one process, for processes without a batch too, and no batch is worked on twice."""
+    asked: list[list[int]] = []
+
+    def work(part: range) -> Tensor:
+        asked.append(list(part))
+        return torch.tensor([[i, len(part)] for i in part])
+
+    def live(number: int) -> Tensor:
+        args = argparse.Namespace(train_batch_size=size)
+        own = Run(args, Together(number, everyone, barrier), None, {}, 1, None, {}, {}, None, {})
+        return own.by_batches(count, work, torch.empty(0, 2, dtype=torch.int64))
+
+    everyone, barrier = [None] * processes, threading.Barrier(processes, timeout=60)
+    with ThreadPoolExecutor(processes) as pool:
+        found = list(pool.map(live, range(processes)))
+    batches = data.batches(count, size)
+    expected = torch.tensor([[i, len(part)] for part in batches for i in part])
+    assert all(torch.equal(one, expected) for one in found)
+    assert sorted(asked) == [list(part) for part in batches]
 
 
 def written(folder: Path) -> int:

@@ -120,8 +120,12 @@ def pack(texts: list[str], tokenizer: Any, length: int, limit: int) -> Tensor:
 
 
 def generators(seed: int, purpose: int, indices: range) -> list[torch.Generator]:
-    """One for each sample, a function of (seed, purpose, index) alone. Purpose 0 is the shared noise of `draw_noise`."""
-    return [torch.Generator().manual_seed((seed + purpose) * 1_000_003 + index) for index in indices]
+    """One for each sample, a function of (seed, purpose, index) alone. Purpose 0 is the shared noise of `draw_noise`.
+
+    torch reads 32 bits of a seed: the multiples of the golden section keep purposes apart there, also of neighbouring seeds.
+    """
+    first = seed * 1_000_003 + purpose * 2_654_435_761
+    return [torch.Generator().manual_seed(first + index) for index in indices]
 
 
 def batches(count: int, size: int) -> list[range]:

@@ -17,9 +17,10 @@ model's own samples:
     learn2pd        a filter that says which predictions are final: fewer calls than steps
 
 The folder then holds scheduler_config.json, metrics.json, plot.png, coefficients.png and README.md; `--push_to_hub` uploads
-these in one commit. Every random number is a function of (seed, sample index), so the coefficients do not depend on the
-number of processes, and a run that was killed goes on with `--resume_from_checkpoint latest`. SIGTERM ends it with a
-checkpoint; `accelerate launch` hands it on to several processes, but not to a single one: send it to the process group then.
+these in one commit. Every random number is a function of (seed, sample index), so neither coefficients nor the numbers of
+the report depend on the number of processes, which share all work of the network. A run that was killed goes on with
+`--resume_from_checkpoint latest`. SIGTERM ends it with a checkpoint; `accelerate launch` hands it on to several processes, but
+not to a single one: send it to the process group then.
 
 On CPUs, two processes: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 training/distill.py ...`
 """
@@ -58,10 +59,10 @@ from discrete_schedulers.training.hub import (
     without_tokens,
     write_card,
 )
-from discrete_schedulers.training.measuring import measure
+from discrete_schedulers.training.measuring import draw_samples, heldout_bound, row_of
 from discrete_schedulers.training.methods import FITS_ON_DATA, METHODS, check_data, check_length
 from discrete_schedulers.training.pictures import write_coefficients_plot, write_plot
-from discrete_schedulers.training.run import DATA, Run, sample
+from discrete_schedulers.training.run import DATA, Run
 from discrete_schedulers.training.signals import before_end, ends_at_sigterm, stop_if_asked
 
 
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     accelerator.wait_for_everyone()
     run.add_seconds("learning")
+    measure(run, scheduler, texts, heldout)
     metrics = report(run, scheduler, texts, heldout, command(argv, run)) if accelerator.is_main_process else {}
     accelerator.end_training()
     return metrics
@@ -184,27 +186,16 @@ def draw_data(run: Run) -> Tensor:
     args = run.args
     sizes = [args.num_samples if args.method in FITS_ON_DATA else 0, args.num_eval_samples]
     if "samples" not in run.tensors:
+        run.pipe.scheduler = AncestralScheduler.from_config(run.base, unmasking="counts", order="random")
         stop_counting = run.count_calls()
-        fit = draw_samples(run, range(sizes[0]))
+        fit, _ = run.samples(DATA, range(sizes[0]), run.length)
         stop_counting()
         run.add_evaluations()
-        run.tensors["samples"] = torch.cat(
-            [fit, draw_samples(run, range(args.num_samples, args.num_samples + sizes[1]))]
-        )
+        others, _ = run.samples(DATA, range(args.num_samples, args.num_samples + sizes[1]), run.length)
+        run.tensors["samples"] = torch.cat([fit, others])
         run.save(None)
     run.fit, heldout = run.tensors["samples"].to(run.accelerator.device).split(sizes)
     return heldout
-
-
-def draw_samples(run: Run, numbers: range) -> Tensor:
-    """The model's samples with these numbers, int64 (n, L), on the CPU; each process draws its share."""
-    if not numbers:
-        return torch.empty(0, run.length, dtype=torch.int64)
-    run.pipe.scheduler = AncestralScheduler.from_config(run.base, unmasking="counts", order="random")
-    count = max(len(numbers), run.accelerator.num_processes)  # no share is empty
-    share = run.share(count)
-    own = range(numbers.start + share.start, numbers.start + share.stop, share.step)
-    return run.gather(sample(run.pipe, DATA, own, run.length, run.length, run.args), count)[: len(numbers)]
 
 
 def listen_to_sigterm(run: Run) -> None:
@@ -243,31 +234,35 @@ def command(argv: list[str] | None, run: Run) -> str:
     return without_token(shlex.join([*launch, "training/distill.py", *given]), run.args.hub_token)
 
 
-def report(
-    run: Run, scheduler: DiscreteScheduler, texts: Texts | None, heldout: Tensor, command: str
-) -> dict[str, Any]:
-    """Measure the scheduler beside the same model's plain samplers, write everything down, and push it. On one process."""
+def measure(run: Run, scheduler: DiscreteScheduler, texts: Texts | None, heldout: Tensor) -> None:
+    """Measure the scheduler beside the same model's plain samplers: all processes draw, the main one fills the table."""
     args, state, accelerator = run.args, run.state, run.accelerator
-    if accelerator.num_processes > 1:  # the others have ended: this one decides alone
-        run.pipe.model.register_forward_pre_hook(lambda *_: stop_if_asked())
-    judge = NgramJudge(texts.judge) if texts is not None else None
+    judge = NgramJudge(texts.judge) if texts is not None and accelerator.is_main_process else None
+    temperatures = args.eval_temperatures if texts is not None else []
     samplers = {
         "bernoulli": AncestralScheduler.from_config(run.base, unmasking="bernoulli", order="random"),
         "counts": AncestralScheduler.from_config(run.base, unmasking="counts", order="random"),
         "counts, spread": AncestralScheduler.from_config(run.base, unmasking="counts", order="spread"),
         args.method: scheduler,
     }
-    measured = {(row["sampler"], row["steps"]) for row in state["table"]}
-    wanted = [(name, steps) for steps in args.num_inference_steps for name in samplers]
+    measured = {(row["sampler"], row["steps"]) for row in state["table"]}  # the same on all processes
+    wanted = [(name, steps) for steps in args.num_inference_steps for name in samplers if (name, steps) not in measured]
     for name, steps in tqdm(wanted, desc="measuring"):
-        if (name, steps) in measured:
-            continue
-        row = measure(run.pipe, name, samplers[name], steps, heldout, judge, args)
-        state["table"].append(row)
-        run.add_seconds("measuring")
-        save_checkpoint(args, state, run.tensors, scheduler)
-        accelerator.log({f"{name}/{key}": row[key] for key in row if key not in ("sampler", "steps")}, step=steps)
+        bound = heldout_bound(run, samplers[name], steps, heldout)
+        drawn = draw_samples(run, samplers[name], steps, temperatures)
+        if accelerator.is_main_process:
+            row = row_of(run.pipe, bound, drawn, heldout, judge, args.seed)
+            state["table"].append({"sampler": name, "steps": steps} | row)
+            run.add_seconds("measuring")
+            save_checkpoint(args, state, run.tensors, scheduler)
+            accelerator.log({f"{name}/{key}": value for key, value in row.items()}, step=steps)
 
+
+def report(
+    run: Run, scheduler: DiscreteScheduler, texts: Texts | None, heldout: Tensor, command: str
+) -> dict[str, Any]:
+    """Write everything down, and push it. On the main process alone."""
+    args, state, accelerator = run.args, run.state, run.accelerator
     before_end(None)
     arguments = {k: v for k, v in identity(args).items() if k not in ("pretrained_model_name_or_path", "revision")}
     metrics = {
