@@ -688,7 +688,7 @@ def launch(given: list[str], processes: int, cwd: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "processes"),
-    [("lsd l2", 1), ("lsd l2", 2), ("lsd softmax", 2), ("optimal_grid", 2), ("marginal text", 2)],
+    [("lsd l2", 1), ("lsd l2", 2), ("lsd softmax", 2), ("lsd text", 2), ("optimal_grid", 2), ("marginal text", 2)],
 )
 def test_number_of_processes(finished: Callable, work: Path, tmp_path: Path, name: str, processes: int) -> None:
     metrics, folder = finished(name)
