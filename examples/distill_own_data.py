@@ -23,7 +23,7 @@ import discrete_schedulers
 from discrete_schedulers import DiscreteDiffusionPipeline, DiscreteScheduler
 from discrete_schedulers.training import distill
 
-SMALL = ["--num_samples", "32", "--num_epochs", "40", "--num_eval_samples", "16", "--eval_temperatures", "0.8", "1.0"]
+SMALL = ["--num_samples", "32", "--num_eval_samples", "16", "--eval_temperatures", "0.8", "1.0"]
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> dict:
         given += ["--train_file", str(args.train_file)]
     else:
         given += ["--train_file", str(write_stand_in(args.output_dir)), *SMALL]
+        given += ["--num_epochs", "40"] if args.method == "order" else []
 
     # 2. Learn, measure, write the card; with --push_to_hub upload it. A killed run goes on where it was
     given += ["--method", args.method, "--num_inference_steps", *map(str, args.num_inference_steps)]

@@ -180,8 +180,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     pipe.set_progress_bar_config(disable=True)
     table = []
     for steps in args.num_inference_steps:
-        generator = torch.Generator().manual_seed(args.seed)
-        x = pipe(args.num_eval_samples, num_inference_steps=steps, generator=generator, output_type="pt").sequences
+        asked = {"num_samples": args.num_eval_samples, "num_inference_steps": steps, "output_type": "pt"}
+        x = pipe(**asked, generator=torch.Generator().manual_seed(args.seed)).sequences
         table.append({"steps": steps} | data.judge(x))
     pipe.save_pretrained(args.output_dir)
     write_text(args.output_dir / "table.json", json.dumps(table, indent=2) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -92,7 +92,20 @@ def learn_temperatures(run: Run, scheduler: LearnedScheduler, prior: list[float]
     show = tqdm(descent, desc=f"{steps} steps", total=args.num_epochs, disable=not accelerator.is_main_process)
     candidates = [torch.zeros(steps, dtype=torch.float64)]
     candidates += [log_beta for n, log_beta in enumerate(show, start=1) if n % every == 0 or n == args.num_epochs]
-    return keep_best(({"log_beta": one} for one in candidates), verdict).coefficients["log_beta"].exp().tolist()
+    return kept_floats(run, steps, ({"log_beta": one} for one in candidates), verdict)["log_beta"].exp().tolist()
+
+
+def kept_floats(
+    run: Run, steps: int, candidates: Iterable[Coefficients], judge: Callable[[Coefficients], Verdict]
+) -> Coefficients:
+    """Those of `keep_best`; says so where no candidate has the entropy that samples should have."""
+    kept = keep_best(candidates, judge)
+    if not kept.admissible:
+        run.accelerator.print(
+            f"{steps} steps: no candidate's samples have 0.99 of the entropy of the data; the nearest, "
+            f"{kept.verdict.entropy_ratio:.3f}, is kept: do not ship it without a look at its samples"
+        )
+    return kept.coefficients
 
 
 def shared_features(run: Run, prior: list[float], buckets: int) -> Features:
@@ -151,7 +164,7 @@ def search(run: Run) -> DiscreteScheduler:
         kept = [start, *centres[every - 1 :: every]]
         if len(centres) % every:
             kept.append(centres[-1])
-        return blocks_of(process, keep_best([one | plan for one in kept], partial(verdict, 1)).coefficients, steps)
+        return blocks_of(process, kept_floats(run, steps, [one | plan for one in kept], partial(verdict, 1)), steps)
 
     return run.each_budget(learn, run.learned(**settings))
 

@@ -345,8 +345,8 @@ class LearnedScheduler(FactorisedScheduler):
             raise ValueError(
                 f"'order' has {len(priorities)} priorities, but `sample` has {sample.shape[1]} positions: they must be equal"
             )
-        by_chance = score.argsort(1).argsort(1) / sample.shape[1]  # in [0, 1)
-        rank = torch.tensor(priorities, device=sample.device).unique(return_inverse=True)[1]  # whole numbers
+        by_chance = score.argsort(1).argsort(1).double() / sample.shape[1]  # in [0, 1)
+        rank = torch.tensor(priorities, dtype=torch.float64, device=sample.device).unique(return_inverse=True)[1]
         return top_subset(is_masked, count, rank + by_chance)
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
