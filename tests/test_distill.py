@@ -6,6 +6,7 @@ the loopback Hub.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -16,11 +17,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import torch
 from hub import LoopbackHub
@@ -28,6 +32,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from scipy.optimize import minimize_scalar
 from tiny import MASK, WORDS, tiny_model, tiny_pipeline
+from torch import Tensor
 
 from discrete_schedulers import (
     AncestralScheduler,
@@ -45,22 +50,24 @@ from discrete_schedulers.information import schedule_gain
 from discrete_schedulers.training import data, distill
 from discrete_schedulers.training.hub import Facts, write_card
 from discrete_schedulers.training.objectives import CoupledRoll, draw_noise, perturbed_start
+from discrete_schedulers.training.run import Run
 
 ROOT = Path(__file__).parents[1]
 LENGTH, BUDGETS, SAMPLES = 8, [2, 4], 13
-SMALL = ["--num_inference_steps", "2", "4", "--teacher_steps", "32", "--num_samples", "13", "--num_eval_samples", "10"]
+SMALL = ["--num_inference_steps", "2", "4", "--num_samples", "13", "--num_eval_samples", "10"]
+TEACHER = ["--teacher_steps", "32"]
 METHODS = {
-    "lsd": [],
-    "lsd l2": ["--objective", "l2"],
-    "lsd softmax": ["--objective", "softmax_kl"],
-    "lsd relaxed": ["--objective", "l2", "--relaxed", "--hamming_share", "0.25"],
-    "lsd sgd": ["--objective", "l2", "--solver", "sgd", "--learning_rate", "0.05"],
-    "lsd log-score sgd": ["--scale", "log_score", "--solver", "sgd", "--num_epochs", "3"],
-    "lsd_plus": ["--method", "lsd_plus"],
-    "lsd_plus repaired": ["--method", "lsd_plus", "--repaired"],
+    "lsd": TEACHER,
+    "lsd l2": [*TEACHER, "--objective", "l2"],
+    "lsd softmax": [*TEACHER, "--objective", "softmax_kl"],
+    "lsd relaxed": [*TEACHER, "--objective", "l2", "--relaxed", "--hamming_share", "0.25"],
+    "lsd sgd": [*TEACHER, "--objective", "l2", "--solver", "sgd", "--learning_rate", "0.05"],
+    "lsd log-score sgd": [*TEACHER, "--scale", "log_score", "--solver", "sgd", "--num_epochs", "3"],
+    "lsd_plus": [*TEACHER, "--method", "lsd_plus"],
+    "lsd_plus repaired": [*TEACHER, "--method", "lsd_plus", "--repaired"],
     "optimal_grid": ["--method", "optimal_grid"],
     "optimal_grid text": ["--method", "optimal_grid"],
-    "lsd text": ["--objective", "l2"],
+    "lsd text": [*TEACHER, "--objective", "l2"],
     "marginal text": ["--method", "marginal", "--num_samples", "24", "--num_epochs", "3", "--buckets", "4"],
 }
 PLOTTED = ["lsd l2", "lsd_plus repaired", "optimal_grid text"]  # drawing takes half of such a small run's time
@@ -219,7 +226,9 @@ def test_metrics(finished: Callable, work: Path, name: str) -> None:
     assert metrics["sequence_evaluations"] > SAMPLES * LENGTH / 2
     told = metrics["arguments"]
     samples = 24 if name.startswith("marginal") else SAMPLES
-    assert (told["teacher_steps"], told["num_samples"], told["seed"]) == (32, samples, 0)
+    assert (told["num_samples"], told["seed"]) == (samples, 0)
+    assert told.get("teacher_steps") == (32 if name.startswith("lsd") else None)
+    assert ("buckets" in told) == name.startswith("marginal")  # what a method does not read is not told
     assert not {"hub_token", "push_to_hub", "output_dir"} & set(told)
 
 
@@ -356,7 +365,7 @@ def test_coefficients_do_not_depend_on_batches(finished: Callable, work: Path, t
 
 
 @pytest.mark.usefixtures("no_plot")
-@pytest.mark.parametrize("name", ["lsd l2", "optimal_grid text", "marginal text"])
+@pytest.mark.parametrize("name", ["lsd l2", "optimal_grid", "marginal text"])
 def test_evaluations_are_counted(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Every sequence that goes through the network until the coefficients are there, and none of those that measure."""
     rows: list[int] = []
@@ -365,15 +374,16 @@ def test_evaluations_are_counted(work: Path, tmp_path: Path, monkeypatch: pytest
     )
     measure, before_measuring = distill.measure, []
 
-    def measure_later(*args: Any) -> dict[str, Any]:
+    def measure_later(*args: Any) -> None:
         before_measuring.append(sum(rows))
-        return measure(*args)
+        measure(*args)
 
     monkeypatch.setattr(distill, "measure", measure_later)
     texts = ["--train_file", str(work / "texts.txt")] if name.endswith("text") else []
     metrics = distill.main([*arguments(work, tmp_path), *METHODS[name], *texts])
     counting.remove()
-    assert metrics["sequence_evaluations"] == before_measuring[0] > 0
+    drawn = 0 if name.endswith("text") else 10 * LENGTH  # samples to measure on, one token a call
+    assert metrics["sequence_evaluations"] == before_measuring[0] - drawn > 0
     assert sum(rows) > before_measuring[0]
 
 
@@ -394,6 +404,17 @@ REFUSED = {
     "--learning_rate -1": "--learning_rate is -1.0; it must be positive",
     "--hamming_share 1.0": "--hamming_share is 1.0",
     "--repaired": "--repaired is for --method lsd_plus",
+    "--hamming_share 0.1": "--hamming_share is for --relaxed",
+    "--num_epochs 5": "--num_epochs is for --solver sgd, or lsd_plus without --repaired",
+    "--method lsd_plus --repaired --learning_rate 0.1": "--learning_rate is for --solver sgd, or lsd_plus without",
+    "--method optimal_grid --teacher_steps 64": "--teacher_steps is for --method lsd or lsd_plus",
+    "--method beta --scale score": "--scale is for --method lsd or lsd_plus",
+    "--method marginal --relaxed": "--relaxed is for --method lsd or lsd_plus",
+    "--method jys --num_epochs 20": "--num_epochs is for --method lsd, lsd_plus, marginal, search, order or learn2pd",
+    "--method search --learning_rate 0.1": "--learning_rate is for --method lsd, lsd_plus, marginal or learn2pd",
+    "--method search --buckets 64": "--buckets is for --method marginal",
+    "--method order --order random": "--order is for --method marginal, search, jys, beta or optimal_grid",
+    "--hidden_units 32": "--hidden_units is for --method learn2pd",
     "--learned_scheduler --scale log_score": "--learned_scheduler has no such law",
     "--method lsd_plus --objective l2": "lsd_plus has generalised_kl",
     "--method lsd_plus --scale log_score": "lsd_plus has generalised_kl",
@@ -452,7 +473,7 @@ def test_models_and_data_are_refused(work: Path, tmp_path: Path) -> None:
     mute = [*arguments(work, tmp_path / "out"), "--pretrained_model_name_or_path", str(tmp_path / "mute")]
     with pytest.raises(ValueError, match="texts need a tokenizer"):
         distill.main([*mute, "--train_file", str(work / "texts.txt")])
-    assert distill.main([*mute, "--num_inference_steps", "2"])["table"]  # without texts it needs none
+    assert distill.main([*mute, *TEACHER, "--num_inference_steps", "2"])["table"]  # without texts it needs none
 
     scheduler = AncestralScheduler(vocab_size=len(WORDS), process="uniform")
     assert isinstance(scheduler.noise_process, UniformProcess)
@@ -495,6 +516,9 @@ def test_texts(work: Path, tmp_path: Path) -> None:
     assert (of_dataset.fit, of_dataset.heldout) == (lines, lines[:2])
     with pytest.raises(ValueError, match=r"`--text_column` is 'text'; the dataset has \['body'\]"):
         texts_of("--dataset_name", str(dataset))
+    (dataset / "train.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"dataset' has the splits \['test'\]; it needs 'train'"):
+        texts_of("--dataset_name", str(dataset), "--text_column", "body")
 
 
 def test_texts_of_the_bundled_model() -> None:
@@ -613,7 +637,7 @@ def test_half_written_checkpoint_is_passed_over(half: tuple[list[str], Path], fi
 
 @pytest.mark.usefixtures("no_plot")
 def test_checkpoints_total_limit(work: Path, tmp_path: Path) -> None:
-    distill.main([*arguments(work, tmp_path), "--num_inference_steps", "2", "--checkpoints_total_limit", "3"])
+    distill.main([*arguments(work, tmp_path), *TEACHER, "--num_inference_steps", "2", "--checkpoints_total_limit", "3"])
     kept = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
     assert len(kept) == 3
     assert kept == list(range(kept[0], kept[0] + 3))
@@ -664,7 +688,7 @@ def launch(given: list[str], processes: int, cwd: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "processes"),
-    [("lsd l2", 1), ("lsd l2", 2), ("lsd softmax", 2), ("optimal_grid text", 2), ("marginal text", 2)],
+    [("lsd l2", 1), ("lsd l2", 2), ("lsd softmax", 2), ("optimal_grid", 2), ("marginal text", 2)],
 )
 def test_number_of_processes(finished: Callable, work: Path, tmp_path: Path, name: str, processes: int) -> None:
     metrics, folder = finished(name)
@@ -675,12 +699,104 @@ def test_number_of_processes(finished: Callable, work: Path, tmp_path: Path, nam
     launched = json.loads((tmp_path / "metrics.json").read_text())
     assert flat(launched["coefficients"]) == pytest.approx(flat(metrics["coefficients"]), abs=1e-6)
     assert launched["sequence_evaluations"] == metrics["sequence_evaluations"]
+    assert_same_table(launched["table"], metrics["table"])
     if name.startswith("optimal"):
         curves = [
             json.loads((run / "scheduler_config.json").read_text())["information_curve"] for run in (folder, tmp_path)
         ]
         assert curves[0] == pytest.approx(curves[1], abs=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir() if "checkpoint" not in path.name) == FINISHED
+
+
+def assert_same_table(table: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    """Rows with the same numbers: another token in any sample would change them more."""
+    for row, same in zip(table, other, strict=True):
+        numbers, expected = ({k: v for k, v in one.items() if isinstance(v, float)} for one in (row, same))
+        assert numbers == pytest.approx(expected, rel=1e-6)
+        assert row == same | numbers  # names, and what was not measured
+
+
+def measured_rows(argv: list[str]) -> None:
+    """`distill.main`, with a file beside its folder that says how many sequences this process measured with."""
+    rows: list[int] = []
+    measure, folder = distill.measure, Path(argv[argv.index("--output_dir") + 1])
+
+    def count(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows.append(len(inputs[0]) if isinstance(module, DDiTModel) else 0)
+
+    def counting(*args: Any) -> None:
+        torch.nn.modules.module.register_module_forward_pre_hook(count)
+        measure(*args)
+
+    distill.measure = counting  # of a forked process
+    distill.main(argv)
+    (folder.parent / f"rows-{os.environ.get('RANK', 'alone')}").write_text(str(sum(rows)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lsd l2", "optimal_grid text"])
+def test_processes_share_what_is_measured(work: Path, tmp_path: Path, name: str) -> None:
+    """Each has about half of the calls, and the numbers are those of one process; where no coefficients are in it, which may
+    differ in their last digits, all that is made of samples is the same bit for bit."""
+    texts = ["--train_file", str(work / "texts.txt")] if name.endswith("text") else []
+    tables = []
+    for start in (faults.run, faults.run_two):
+        folder = tmp_path / start.__name__ / "out"
+        given = [*arguments(work, folder), *METHODS[name], *texts, "--train_batch_size", "3"]
+        ended = start(measured_rows, given, folder)
+        assert ended.code == 0, ended.printed
+        tables.append(json.loads((folder / "metrics.json").read_text())["table"])
+    assert_same_table(*tables)
+    plain = [[row | {"nll": 0} for row in table if row["sampler"] != name.split()[0]] for table in tables]
+    assert plain[0] == plain[1]
+    assert len(plain[0]) == 6
+    whole = int((tmp_path / "run" / "rows-alone").read_text())
+    halves = [int((tmp_path / "run_two" / f"rows-{rank}").read_text()) for rank in (0, 1)]
+    assert sum(halves) == whole > 0
+    assert max(halves) < 0.7 * whole
+
+
+class Together:
+    """Processes played by threads: what `Run` asks of an accelerator."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, number: int, everyone: list[Any], barrier: threading.Barrier) -> None:
+        self.process_index, self.num_processes, self.everyone, self.barrier = number, len(everyone), everyone, barrier
+
+    def gather(self, x: Tensor) -> Tensor:
+        self.everyone[self.process_index] = x
+        self.barrier.wait()
+        found = torch.cat(self.everyone)
+        self.barrier.wait()
+        return found
+
+    def reduce(self, x: Tensor, reduction: str) -> Tensor:
+        return self.gather(x[None]).sum(0)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize(("count", "size"), [(1, 4), (4, 4), (7, 3), (10, 16), (13, 2)])
+def test_batches_go_round_the_processes(processes: int, count: int, size: int) -> None:
+    """The result is that of one process, for processes without a batch too, and no batch is worked on twice."""
+    asked: list[list[int]] = []
+
+    def work(part: range) -> Tensor:
+        asked.append(list(part))
+        return torch.tensor([[i, len(part)] for i in part])
+
+    def live(number: int) -> Tensor:
+        args = argparse.Namespace(train_batch_size=size)
+        own = Run(args, Together(number, everyone, barrier), None, {}, 1, None, {}, {}, None, {})
+        return own.by_batches(count, work, torch.empty(0, 2, dtype=torch.int64))
+
+    everyone, barrier = [None] * processes, threading.Barrier(processes, timeout=60)
+    with ThreadPoolExecutor(processes) as pool:
+        found = list(pool.map(live, range(processes)))
+    batches = data.batches(count, size)
+    expected = torch.tensor([[i, len(part)] for part in batches for i in part])
+    assert all(torch.equal(one, expected) for one in found)
+    assert sorted(asked) == [list(part) for part in batches]
 
 
 def written(folder: Path) -> int:
@@ -699,9 +815,11 @@ def test_killed_again_and_again(work: Path, tmp_path: Path) -> None:
         "4",
         "8",
         "--relaxed",
+        "--hamming_share",
+        "0.2",
     ]
     given += ["--objective", "l2", "--teacher_steps", "1024", "--num_samples", "64", "--num_eval_samples", "32"]
-    given += ["--hamming_share", "0.2", "--train_batch_size", "4", "--train_file", str(work / "texts.txt")]
+    given += ["--train_batch_size", "4", "--train_file", str(work / "texts.txt")]
     metrics = distill.main([*given, "--output_dir", str(tmp_path / "whole")])
     last = written(tmp_path / "whole")
     segments, learned = 8, 3
@@ -776,7 +894,7 @@ except RuntimeError as error:
 
     # Connections that are dropped again and again, a refused token, and then it works
     folder = tmp_path / "results"
-    given = ["--pretrained_model_name_or_path", "tester/base", "--output_dir", str(folder), *SMALL, "--objective", "l2"]
+    given = ["--pretrained_model_name_or_path", "tester/base", "--output_dir", str(folder), *SMALL, *METHODS["lsd l2"]]
     given += ["--push_to_hub", "--hub_model_id", "learned"]
     again = [*given, "--resume_from_checkpoint", "latest"]
     hub.drop_next(5, matching="POST /api/repos/create")
@@ -850,7 +968,7 @@ def test_marginal_needs_sequences_to_judge_on(work: Path, tmp_path: Path) -> Non
 def test_main_job_on_the_bundled_model(tmp_path: Path, method: str) -> None:
     given = ["--pretrained_model_name_or_path", "discrete-schedulers/tiny-text", "--output_dir", str(tmp_path)]
     given += ["--num_samples", "8", "--num_eval_samples", "8", "--num_inference_steps", "4", "--max_data_samples", "8"]
-    metrics = distill.main([*given, "--method", method, "--teacher_steps", "64"])
+    metrics = distill.main([*given, "--method", method, *(["--teacher_steps", "64"] if "lsd" in method else [])])
     assert sorted(path.name for path in tmp_path.iterdir() if "checkpoint" not in path.name) == FINISHED
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "discrete-schedulers/tiny-text"
     for row in metrics["table"]:
@@ -859,3 +977,15 @@ def test_main_job_on_the_bundled_model(tmp_path: Path, method: str) -> None:
         assert 10 < row["perplexity"] < 1e8  # of bad texts: each new word pays for its spelling
     if method == "lsd":
         assert flat(metrics["coefficients"]) == pytest.approx([1.0] * 4, abs=1e-6)
+
+
+def test_card_of_a_bundled_model_has_no_link(finished: Callable, tmp_path: Path) -> None:
+    """It has no page of its own. And numbers from 1,000 on are read without decimals."""
+    metrics, _ = finished("lsd")
+    row = metrics["table"][0] | {"nll": 12345.678, "calls": 4.0}
+    named = metrics | {"base_model": "discrete-schedulers/tiny-text", "table": [row]}
+    write_card(tmp_path / "README.md", "me/x", "LSDScheduler", named, Facts("command", 1, "cpu", 1.0, 2.0))
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert "`discrete-schedulers/tiny-text` (bundled with discrete_schedulers)" in text
+    assert "huggingface.co" not in text
+    assert "| 12,346 | 4.000 |" in text

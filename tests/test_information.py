@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from discrete_schedulers import information
 from discrete_schedulers.information import (
     InformationCurve,
     expected_nll,
@@ -155,7 +159,12 @@ def test_bad_counts(counts: list) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", ["falling", "with flat pieces", "any"])
-def test_optimal_counts_against_all_compositions(seed: int, kind: str) -> None:
+@pytest.mark.parametrize("short", [0, 512])
+def test_optimal_counts_against_all_compositions(
+    seed: int, kind: str, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both by the search between neighbours and by all pairs."""
+    monkeypatch.setattr(information, "_SHORT", short)
     values = 3 * torch.rand(8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if kind != "any":
         values = values.sort(descending=True).values
@@ -173,6 +182,73 @@ def test_optimal_counts_against_all_compositions(seed: int, kind: str) -> None:
         equals = [rival for rival, cost in zip(rivals, costs, strict=True) if cost < min(costs) + 1e-12]
         assert sum(n * n for n in counts) == min(sum(n * n for n in rival) for rival in equals)
     assert optimal_counts(curve, 3) == table[:3]
+
+
+def plain_totals(values: Tensor, max_steps: int) -> list[float]:
+    """The smallest `expected_nll` for 1, 2, ... steps: dynamic programming as it is written down."""
+    length, totals = len(values), []
+    best = [0.0] + [math.inf] * length
+    for _ in range(max_steps):
+        best = [
+            min([best[i] + (j - i) * values[i].item() for i in range(j)], default=math.inf) for j in range(length + 1)
+        ]
+        totals.append(best[length])
+    return totals
+
+
+@pytest.mark.parametrize("kind", ["falling", "steps", "steep", "linear", "any"])
+def test_optimal_counts_against_plain_dynamic_programming(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(information, "_SHORT", 0)
+    generator = torch.Generator().manual_seed(0)
+    for length in (1, 2, 3, 5, 16, 33):
+        values = 3 * torch.rand(length, generator=generator, dtype=torch.float64)
+        falling = values.sort(descending=True).values
+        curve = {
+            "falling": falling,
+            "steps": (falling * 2).round(),  # neighbours that are equal
+            "steep": falling**30,
+            "linear": torch.arange(length, 0, -1, dtype=torch.float64),
+            "any": values,
+        }[kind]
+        found = optimal_counts(curve_of(curve), length)
+        assert [len(counts) for counts in found] == list(range(1, length + 1))
+        nll = [expected_nll(curve_of(curve), counts) for counts in found]
+        assert nll == pytest.approx(plain_totals(curve, length), rel=1e-8, abs=1e-12)  # evenness: 1e-9 of the range
+
+
+def test_optimal_counts_of_long_curves_are_those_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measured curve is a staircase of pieces that are linear."""
+    steps = torch.rand(12, generator=torch.Generator().manual_seed(3), dtype=torch.float64).cumsum(0).flip(0)
+    staircase = torch.nn.functional.interpolate(steps.round(decimals=1)[None, None], 600, mode="linear")[0, 0]
+    for values in (cubic_curve(600).values, staircase.cummin(0).values):
+        found = optimal_counts(curve_of(values), 24)
+        with monkeypatch.context() as patch:
+            patch.setattr(information, "_SHORT", 600)
+            rivals = optimal_counts(curve_of(values), 24)
+        assert [expected_nll(curve_of(values), counts) for counts in found] == pytest.approx(
+            [expected_nll(curve_of(values), counts) for counts in rivals], rel=1e-12
+        )
+
+
+def test_optimal_counts_do_not_grow_with_the_square_of_the_length() -> None:
+    """Numbers that are made in all operations: all pairs would take four times as many for twice the length."""
+
+    class Numbers(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self.made += sum(one.numel() for one in tree_leaves(result) if isinstance(one, Tensor))
+            return result
+
+    made = []
+    for length in (1024, 2048, 4096):
+        with Numbers() as numbers:
+            optimal_counts(cubic_curve(length), 4)
+        made.append(numbers.made)
+    assert made[1] < 2.3 * made[0]
+    assert made[2] < 2.3 * made[1]
+    assert made[2] < 4 * 50 * 4096 * math.log2(4096)
 
 
 def test_optimal_counts_ignore_offset_and_scale() -> None:

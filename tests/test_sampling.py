@@ -321,6 +321,16 @@ def work(place: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_certain_has_no_entropy(dtype: torch.dtype) -> None:
+    """Wherever its logit lies, and by whatever way the logarithm is rounded."""
+    logits = torch.full((401, 5), -math.inf, dtype=dtype)
+    logits[:, 1] = torch.linspace(-100, 100, 401)
+    found = weigh(RowLogits(logits, torch.ones(1, 401, dtype=torch.bool)), 1 / 0.7, with_entropy=True)
+    assert torch.equal(found.entropy(), torch.zeros(401, dtype=torch.float64))
+    assert torch.equal(found.probability(torch.ones(401, dtype=torch.int64)), torch.ones(401, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("width", [5, 700])
 def test_weights_of_rows(width: int, dtype: torch.dtype, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Probabilities and entropies of softmax in float64, wherever the logits lie, without a column of each row, and the same

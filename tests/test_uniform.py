@@ -667,7 +667,7 @@ def test_diffusers_corrections_have_our_conditional() -> None:
         ({"num_corrector_steps": -1}, "`num_corrector_steps` is -1; it must be at least 0"),
         ({"positions_per_correction": 0}, "`positions_per_correction` is 0; it must be at least 1"),
         ({"selection": "lowest"}, "`selection` is 'lowest'; allowed: 'random', 'lowest_margin'"),
-        ({"selection_temperature": -1.0}, r"`selection_temperature` is \[-1.0\]; allowed"),
+        ({"selection_temperature": -1.0}, r"`selection_temperature` is -1.0; allowed"),
         ({"selection_temperature": math.nan}, "`selection_temperature` is nan"),
         ({"tempered": "both"}, "`tempered` is 'both'; allowed: 'leave_one_out', 'denoiser'"),
         (

@@ -7,11 +7,13 @@ each is drawn from at several temperatures, and between the neighbours T < T' wh
 
 is its perplexity at equal entropy, with the standard error of a bootstrap over the samples. A sampler that does not reach that
 entropy within the temperatures has none.
+
+Calls of the network are shared by all processes, a batch each (`Run.by_batches`): the numbers are the same whatever their
+number. The main process alone works out the metrics.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -21,8 +23,8 @@ from torch import Tensor
 
 from discrete_schedulers import DiscreteDiffusionPipeline, DiscreteScheduler
 from discrete_schedulers.evaluation import NgramJudge, perplexity, sampler_nll_bound, unigram_entropy
-from discrete_schedulers.training.data import batches, generators
-from discrete_schedulers.training.run import JUDGED, OPENED, draw
+from discrete_schedulers.training.data import generators
+from discrete_schedulers.training.run import JUDGED, OPENED, Run
 
 RESAMPLES = 200  # of the bootstrap
 
@@ -47,62 +49,69 @@ class Judged(NamedTuple):
         return -float(self.log_prob[rows].sum() / self.units[rows].sum())
 
 
-def measure(
+class Drawn(NamedTuple):
+    """Samples of a sampler at a temperature.
+
+    Args:
+        temperature (`float`): Times that of the sampler's config.
+        samples (`torch.Tensor` of shape `(n, L)`): int64.
+        calls (`float`): Mean number of model calls, the batch's for each of its samples.
+    """
+
+    temperature: float
+    samples: Tensor
+    calls: float
+
+
+def heldout_bound(run: Run, scheduler: DiscreteScheduler, steps: int, heldout: Tensor) -> float | None:
+    """Mean NLL bound on held-out data (n, L), nats per token; `None` where the sampler has none. Processes share the work."""
+    scheduler.set_timesteps(steps)
+    if scheduler.chooses_by_logits or scheduler.revises_tokens or scheduler.draws_latent:
+        return None
+
+    def work(part: range) -> Tensor:
+        x_0, chances = heldout[part.start : part.stop], generators(run.args.seed, OPENED, part)
+        return sampler_nll_bound(run.pipe.denoiser, scheduler, x_0, steps, chances, len(part))[:, None]
+
+    run.pipe.scheduler = scheduler
+    bound = run.by_batches(len(heldout), work, torch.empty(0, 1, dtype=torch.float64)).mean().item()
+    return bound if math.isfinite(bound) else None  # a nucleus may give a true token no probability
+
+
+def draw_samples(run: Run, scheduler: DiscreteScheduler, steps: int, temperatures: list[float]) -> list[Drawn]:
+    """The samples that are measured: at the sampler's own temperature, then at these times that where it has one. The
+    processes share the work, and have all samples."""
+    found = []
+    for temperature in [1.0, *(one for one in temperatures if one != 1 and scheduler.config.temperature > 0)]:
+        run.pipe.scheduler = scheduler
+        if temperature != 1:
+            own = scheduler.config.temperature * temperature
+            run.pipe.scheduler = type(scheduler).from_config(scheduler.config, temperature=own)
+        samples, calls = run.samples(JUDGED, range(run.args.num_eval_samples), steps)
+        found.append(Drawn(temperature, samples, calls.sum().item() / len(calls)))
+    return found
+
+
+def row_of(
     pipe: DiscreteDiffusionPipeline,
-    name: str,
-    scheduler: DiscreteScheduler,
-    steps: int,
+    bound: float | None,
+    drawn: list[Drawn],
     heldout: Tensor,
     judge: NgramJudge | None,
-    args: argparse.Namespace,
+    seed: int,
 ) -> dict[str, Any]:
-    """One row of the table: NLL bound on held-out data where the sampler has one, model calls, entropy of samples; with a judge
+    """A row of the table: NLL bound on held-out data where the sampler has one, model calls, entropy of samples; with a judge
     their perplexity, and that at equal entropy."""
-    row: dict[str, Any] = {"sampler": name, "steps": steps}
-    scheduler.set_timesteps(steps)
-    if not (scheduler.chooses_by_logits or scheduler.revises_tokens or scheduler.draws_latent):
-        pipe.scheduler = scheduler
-        bounds = [
-            sampler_nll_bound(
-                pipe.denoiser,
-                scheduler,
-                heldout[part.start : part.stop],
-                steps,
-                generators(args.seed, OPENED, part),
-                len(part),
-            )
-            for part in batches(len(heldout), args.train_batch_size)
-        ]
-        bound = torch.cat(bounds).mean().item()
-        if math.isfinite(bound):  # a nucleus may give a true token no probability
-            row["nll"] = bound
-    samples, row["calls"] = samples_of(pipe, scheduler, steps, heldout.shape[1], args)
-    row["entropy"] = unigram_entropy(samples).mean().item()
+    row: dict[str, Any] = {} if bound is None else {"nll": bound}
+    row |= {"calls": drawn[0].calls, "entropy": unigram_entropy(drawn[0].samples).mean().item()}
     if judge is None:
         return row
-    each = [judged(pipe, 1.0, samples, judge)]
+    each = [judged(pipe, one.temperature, one.samples, judge) for one in drawn]
     row["perplexity"] = perplexity(-each[0].log_prob, each[0].units)
-    for temperature in args.eval_temperatures:
-        if temperature != 1 and scheduler.config.temperature > 0:
-            tempered = type(scheduler).from_config(
-                scheduler.config, temperature=scheduler.config.temperature * temperature
-            )
-            drawn, _ = samples_of(pipe, tempered, steps, heldout.shape[1], args)
-            each.append(judged(pipe, temperature, drawn, judge))
     if len(each) > 1:
         target = unigram_entropy(heldout).mean().item()
-        row["matched_perplexity"], row["matched_error"] = at_entropy(each, target, args.seed)
+        row["matched_perplexity"], row["matched_error"] = at_entropy(each, target, seed)
     return row
-
-
-def samples_of(
-    pipe: DiscreteDiffusionPipeline, scheduler: DiscreteScheduler, steps: int, length: int, args: argparse.Namespace
-) -> tuple[Tensor, float]:
-    """The samples that are measured, int64 (n, L), and the mean number of model calls, the batch's for each of its samples."""
-    pipe.scheduler = scheduler
-    found = list(draw(pipe, JUDGED, range(args.num_eval_samples), length, steps, args))
-    calls = sum(len(x) * calls for x, calls in found) / args.num_eval_samples
-    return torch.cat([x for x, _ in found]), calls
 
 
 def judged(pipe: DiscreteDiffusionPipeline, temperature: float, samples: Tensor, judge: NgramJudge) -> Judged:

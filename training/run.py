@@ -81,6 +81,43 @@ class Run:
         """What all processes have of `count` samples, each its `share`, in order of the sample index, on the CPU."""
         return gather_samples(self.accelerator, x, count)
 
+    def by_batches(self, count: int, work: Callable[[range], Tensor], empty: Tensor) -> Tensor:
+        """What `work` makes of the samples 0 .. count - 1, a batch at a time, all of it on every process.
+
+        Whole batches go round the processes, which meet after each round: which samples share a batch, and so what comes out,
+        does not depend on the number of processes (but for the rounding of matrix products, which may depend on where memory
+        lies).
+
+        Args:
+            count (`int`): Number of samples.
+            work (`Callable`): Some indices, at most `train_batch_size`, to a row (F,) for each, (b, F).
+            empty (`torch.Tensor` of shape `(0, F)`): What a process without a batch has made.
+
+        Returns:
+            `torch.Tensor` of shape `(count, F)`: On the CPU.
+        """
+        size, processes = max(min(self.args.train_batch_size, count), 1), self.accelerator.num_processes
+        parts, rounds = batches(count, size), []
+        for start in range(0, len(parts), processes):
+            now = parts[start : start + processes]
+            made = [work(part) for part in now[self.accelerator.process_index :][:1]]
+            made = [torch.cat([x, x[:1].expand(size - len(x), -1)]).flatten() for x in made]
+            own = torch.stack(made) if made else empty.new_empty(0, size * empty.shape[1])
+            rounds.append(self.gather(own.to(self.accelerator.device), len(now)).view(-1, empty.shape[1]))
+        return torch.cat(rounds)[:count] if rounds else empty
+
+    def samples(self, purpose: int, numbers: range, steps: int) -> tuple[Tensor, Tensor]:
+        """Samples of the pipeline with its scheduler, those with these numbers, int64 (n, L), and the model calls of each one's
+        batch, (n,): the same whatever the number of processes."""
+
+        def work(indices: range) -> Tensor:
+            own = numbers[indices.start : indices.stop]
+            ((x, calls),) = draw(self.pipe, purpose, own, self.length, steps, self.args)
+            return torch.cat([x, x.new_full((len(x), 1), calls)], dim=1)
+
+        found = self.by_batches(len(numbers), work, torch.empty(0, self.length + 1, dtype=torch.int64))
+        return found[:, :-1].contiguous(), found[:, -1]
+
     def count_calls(self) -> Callable[[], None]:
         """Count the sequences that go through the network from now on, until the function returned is called."""
         counting = self.pipe.model.register_forward_pre_hook(lambda module, inputs: self.passed.append(len(inputs[0])))
@@ -159,7 +196,7 @@ def gather_samples(accelerator: Accelerator, x: Tensor, num_samples: int) -> Ten
     """
     stop_if_asked(accelerator)
     rows = -(-num_samples // accelerator.num_processes)
-    x = torch.cat([x, x[:1].expand(rows - len(x), -1)])
+    x = torch.cat([x, x.new_zeros(rows - len(x), x.shape[1])])
     everyone = accelerator.gather(x).view(accelerator.num_processes, rows, -1)
     return everyone.transpose(0, 1).flatten(0, 1)[:num_samples].cpu()
 

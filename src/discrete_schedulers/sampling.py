@@ -42,6 +42,7 @@ Measure: TypeAlias = Callable[
 
 BLOCK = 128  # neighbouring weights that are summed as they are, before float64 takes over
 FLOAT32_ENTROPY = 2e-5  # nats; less cannot be told from 0 with weights in float32
+FLOAT64_ENTROPY = 1e-13  # nor this in float64: the logarithm of a row's sum is up to 44, and both terms are rounded
 # Rows whose weights sum to more than this, or to less than its inverse, are weighed from their largest logit.
 FAR = 2.0**64
 CPU_CHUNK = 2**19  # numbers that are worked on at once: 2 MB of float32 stay in the cache
@@ -323,7 +324,8 @@ class RowWeights:
         What is below the rounding of the weights is 0, so that a token that is certain has no entropy.
         """
         entropy = self.total.log() - math.log(2) * self.found["power"] / self.total
-        return torch.where(entropy > (0.0 if self.sums.dtype == torch.float64 else FLOAT32_ENTROPY), entropy, 0.0)
+        least = FLOAT64_ENTROPY if self.sums.dtype == torch.float64 else FLOAT32_ENTROPY
+        return torch.where(entropy > least, entropy, 0.0)
 
     def check(self) -> None:
         """Raises an error if a row has no law, see `check_finite`."""
