@@ -459,7 +459,7 @@ class LogisticRatio:
         features (`Callable`): Tokens (B, L) to (B, F), float64: `subset_features`, `ngram_features`, the frozen network's
             pooled features, or several side by side.
         penalty (`float`, defaults to 1e-3): On the weights of standardised features.
-        memory (`int`, defaults to 4): Calls whose samples are kept.
+        memory (`int`, defaults to 4): Calls whose samples are kept, as if the student had not moved: less noise, some bias.
     """
 
     def __init__(self, teacher: Tensor, features: Features, penalty: float = 1e-3, memory: int = 4) -> None:

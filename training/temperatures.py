@@ -30,6 +30,7 @@ from discrete_schedulers.denoisers import Denoiser
 from discrete_schedulers.sampling import Generators, RowLogits
 from discrete_schedulers.schedulers import LearnedScheduler
 from discrete_schedulers.training.marginal import centred, ngram_features
+from discrete_schedulers.training.objectives import token_nats
 
 BETA_RANGE = (0.2, 5.0)
 
@@ -110,7 +111,10 @@ def roll(
         assert chosen is not None  # absorbing
         rows = denoiser(x, t, chosen)
         x = scheduler.step(rows, k, x, generator=generator, return_dict=False)[0]
-        slopes[:, k] = row_sums(rows, token_slopes(rows.logits, x[chosen], float(log_beta[k].exp())))
+        tokens, found = x[chosen], [slopes.new_empty(0)]
+        for part, some in rows.chunks():
+            found.append(token_slopes(some, tokens[part], float(log_beta[k].exp())))
+        slopes[:, k] = row_sums(rows, torch.cat(found))
     return Rolled(x, slopes)
 
 
@@ -140,8 +144,8 @@ def fluency(denoiser: Denoiser, x: Tensor, batch_size: int = 64) -> Tensor:
             hidden = torch.zeros_like(part, dtype=torch.bool)
             hidden[:, offset::2] = True
             rows = denoiser(part.masked_fill(hidden, denoiser.mask_token_id), 0.5, hidden)
-            taken = rows.logits.double().log_softmax(-1).gather(-1, part[hidden][:, None]).squeeze(-1)
-            means.append(row_sums(rows, taken.clamp(min=math.log(1e-9))) / hidden[0].sum())
+            nats = token_nats(rows, part[hidden], denoiser.mask_token_id).clamp(max=-math.log(1e-9))
+            means.append(-row_sums(rows, nats) / hidden[0].sum())
         found.append(torch.stack(means, dim=1))
     return torch.cat(found)
 
