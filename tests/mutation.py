@@ -262,6 +262,7 @@ class Forks:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        assert not session.testsfailed, "tests could not be collected"  # and every mutant would be taken for killed
         record = self.record(session)
         items = {item.nodeid: item for item in session.items}
         functions = [thing for thing in gc.get_objects() if isinstance(thing, FunctionType)]
