@@ -84,7 +84,7 @@ def variants(node: Any) -> Iterator[ast.AST]:
         yield from (copy_of(node, ops=[op, *node.ops[1:]]) for op in swapped(node.ops[0]))
     if isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign):
         yield from (copy_of(node, op=op) for op in swapped(node.op))
-    if isinstance(node, ast.UnaryOp):
+    if isinstance(node, ast.UnaryOp) and ast.unparse(node) != "-1":  # as an axis of two it is 1 too; it becomes -2
         yield node.operand
     if isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield copy_of(node, value=not node.value)
@@ -262,6 +262,7 @@ class Forks:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        assert not session.testsfailed, "tests could not be collected"  # and every mutant would be taken for killed
         record = self.record(session)
         items = {item.nodeid: item for item in session.items}
         functions = [thing for thing in gc.get_objects() if isinstance(thing, FunctionType)]

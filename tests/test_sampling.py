@@ -319,7 +319,6 @@ def work(place: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "on_host", lambda _: is_on_host)
 
 
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_what_is_certain_has_no_entropy(dtype: torch.dtype) -> None:
     """Wherever its logit lies, and by whatever way the logarithm is rounded."""
@@ -330,6 +329,7 @@ def test_what_is_certain_has_no_entropy(dtype: torch.dtype) -> None:
     assert torch.equal(found.probability(torch.ones(401, dtype=torch.int64)), torch.ones(401, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("width", [5, 700])
 def test_weights_of_rows(width: int, dtype: torch.dtype, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,8 +419,11 @@ def test_draws_do_not_depend_on_what_else_is_drawn(place: str, monkeypatch: pyte
     sparse = draw_tokens(RowLogits(logits[somewhere], somewhere), seeded(2))
     assert torch.equal(dense[somewhere], sparse)
     assert torch.equal(dense, draw_states(logits.softmax(-1), seeded(2)))
-    rounded = logits.softmax(-1).bfloat16()
-    assert torch.equal(draw_states(rounded, seeded(2)), draw_states(rounded.double(), seeded(2)))
+
+
+def test_laws_in_half_precision_are_summed_in_float64() -> None:
+    law = torch.rand(40, 100, 300, generator=seeded()).bfloat16()
+    assert torch.equal(draw_states(law, seeded(2)), draw_states(law.double(), seeded(2)))
 
 
 # The published one-stage races

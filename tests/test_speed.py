@@ -282,7 +282,7 @@ BUDGETS = {
     "ancestral, uniform": Budget(AncestralScheduler, {"process": "uniform"}, "all", 0.65, 215),
     "Psi": Budget(PsiScheduler, {}, "all", 0.6, 230),
     "tau-leaping, uniform": Budget(TauLeapingScheduler, {"process": "uniform"}, "all", 0.65, 252),
-    "from a law": Budget(TauLeapingScheduler, {"process": "uniform", "jumps": "reject"}, "all", 27.5, 6950),
+    "from a law": Budget(TauLeapingScheduler, {"process": "uniform", "jumps": "reject"}, "all", 27.5, 7260),
 }
 
 

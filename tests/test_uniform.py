@@ -34,6 +34,7 @@ from discrete_schedulers import (
     LSDScheduler,
     NetworkDenoiser,
     PsiScheduler,
+    RowLogits,
     TauLeapingScheduler,
     UniformProcess,
 )
@@ -607,6 +608,8 @@ def test_published_races_are_run_over_all_states(cls: type[DiscreteScheduler], d
     law = scheduler.transition(logits, 1, x)
     expected = draw_states(law, seeded(2), draw)
     assert torch.equal(scheduler.step(logits, 1, x, generator=seeded(2)).prev_sample, expected)
+    with pytest.raises(ValueError, match="needs all of them"):
+        scheduler.step(RowLogits.everywhere(logits), 1, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
