@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,6 +27,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from discrete_schedulers.bundled import is_bundled
 from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
 from discrete_schedulers.guidance import GuidanceScale
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
@@ -40,7 +40,6 @@ from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import DiscreteScheduler
 
 LIBRARIES = ("diffusers", "discrete_schedulers", "transformers")
-BUNDLED = "discrete-schedulers/"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 SCHEDULER_FACTS = ("vocab_size", "mask_token_id", "process", "noise_schedule")  # of the model, in a scheduler's config
 StepCallback: TypeAlias = Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None
@@ -198,26 +197,6 @@ def returned_latents(returned: Any, latents: Tensor, vocab_size: int) -> Tensor:
                 f"`callback_on_step_end` returned latents of shape {shapes[0]}; they must keep {shapes[1]}"
             )
     return new
-
-
-def is_bundled(name: str) -> bool:
-    """Whether a name means a model of this package, not a folder or a repository."""
-    return name.startswith(BUNDLED) and not Path(name).is_dir()
-
-
-@contextmanager
-def bundled_folder(name: str) -> Iterator[str]:
-    """The folder of a bundled model.
-
-    Raises:
-        ValueError: If there is no such model.
-    """
-    assets = files("discrete_schedulers") / "assets"
-    known = sorted(folder.name for folder in assets.iterdir() if (folder / "model_index.json").is_file())
-    if name.removeprefix(BUNDLED) not in known:
-        raise ValueError(f"{name!r} is not bundled; bundled: {', '.join(BUNDLED + folder for folder in known)}")
-    with as_file(assets / name.removeprefix(BUNDLED)) as folder:
-        yield str(folder)
 
 
 def network_of(model: torch.nn.Module) -> torch.nn.Module:

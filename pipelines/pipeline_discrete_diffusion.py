@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from discrete_schedulers.blocks import BlockCache
+from discrete_schedulers.bundled import bundled_folder, is_bundled
 from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
 from discrete_schedulers.guidance import GuidanceScale, GuidedDenoiser
 from discrete_schedulers.interop import FOREIGN
@@ -36,13 +37,11 @@ from discrete_schedulers.pipelines.pipeline_base import (
     DiscretePipeline,
     StepCallback,
     as_dtype,
-    bundled_folder,
     check_count,
     check_facts,
     check_index,
     check_network,
     class_ids,
-    is_bundled,
     name_of,
     named_json_errors,
     network_facts,

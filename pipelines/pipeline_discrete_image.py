@@ -13,6 +13,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from discrete_schedulers.bundled import bundled_folder, is_bundled
 from discrete_schedulers.denoisers import NetworkDenoiser
 from discrete_schedulers.guidance import GuidedDenoiser
 from discrete_schedulers.guidance import guidance_schedule as scale_over_time
@@ -36,12 +37,10 @@ from discrete_schedulers.pipelines.pipeline_base import (
     DiscretePipeline,
     StepCallback,
     as_dtype,
-    bundled_folder,
     check_count,
     check_index,
     check_network,
     class_ids,
-    is_bundled,
     name_of,
     named_json_errors,
     network_facts,

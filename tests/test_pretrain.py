@@ -312,6 +312,16 @@ def test_bundled_files() -> None:
     assert {"model_index.json", "pretrain_metrics.json", "README.md", "scheduler/scheduler_config.json"} <= names
 
 
+def test_schedulers_load_by_the_name_of_a_bundled_model() -> None:
+    own = AncestralScheduler.from_pretrained("discrete-schedulers/tiny-text", subfolder="scheduler")
+    folder = BUNDLED / "scheduler"
+    assert dict(own.config) == dict(AncestralScheduler.from_pretrained(folder).config)
+    with pytest.raises(ValueError, match=r"'discrete-schedulers/huge-text' is not bundled; bundled: .*tiny-text"):
+        AncestralScheduler.from_pretrained("discrete-schedulers/huge-text")
+    with pytest.raises(OSError, match=r"no file named scheduler_config\.json"):
+        AncestralScheduler.from_pretrained("discrete-schedulers/tiny-text", subfolder="other")
+
+
 @pytest.fixture(scope="module")
 def bundled() -> DiscreteDiffusionPipeline:
     pipe = DiscreteDiffusionPipeline.from_pretrained("discrete-schedulers/tiny-text")

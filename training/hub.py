@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 
+from discrete_schedulers.bundled import is_bundled
 from discrete_schedulers.patience import BUSY, patiently
-from discrete_schedulers.pipelines.pipeline_base import is_bundled
 from discrete_schedulers.training.files import write_text
 
 UPLOADED = ["scheduler_config.json", "metrics.json", "plot.png", "coefficients.png", "README.md", "latent_adapter.*"]

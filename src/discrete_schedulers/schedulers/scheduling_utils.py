@@ -30,6 +30,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from discrete_schedulers.bundled import bundled_folder, is_bundled
 from discrete_schedulers.information import InformationCurve, optimal_times
 from discrete_schedulers.patience import out_of_reach, patiently
 from discrete_schedulers.processes import AbsorbingProcess, Process, UniformProcess, check_tokens, indicator
@@ -218,12 +219,15 @@ class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers, which says of a Hub that cannot be reached that the repository does not have the file, and loads the
-        config of any class as one of this.
+        config of any class as one of this; also of a bundled model, by its name.
 
         Raises:
             OSError: If there is no config, or the Hub cannot be reached.
-            ValueError: If it is not the config of a scheduler that this version has.
+            ValueError: If it is not the config of a scheduler that this version has, or no such model is bundled.
         """
+        if is_bundled(str(pretrained_model_name_or_path)):
+            with bundled_folder(str(pretrained_model_name_or_path)) as folder:
+                return cls.load_config(folder, *args, **kwargs)
         try:
             load = super().load_config
             loaded = patiently(lambda: load(pretrained_model_name_or_path, *args, **kwargs))
