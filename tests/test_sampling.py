@@ -319,7 +319,6 @@ def work(place: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "on_host", lambda _: is_on_host)
 
 
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_what_is_certain_has_no_entropy(dtype: torch.dtype) -> None:
     """Wherever its logit lies, and by whatever way the logarithm is rounded."""
@@ -330,6 +329,7 @@ def test_what_is_certain_has_no_entropy(dtype: torch.dtype) -> None:
     assert torch.equal(found.probability(torch.ones(401, dtype=torch.int64)), torch.ones(401, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("width", [5, 700])
 def test_weights_of_rows(width: int, dtype: torch.dtype, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
