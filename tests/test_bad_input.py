@@ -1550,7 +1550,7 @@ LINES: dict[str, dict[str, str]] = {
         "--hamming_share nan": r"--hamming_share is nan; allowed are numbers in \[0, 1\)",
         "--seed -1": "--seed is -1; allowed are 0 to 4294967295",
         "--seed 99999999999": "--seed is 99999999999; allowed are 0 to 4294967295",
-        "--method x": r"--method: invalid choice: 'x' \(choose from 'lsd'",
+        "--method x": r"--method: invalid choice: 'x' \(choose from '?lsd",
         "--objective x": "--objective: invalid choice: 'x' .choose from",
         "--mixed_precision fp8": "--mixed_precision: invalid choice: 'fp8' .choose from",
         "--repaired": "--repaired is for --method lsd_plus",
