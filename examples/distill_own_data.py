@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-import discrete_schedulers
 from discrete_schedulers import DiscreteDiffusionPipeline, DiscreteScheduler
 from discrete_schedulers.training import distill
 
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> dict:
     # 3. Load it as anybody else would: by the folder's path, or by the Hub's id once it is there
     pipe = DiscreteDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = load_scheduler(args.output_dir)
+    pipe.scheduler = DiscreteScheduler.from_pretrained(args.output_dir)
     steps = args.num_inference_steps[-1]
     output = pipe(num_samples=2, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
     for text in output.texts or []:
@@ -88,12 +87,6 @@ def write_stand_in(folder: Path) -> Path:
     path = folder / "texts.txt"
     path.write_text(lzma.decompress(packed.read_bytes()).decode())
     return path
-
-
-def load_scheduler(name: str | Path) -> DiscreteScheduler:
-    """A scheduler of any class, by the name in its config."""
-    config = DiscreteScheduler.load_config(name)
-    return getattr(discrete_schedulers, config["_class_name"]).from_config(config)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
-import discrete_schedulers
-from discrete_schedulers import DiscreteDiffusionPipeline
+from discrete_schedulers import DiscreteDiffusionPipeline, DiscreteScheduler
 
 RESULT = ("pretrained_model_name_or_path", "revision", "scheduler", "num_samples", "num_inference_steps", "length")
 RESULT += ("prompt", "seed", "batch_size", "shard_size", "dtype")  # what samples depend on
@@ -84,8 +83,7 @@ def load_pipeline(args: argparse.Namespace) -> DiscreteDiffusionPipeline:
         args.pretrained_model_name_or_path, revision=args.revision, dtype=dtype
     )
     if args.scheduler is not None:
-        config = discrete_schedulers.DiscreteScheduler.load_config(args.scheduler)
-        pipe.scheduler = getattr(discrete_schedulers, config["_class_name"]).from_config(config)
+        pipe.scheduler = DiscreteScheduler.from_pretrained(args.scheduler)
     pipe.set_progress_bar_config(disable=True)
     pipe.check_call(args.prompt, args.length, args.num_inference_steps)  # before a file is written
     return pipe

@@ -152,6 +152,17 @@ def test_config_survives(cls: type[DiscreteScheduler], arguments: dict[str, Any]
     assert public(content) == public(scheduler.config)
     changed = cls.from_pretrained(tmp_path, temperature=0.25)
     assert changed.config.temperature == 0.25
+    named = DiscreteScheduler.from_pretrained(tmp_path, temperature=0.25)  # whatever it is
+    assert type(named) is cls
+    assert public(named.config) == public(changed.config)
+
+
+@pytest.mark.parametrize("config", [{"vocab_size": 4}, {"_class_name": "DDIMScheduler"}, None])
+def test_a_scheduler_of_any_class_needs_its_name(config: dict[str, Any] | None) -> None:
+    with pytest.raises(
+        ValueError, match=r"`config` is of the class (None|'DDIMScheduler'); known: AncestralScheduler, "
+    ):
+        DiscreteScheduler.from_config(config)
 
 
 @cases

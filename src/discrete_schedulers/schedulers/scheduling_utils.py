@@ -211,6 +211,22 @@ class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
         concrete = [c for c in library if isinstance(c, type) and issubclass(c, DiscreteScheduler)]
         return [c for c in concrete if not inspect.isabstract(c)]
 
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in diffusers, which passes over an argument that the class does not have. Of [`DiscreteScheduler`] itself, as its
+        `from_pretrained`, it gives the class that the config names.
+
+        Raises:
+            ValueError: If there is such an argument, or the config names no scheduler of this version.
+        """
+        if not inspect.isabstract(cls):
+            return super().from_config(config, return_unused_kwargs, **kwargs)
+        kind = config.get("_class_name") if isinstance(config, Mapping) else None
+        known = {c.__name__: c for c in cls._get_compatibles()}
+        if kind not in known:
+            raise ValueError(f"`config` is of the class {kind!r}; known: {', '.join(sorted(known))}")
+        return known[kind].from_config(config, return_unused_kwargs, **kwargs)
+
     @property
     def compatibles(self) -> list[type[DiscreteScheduler]]:
         """The classes that `from_config` takes this scheduler's config for: those for its process."""
