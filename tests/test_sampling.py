@@ -21,6 +21,7 @@ from discrete_schedulers.sampling import (
     draw_tokens,
     nearest_on_ring,
     one_stage,
+    runs,
     spread_subset,
     top_subset,
     torus_distance,
@@ -317,14 +318,33 @@ def test_weights_of_rows(dtype: torch.dtype, width: int) -> None:
             assert torch.equal(one.probability(own[row, None])[0], found.probability(own)[row])
 
 
-@pytest.mark.parametrize("writable", [False, True])
-def test_rows_come_a_few_at_a_time(writable: bool) -> None:
-    """As many as the size has room for, and one at least."""
-    rows = RowLogits(torch.arange(40.0).view(10, 4), torch.ones(1, 10, dtype=torch.bool))
-    for size, lengths in ((8, [2] * 5), (15, [3, 3, 3, 1]), (1, [1] * 10), (1000, [10])):
-        parts = [(part, some.clone()) for part, some in rows.chunks(size, writable)]
-        assert [len(some) for _, some in parts] == lengths
-        assert all(torch.equal(some, rows.logits[part]) for part, some in parts)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("wide", [0, 1000])
+@pytest.mark.parametrize("factor", [None, 1.0, 1.7])
+def test_rows_come_a_few_at_a_time(
+    factor: float | None, wide: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as the size has room for, and one at least, from wherever they stand, times a factor that is not rounded to the
+    precision of logits in half precision; those that lie together are read together."""
+    monkeypatch.setattr(sampling, "WIDE", wide)
+    logits = torch.randn(2, 8, 4, generator=seeded()).to(dtype)
+    where = torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1], [1, 0, 1, 1, 1, 0, 0, 0]]).bool()
+    every = RowLogits.chosen(logits, where)
+    across = RowLogits.chosen(logits.transpose(0, 1).contiguous().transpose(0, 1), where)
+    given = RowLogits(logits[where], where)
+    for rows, number in ((every, 9), (across, 9), (given, 9), (every.some(torch.tensor([7, 2, 3, 8])), 4)):
+        expected = rows.logits if factor is None else rows.logits.to(torch.promote_types(dtype, torch.float32)) * factor
+        for size in (8, 15, 1, 1000):
+            each = max(size // 4, 1)
+            parts = [(part, some.clone()) for part, some in rows.chunks(size, factor)]
+            assert [len(some) for _, some in parts] == [min(each, number - k) for k in range(0, number, each)]
+            assert all(torch.equal(some, expected[part]) for part, some in parts)
+    assert torch.equal(given.source, logits[where])  # what is given is not written to
+
+
+def test_runs() -> None:
+    assert runs([3, 4, 5, 9, 10, 2, 3, 3]) == [(3, 3), (9, 2), (2, 2), (3, 1)]
+    assert runs([]) == []
 
 
 def test_no_rows_draw_nothing() -> None:
