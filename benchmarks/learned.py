@@ -4,11 +4,12 @@ Each sampler gets one temperature, that at which the unigram entropy of its samp
 too, beside its own. The metrics of a seed's samples are the part's.
 
 The learned scheduler opens positions in the spread order. How many in each call is chosen among three plans: equally many,
-doubling ones, and the optimum of the path-wise bound for this order (`ordered_grid`). The inverse temperatures of the first and
-last call, on a line between them, and one top-p are found by CMA-ES. Both by `marginal.two_sample_statistic` on hashed tokens
-and pairs and the fluency under the frozen network (`temperatures.text_features`). All is learned anew for each seed, on data
-that the model was trained on: some to search, others to choose. `spread-grid` has the counts of the first seed without the
-floats.
+doubling ones, and the optimum of the path-wise bound for this order (`ordered_grid`). A contrast, the same in all calls, and
+the inverse temperatures of the first and last call, on a line between them, are found by CMA-ES. Both by
+`marginal.two_sample_statistic` on how rare the tokens are, hashed pairs, and the fluency under the frozen network
+(`temperatures.text_features`). All is learned anew for each seed, on data that the model was trained on: some to search,
+others to choose. `spread-grid` has the counts of the first seed without the floats; `spread-contrast` and `random-contrast`
+have a contrast that was set by hand, and nothing learned.
 
 Budgets are calls of the network. theta-trapezoidal makes two in a step; the entropy bound is tuned until its mean number of
 calls is the budget. JYS is its token part, found by its own search on the bundled information curve. LSD+ is the repaired
@@ -50,13 +51,14 @@ from discrete_schedulers.training.search import evolve, judged
 from discrete_schedulers.training.temperatures import text_features
 
 BATCH = 32  # sequences in one call of the network
-SEARCH_START = {"temperature": [0.0, 0.0], "top_p": [0.9]}  # logarithms of the first and last inverse temperature
-SEARCH_BOUNDS = {"temperature": (-0.5, 1.0), "top_p": (0.5, 1.0)}
+SEARCH_START = {"contrast": [0.2], "temperature": [0.0, 0.0]}  # logarithms of the first and last inverse temperature
+SEARCH_BOUNDS = {"contrast": (0.0, 1.0), "temperature": (-0.5, 1.0)}
 SEARCH_SPREAD = 0.1
 ENTROPY_RANGE = (0.99, 1.01)  # of real data's
 BUCKETS = 8  # of the statistic that is searched with
 CENTRES = 5  # of a search that are judged again, with other data and numbers
 TOP_P = 0.8  # of `spread-top-p`
+CONTRAST = 0.2  # of `spread-contrast` and `random-contrast`
 
 Build = Callable[[float], ds.DiscreteScheduler]  # a temperature to a scheduler
 
@@ -69,6 +71,7 @@ class Subject(Protocol):
         denoiser (`Denoiser`): The network for `train`, without a class.
         base (`dict`): What every scheduler needs to know.
         curve (`list[float]`): The bundled information curve.
+        prior (`list[float]`): `temperatures.token_prior`.
         train (`torch.Tensor` of shape `(n, L)`): Data to learn on.
         entropy (`float`): Of real data.
     """
@@ -77,6 +80,7 @@ class Subject(Protocol):
     denoiser: Denoiser
     base: dict[str, Any]
     curve: list[float]
+    prior: list[float]
     train: Tensor
     entropy: float
 
@@ -188,7 +192,7 @@ def nearness(
         coefficients = {str(steps): blocks(candidate["counts"].long().tolist(), candidate)}
         return subject.draw(learned_scheduler(subject, coefficients, 1.0), steps, seeds)
 
-    features = text_features(subject.denoiser, BUCKETS, BATCH)
+    features = text_features(subject.denoiser, subject.prior, BUCKETS, BATCH)
     judge = judge_of_draws(draw, data, features, mean_entropy, seed)
     return lambda counts, floats: judge({**floats, "counts": torch.tensor(counts)})
 
@@ -199,8 +203,8 @@ def blocks(counts: list[int], floats: Coefficients) -> dict[str, list[float]]:
     line = torch.linspace(first, last, len(counts), dtype=torch.float64)
     return {
         "counts": [float(count) for count in counts],
+        "contrast": floats["contrast"].tolist() * len(counts),
         "inverse_temperature": line.exp().tolist(),
-        "top_p": floats["top_p"].tolist() * len(counts),
     }
 
 
@@ -209,10 +213,12 @@ def grid_shape(subject: Subject) -> tuple[int, int] | None:
     return None if shape is None else tuple(shape)
 
 
-def learned_scheduler(subject: Subject, coefficients: dict[str, Any], temperature: float) -> ds.LearnedScheduler:
-    """The spread order with learned floats."""
-    settings: dict[str, Any] = {"grid": "learned", "order": "spread", "temperature": temperature}
-    return ds.LearnedScheduler(**subject.base, coefficients=coefficients, **settings)
+def learned_scheduler(
+    subject: Subject, coefficients: dict[str, Any], temperature: float, grid: str = "learned", order: str = "spread"
+) -> ds.LearnedScheduler:
+    """A scheduler with these floats."""
+    settings: dict[str, Any] = {"grid": grid, "order": order, "temperature": temperature}
+    return ds.LearnedScheduler(**subject.base, coefficients=coefficients, token_prior=subject.prior, **settings)
 
 
 # The others
@@ -231,6 +237,11 @@ def samplers(subject: Subject, lsd_plus: dict[str, Any], steps: int) -> dict[str
 
     times = {str(steps): {"times": jump_your_steps(partial(token_gain, cross_entropy), steps)}}
     learned: dict[str, Any] = {"grid": "learned"}
+    contrast = {str(steps): {"contrast": [CONTRAST] * steps}}
+
+    def contrasted(order: str) -> Build:
+        return lambda t: learned_scheduler(subject, contrast, t, grid="uniform", order=order)
+
     return {
         "uniform": (plain(), steps),
         "cosine": (plain(grid="cosine"), steps),
@@ -247,6 +258,8 @@ def samplers(subject: Subject, lsd_plus: dict[str, Any], steps: int) -> dict[str
         ),
         "spread": (plain(order="spread"), steps),
         "spread-top-p": (plain(order="spread", top_p=TOP_P), steps),
+        "spread-contrast": (contrasted("spread"), steps),
+        "random-contrast": (contrasted("random"), steps),
     }
 
 
@@ -315,10 +328,12 @@ def run(subject: Subject, store: Store, lsd_plus: list[dict[str, Any]]) -> None:
 # The table
 
 LABELS = {
-    "learned": "**learned: spread order, counts, temperatures, top-p**",
+    "learned": "**learned: spread order, counts, contrast, temperatures**",
     "spread-grid": "spread order, its counts only",
+    "spread-contrast": f"spread order, equal counts, contrast {CONTRAST}",
     "spread-top-p": f"spread order, equal counts, top-p {TOP_P}",
     "spread": "spread order, equal counts",
+    "random-contrast": f"random order, uniform grid, contrast {CONTRAST}",
     "uniform": "random order, uniform grid",
     "cosine": "random order, cosine grid",
     "optimal": "random order, optimal grid",

@@ -28,6 +28,7 @@ import discrete_schedulers as ds
 from discrete_schedulers import RowLogits
 from discrete_schedulers.training.marginal import ngram_features, two_sample_statistic
 from discrete_schedulers.training.pretrain_images import is_heldout, read_digits
+from discrete_schedulers.training.temperatures import token_prior
 
 FULL = {
     "budgets": [4, 8, 16],
@@ -80,6 +81,8 @@ class Digits:
         facts = self.pipe.config.denoiser
         self.base = {name: facts[name] for name in ("vocab_size", "mask_token_id", "grid_shape")}
         self.curve = self.pipe.scheduler.config.information_curve
+        height, width = facts["grid_shape"]
+        self.prior = token_prior(self.denoiser, height * width)
         images, labels = read_digits()
         tokens = self.pipe.decoder.encode(images)
         heldout = is_heldout(labels)

@@ -27,7 +27,7 @@ import discrete_schedulers as ds
 from discrete_schedulers.evaluation import NgramJudge, generative_perplexity
 from discrete_schedulers.training.data import pack
 from discrete_schedulers.training.marginal import ngram_features, two_sample_statistic
-from discrete_schedulers.training.temperatures import text_features
+from discrete_schedulers.training.temperatures import text_features, token_prior
 
 FULL = {
     "budgets": [4, 8, 16],
@@ -75,7 +75,8 @@ class Text:
         self.real = torch.cat([packed(read_split(name)) for name in ("validation", "test")])
         self.entropy = learned.mean_entropy(self.real)
         self.judge = NgramJudge(train)
-        self.features = text_features(self.denoiser, learned.BUCKETS, learned.BATCH)
+        self.prior = token_prior(self.denoiser, facts["max_length"])
+        self.features = text_features(self.denoiser, self.prior, learned.BUCKETS, learned.BATCH)
         self.real_features, self.real_seen = self.features(self.real), self.seen(self.real)
 
     def draw(self, scheduler: ds.DiscreteScheduler, steps: int, numbers: list[int]) -> Tensor:

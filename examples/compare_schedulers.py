@@ -107,11 +107,29 @@ def measure(
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("comparison_results"))
-    parser.add_argument("--calls", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("comparison_results"),
+        help="For table, picture and numbers. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--calls",
+        type=int,
+        nargs="+",
+        default=[4, 8, 16, 32],
+        help="Numbers of model calls to compare at. Default: %(default)s.",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="How many. Default: %(default)s.")
     parser.add_argument("--num_samples", type=int, default=24, help="Samples for each seed.")
-    parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), default=list(SAMPLERS), metavar="NAME")
+    parser.add_argument(
+        "--samplers",
+        nargs="+",
+        choices=list(SAMPLERS),
+        default=list(SAMPLERS),
+        metavar="NAME",
+        help="Some of the table's lines; all by default.",
+    )
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 

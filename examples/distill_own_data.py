@@ -23,17 +23,32 @@ import discrete_schedulers
 from discrete_schedulers import DiscreteDiffusionPipeline, DiscreteScheduler
 from discrete_schedulers.training import distill
 
-SMALL = ["--num_samples", "32", "--num_epochs", "40", "--num_eval_samples", "16", "--eval_temperatures", "0.8", "1.0"]
+SMALL = ["--num_samples", "32", "--num_eval_samples", "16", "--eval_temperatures", "0.8", "1.0"]
 
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained_model_name_or_path", default="discrete-schedulers/tiny-text")
-    parser.add_argument("--output_dir", type=Path, default=Path("own_data_results"))
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        default="discrete-schedulers/tiny-text",
+        help="Folder, Hub id or bundled id of the frozen model. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("own_data_results"),
+        help="For the scheduler, its card and plots. Default: %(default)s.",
+    )
     parser.add_argument("--train_file", type=Path, default=None, help="Your texts, a document a line.")
     parser.add_argument("--dataset_name", default=None, help="Or a dataset, for `datasets.load_dataset`.")
-    parser.add_argument("--method", default="order")
-    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--method", default="order", help="As in training/distill.py. Default: %(default)s.")
+    parser.add_argument(
+        "--num_inference_steps",
+        type=int,
+        nargs="+",
+        default=[4, 8],
+        help="Step budgets to learn for. Default: %(default)s.",
+    )
     args, further = parser.parse_known_args(argv)
 
     # 1. Texts: a file, a dataset, or a stand-in
@@ -44,6 +59,7 @@ def main(argv: list[str] | None = None) -> dict:
         given += ["--train_file", str(args.train_file)]
     else:
         given += ["--train_file", str(write_stand_in(args.output_dir)), *SMALL]
+        given += ["--num_epochs", "40"] if args.method == "order" else []
 
     # 2. Learn, measure, write the card; with --push_to_hub upload it. A killed run goes on where it was
     given += ["--method", args.method, "--num_inference_steps", *map(str, args.num_inference_steps)]

@@ -35,18 +35,33 @@ RESULT += ("prompt", "seed", "batch_size", "shard_size", "dtype")  # what sample
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained_model_name_or_path", default="discrete-schedulers/tiny-text")
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        default="discrete-schedulers/tiny-text",
+        help="Folder, Hub id or bundled id. Default: %(default)s.",
+    )
     parser.add_argument("--revision", default=None, help="Of the model's repository.")
     parser.add_argument("--scheduler", default=None, help="Folder or Hub id of a scheduler; the pipeline's by default.")
-    parser.add_argument("--num_samples", type=int, default=64)
-    parser.add_argument("--num_inference_steps", type=int, default=16)
+    parser.add_argument("--num_samples", type=int, default=64, help="In all, over all processes. Default: %(default)s.")
+    parser.add_argument(
+        "--num_inference_steps", type=int, default=16, help="Steps of each sample. Default: %(default)s."
+    )
     parser.add_argument("--length", type=int, default=None, help="Tokens of a sample; the model's longest by default.")
     parser.add_argument("--prompt", default=None, help="What all samples begin with.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Of the run; each sample has its own from it. Default: %(default)s."
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="Samples that a process makes at once.")
     parser.add_argument("--shard_size", type=int, default=256, help="Samples in a file.")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--output_dir", type=Path, default=Path("samples"))
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="Of the weights. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("samples"), help="For the parquet files. Default: %(default)s."
+    )
     args = parser.parse_args(argv)
     for name in ("num_samples", "num_inference_steps", "length", "batch_size", "shard_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

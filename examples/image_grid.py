@@ -38,15 +38,24 @@ SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="discrete-schedulers/tiny-image", help="folder, Hub id or bundled id")
-    parser.add_argument("--output_dir", type=Path, default=Path("image_grids"))
-    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[16])
-    parser.add_argument("--images_per_class", type=int, default=10)
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("image_grids"), help="for the pictures; default: %(default)s"
+    )
+    parser.add_argument(
+        "--num_inference_steps", type=int, nargs="+", default=[16], help="one grid for each; default: %(default)s"
+    )
+    parser.add_argument("--images_per_class", type=int, default=10, help="pictures in a row; default: %(default)s")
     parser.add_argument("--classes", type=int, nargs="+", help="default: the first ten")
     parser.add_argument("--prompt", help="for a model of texts: one row")
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
-    parser.add_argument("--guidance_schedule", choices=("constant", "linear", "cosine"), default="constant")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="1 is none; default: %(default)s")
+    parser.add_argument(
+        "--guidance_schedule",
+        choices=("constant", "linear", "cosine"),
+        default="constant",
+        help="how guidance grows while noise goes; default: %(default)s",
+    )
     parser.add_argument("--enlarge", type=int, default=2, help="pixels of the grid for each pixel of an image")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     return parser.parse_args(arguments)
 
 

@@ -80,11 +80,29 @@ def measure(
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("molecule_results"))
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("molecule_results"),
+        help="For table, picture and numbers. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[4, 8, 16, 32],
+        help="Numbers of steps to compare at. Default: %(default)s.",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="How many. Default: %(default)s.")
     parser.add_argument("--num_samples", type=int, default=60, help="Molecules for each seed.")
-    parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), default=list(SAMPLERS), metavar="NAME")
+    parser.add_argument(
+        "--samplers",
+        nargs="+",
+        choices=list(SAMPLERS),
+        default=list(SAMPLERS),
+        metavar="NAME",
+        help="Some of the table's lines; all by default.",
+    )
     args = parser.parse_args(argv)
     canonical_smiles("C")  # says at once if RDKit is not there
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -100,6 +118,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if path.is_file() and json.loads(path.read_text())["settings"] == settings:
         results = json.loads(path.read_text())
 
+    print(f"{len(known):,} training molecules are read once, to say what is new: half a minute on one core", flush=True)
     if "data" not in results:
         held_out = read_split("test")[: args.num_samples * args.seeds]
         ids = pipe.tokenizer(held_out, padding=True, return_tensors="pt")["input_ids"]

@@ -99,15 +99,29 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--side", type=int, default=4, help="Sites of the torus along each axis.")
     parser.add_argument("--states", type=int, default=2, help="2 is Ising; more is Potts.")
     parser.add_argument("--beta", type=float, default=0.28, help="Inverse temperature; Ising is critical at 0.4407.")
-    parser.add_argument("--rounds", type=int, default=150)
-    parser.add_argument("--steps_per_round", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--replicates", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--num_eval_samples", type=int, default=8192)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("energy_results"))
+    parser.add_argument(
+        "--rounds", type=int, default=150, help="Rounds of training, each with fresh samples. Default: %(default)s."
+    )
+    parser.add_argument("--steps_per_round", type=int, default=8, help="Gradient steps on them. Default: %(default)s.")
+    parser.add_argument("--batch", type=int, default=256, help="Samples in a round. Default: %(default)s.")
+    parser.add_argument(
+        "--replicates", type=int, default=8, help="Maskings of each sample in a step. Default: %(default)s."
+    )
+    parser.add_argument("--hidden", type=int, default=256, help="Width of the network. Default: %(default)s.")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="Of Adam. Default: %(default)s.")
+    parser.add_argument(
+        "--num_eval_samples",
+        type=int,
+        default=8192,
+        help="Samples behind each line of the table. Default: %(default)s.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Default: %(default)s.")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("energy_results"),
+        help="For the network and the table. Default: %(default)s.",
+    )
     args = parser.parse_args(argv)
     length, mask = args.side**2, args.states
     torch.manual_seed(args.seed)

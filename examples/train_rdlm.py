@@ -131,19 +131,37 @@ def train(
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=["spins", "text"], default="spins")
+    parser.add_argument(
+        "--data", choices=["spins", "text"], default="spins", help="What to learn. Default: %(default)s."
+    )
     parser.add_argument("--length", type=int, default=None, help="Tokens of a sample: 6 spins or 32 letters.")
     parser.add_argument("--coupling", type=float, default=0.6, help="Of neighbouring spins.")
-    parser.add_argument("--prior", choices=["mask", "uniform", "mixture"], default="mask")
+    parser.add_argument(
+        "--prior",
+        choices=["mask", "uniform", "mixture"],
+        default="mask",
+        help="Where the walk begins: mask's corner or centre; mixture: centre, trained on both. Default: %(default)s.",
+    )
     parser.add_argument("--hidden_size", type=int, default=None, help="64 for spins, 96 for text.")
     parser.add_argument("--num_blocks", type=int, default=None, help="2 for spins, 3 for text.")
     parser.add_argument("--max_train_steps", type=int, default=None, help="1500 for spins, 8000 for text.")
     parser.add_argument("--batch", type=int, default=None, help="256 for spins, 64 for text.")
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="Of AdamW. Default: %(default)s.")
+    parser.add_argument(
+        "--num_inference_steps",
+        type=int,
+        nargs="+",
+        default=[1, 4, 16, 64],
+        help="Numbers of steps to judge at. Default: %(default)s.",
+    )
     parser.add_argument("--num_eval_samples", type=int, default=None, help="10000 for spins, 100 for text.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("rdlm_results"))
+    parser.add_argument("--seed", type=int, default=0, help="Default: %(default)s.")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("rdlm_results"),
+        help="For the pipeline and the table. Default: %(default)s.",
+    )
     args = parser.parse_args(argv)
     names = ("length", "hidden_size", "num_blocks", "max_train_steps", "batch", "num_eval_samples")
     standard = {"spins": (6, 64, 2, 1500, 256, 10_000), "text": (32, 96, 3, 8000, 64, 100)}[args.data]
@@ -162,8 +180,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     pipe.set_progress_bar_config(disable=True)
     table = []
     for steps in args.num_inference_steps:
-        generator = torch.Generator().manual_seed(args.seed)
-        x = pipe(args.num_eval_samples, num_inference_steps=steps, generator=generator, output_type="pt").sequences
+        asked = {"num_samples": args.num_eval_samples, "num_inference_steps": steps, "output_type": "pt"}
+        x = pipe(**asked, generator=torch.Generator().manual_seed(args.seed)).sequences
         table.append({"steps": steps} | data.judge(x))
     pipe.save_pretrained(args.output_dir)
     write_text(args.output_dir / "table.json", json.dumps(table, indent=2) + "\n")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import VQModel
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 PICTURES = tuple(kind for kind in get_args(PipelineImageInput) if isinstance(kind, type))  # PIL's, arrays, tensors
@@ -96,9 +97,10 @@ def tokens_to_paint(mask_image: PipelineImageInput, height: int, width: int) -> 
     return torch.cat(painted)
 
 
+@apply_forward_hook  # brings in the weights of a decoder that is offloaded
 def encode(decoder: Any, pixels: Tensor, is_signed: bool) -> Tensor:
     """Ids (P, h, w) of pixels (P, C, H, W) in [0, 1]; with `is_signed` the decoder's own range is [-1, 1]."""
-    pixels = (2 * pixels - 1 if is_signed else pixels).to(decoder.device, decoder.dtype)
+    pixels = (2 * pixels - 1 if is_signed else pixels).to(decoder.dtype)
     if not isinstance(decoder, VQModel):
         return decoder.encode(pixels)
     latents = decoder.encode(pixels).latents
@@ -106,6 +108,7 @@ def encode(decoder: Any, pixels: Tensor, is_signed: bool) -> Tensor:
     return ids.view(len(latents), *latents.shape[-2:])
 
 
+@apply_forward_hook
 def decode(decoder: Any, ids: Tensor, is_signed: bool) -> Tensor:
     """Pixels (P, C, H, W) in [0, 1], float32, of ids (P, h, w).
 

@@ -19,18 +19,19 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from discrete_schedulers.bundled import is_bundled
 from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
+from discrete_schedulers.guidance import GuidanceScale
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
-from discrete_schedulers.models import DDiTModel, HollowTransformerModel
+from discrete_schedulers.models import DDiTModel, HollowTransformerModel, LatentModel
 from discrete_schedulers.models.diffusion_gemma import PromptAndCanvas, canvas_length
 from discrete_schedulers.models.loading import check_repo_id, read_config
 from discrete_schedulers.patience import check_download, patiently
@@ -39,7 +40,6 @@ from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import DiscreteScheduler
 
 LIBRARIES = ("diffusers", "discrete_schedulers", "transformers")
-BUNDLED = "discrete-schedulers/"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 SCHEDULER_FACTS = ("vocab_size", "mask_token_id", "process", "noise_schedule")  # of the model, in a scheduler's config
 StepCallback: TypeAlias = Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None
@@ -158,6 +158,12 @@ def check_count(name: str, value: Any, most: int | None = None) -> None:
         raise ValueError(f"`{name}` is {value!r}; {allowed}")
 
 
+def check_device(device: torch.device) -> None:
+    """Raises `ValueError` if a device has no float64, which laws and draws are in."""
+    if device.type == "mps":
+        raise ValueError("`pipe` is on 'mps', which has no float64: laws and draws need it. Move it to 'cpu' or 'cuda'")
+
+
 def class_ids(class_labels: Any) -> Tensor:
     """One or more classes as a tensor (P,), whatever their range.
 
@@ -193,29 +199,15 @@ def returned_latents(returned: Any, latents: Tensor, vocab_size: int) -> Tensor:
     return new
 
 
-def is_bundled(name: str) -> bool:
-    """Whether a name means a model of this package, not a folder or a repository."""
-    return name.startswith(BUNDLED) and not Path(name).is_dir()
-
-
-@contextmanager
-def bundled_folder(name: str) -> Iterator[str]:
-    """The folder of a bundled model.
-
-    Raises:
-        ValueError: If there is no such model.
-    """
-    assets = files("discrete_schedulers") / "assets"
-    known = sorted(folder.name for folder in assets.iterdir() if (folder / "model_index.json").is_file())
-    if name.removeprefix(BUNDLED) not in known:
-        raise ValueError(f"{name!r} is not bundled; bundled: {', '.join(BUNDLED + folder for folder in known)}")
-    with as_file(assets / name.removeprefix(BUNDLED)) as folder:
-        yield str(folder)
+def network_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The network itself, without what `torch.compile` and a [`LatentModel`] put around it."""
+    inner = getattr(model, "_orig_mod", model)  # torch.compile's name for it
+    return network_of(inner.model) if isinstance(inner, LatentModel) else inner
 
 
 def network_facts(model: torch.nn.Module, scheduler: DiscreteScheduler) -> dict[str, Any]:
     """Arguments of [`NetworkDenoiser`] that the scheduler's config and the network's class say."""
-    facts = {name: scheduler.config[name] for name in SCHEDULER_FACTS}
+    facts, model = {name: scheduler.config[name] for name in SCHEDULER_FACTS}, network_of(model)
     if isinstance(model, DDiTModel):
         timed = model.config.cond_dim is not None and model.config.time_conditioning
         facts |= {
@@ -283,9 +275,26 @@ class DiscretePipeline(DiffusionPipeline):
         return NetworkDenoiser(network, **self.config.denoiser)
 
     @property
+    def num_classes(self) -> int | None:
+        """Classes of the network; their number is also the id of "any". `None`: it has none."""
+        network = network_of(self.model)
+        return network.config.get("num_classes") if isinstance(network, ConfigMixin) else None
+
+    @property
     def num_timesteps(self) -> int:
         """Number of steps of the last call."""
         return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> GuidanceScale:
+        """That of the last call; a callback changes it by `pipe._guidance_scale`, in a call of a text pipeline that began with
+        guidance."""
+        return self._guidance_scale
+
+    def guidance_at(self, t: float) -> float:
+        """The scale of the call at time t, as a callback has left it."""
+        scale = self._guidance_scale
+        return scale(t) if callable(scale) else scale
 
     def denoise(
         self,
@@ -351,8 +360,10 @@ class DiscretePipeline(DiffusionPipeline):
         return names
 
     def check_scheduler(self) -> None:
-        """Raises `ValueError` if the scheduler does not fit the model; warns where its coefficients are another model's."""
+        """Raises `ValueError` if the scheduler does not fit the model or its device; warns where its coefficients are another
+        model's."""
         require_ours(self.scheduler)
+        check_device(self._execution_device)
         names = ["vocab_size", "mask_token_id", "process"]
         denoiser = self.denoiser
         if denoiser.time_conditioned or (denoiser.process == "uniform" and denoiser.parametrization != "x0"):

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from discrete_schedulers.blocks import BlockCache
+from discrete_schedulers.bundled import bundled_folder, is_bundled
 from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
 from discrete_schedulers.guidance import GuidanceScale, GuidedDenoiser
 from discrete_schedulers.interop import FOREIGN
-from discrete_schedulers.models import DDiTModel
 from discrete_schedulers.models.checkpoints import denoiser_facts, end_token_ids, find_family
 from discrete_schedulers.models.diffusion_gemma import PromptAndCanvas, canvas_length
 from discrete_schedulers.models.loading import (
@@ -37,16 +37,15 @@ from discrete_schedulers.pipelines.pipeline_base import (
     DiscretePipeline,
     StepCallback,
     as_dtype,
-    bundled_folder,
     check_count,
     check_facts,
     check_index,
     check_network,
     class_ids,
-    is_bundled,
     name_of,
     named_json_errors,
     network_facts,
+    network_of,
     require_ours,
 )
 from discrete_schedulers.pipelines.text import (
@@ -118,7 +117,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
     ```
 
     Raises:
-        ValueError: If the scheduler is not one of this library.
+        ValueError: If the scheduler is not one of this library; diffusers' go in as [`ForeignScheduler`].
     """
 
     model_cpu_offload_seq = "model"
@@ -157,7 +156,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder written by `save_pretrained`, a Hub id, or the bundled
-                id `"discrete-schedulers/tiny-text"`, which needs no network.
+                ids `"discrete-schedulers/tiny-text"` and `"discrete-schedulers/tiny-molecule"`, which need no network.
             family (`str`, *optional*): The family of the weights, where the repository does not show it.
             mask_token_id (`int`, *optional*): The mask's id, instead of the family's.
             shift (`int`, *optional*): 1 where logits at i - 1 predict position i, instead of the family's.
@@ -459,7 +458,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         Raises:
             ValueError: If the model has no classes, or not these.
         """
-        number = self.model.config.num_classes if isinstance(self.model, DDiTModel) else None
+        number = self.num_classes
         if class_labels is None:
             fixed = "class_labels" in self.config.denoiser.get("call_arguments", {})
             return None if number is None or fixed else torch.tensor([number])
@@ -542,8 +541,8 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             )
         conditions = self.prepare_padding(frame)
         negative, is_labelled = dict(conditions), False
-        if labels is not None:
-            number, count = self.model.config.num_classes, len(frame.known)
+        number, count = self.num_classes, len(frame.known)
+        if labels is not None and number is not None:
             if len(labels) not in (1, count):
                 raise ValueError(
                     f"`class_labels` has {len(labels)} entries; it must have one, or one for each prompt or template, "
@@ -563,13 +562,16 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         conditions = {name: batch(value) for name, value in conditions.items()}
         if canvas_length(self.model) is not None:
             conditions["row_ids"] = torch.arange(len(samples.known), device=self._execution_device)
-        denoiser: Denoiser = GuidedDenoiser(
+        denoiser = GuidedDenoiser(
             self.denoiser_of_a_run(use_cache and not is_guided, samples),
             guidance_scale,
             conditions,
             {name: batch(value) for name, value in negative.items()},
             None if ids is None else batch(ids),
         )
+        self._guidance_scale = guidance_scale
+        if is_guided:
+            denoiser.guidance_scale = self.guidance_at  # asked in each step: a callback may change it
         return denoiser if logits_processor is None else ProcessedDenoiser(denoiser, logits_processor)
 
     def prepare_padding(self, frame: Frame) -> dict[str, Tensor]:
@@ -580,9 +582,10 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         """
         if not frame.is_padding.any() or canvas_length(self.model) is not None:  # a canvas is run without it
             return {}
-        if not takes_argument(self.model, "attention_mask"):
+        network = network_of(self.model)
+        if not takes_argument(network, "attention_mask"):
             raise ValueError(
-                f"prompts of unequal lengths leave padding with `max_new_tokens`, and a {type(self.model).__name__} takes "
+                f"prompts of unequal lengths leave padding with `max_new_tokens`, and a {type(network).__name__} takes "
                 "no `attention_mask` to hide it: pass `length` instead, or call once for each prompt"
             )
         return {"attention_mask": (~frame.is_padding).long()}

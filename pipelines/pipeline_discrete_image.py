@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import ConfigMixin
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from discrete_schedulers.bundled import bundled_folder, is_bundled
 from discrete_schedulers.denoisers import NetworkDenoiser
 from discrete_schedulers.guidance import GuidedDenoiser
 from discrete_schedulers.guidance import guidance_schedule as scale_over_time
@@ -37,12 +37,10 @@ from discrete_schedulers.pipelines.pipeline_base import (
     DiscretePipeline,
     StepCallback,
     as_dtype,
-    bundled_folder,
     check_count,
     check_index,
     check_network,
     class_ids,
-    is_bundled,
     name_of,
     named_json_errors,
     network_facts,
@@ -56,6 +54,13 @@ from discrete_schedulers.schedulers.scheduling_utils import check_grid_shape
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def refuse_texts(name: str, index: dict[str, Any]) -> None:
+    """Raises `ValueError` if this model_index.json is of a pipeline for texts."""
+    kind = index.get("_class_name")
+    if kind == "DiscreteDiffusionPipeline":
+        raise ValueError(f"{name!r} is of {kind}, for texts: load it with {kind}.from_pretrained")
 
 
 @dataclass
@@ -164,6 +169,7 @@ class DiscreteImagePipeline(DiscretePipeline):
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             index = first_file(name, ("model_index.json",), hub)
             held = {} if index is None else read_config(index)
+            refuse_texts(name, held)
             if held.get("_class_name") not in (cls.__name__, "DiscreteImagePipeline"):
                 return cls.from_published(name, held, weight_name, **kwargs)
             assert index is not None
@@ -171,6 +177,7 @@ class DiscreteImagePipeline(DiscretePipeline):
             with named_json_errors(name):
                 return super().from_pretrained(name, **kwargs)
         with bundled_folder(name) as folder:
+            refuse_texts(name, read_config(Path(folder) / "model_index.json"))
             pipe = super().from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=name)
         return pipe
@@ -298,9 +305,9 @@ class DiscreteImagePipeline(DiscretePipeline):
             extra = (grid, *micro_conditioning_crop_coord, micro_conditioning_aesthetic_score)
             positive = self.text_conditions(prompts, batch, *extra)
             negative = self.text_conditions(negatives, batch, *extra)
-        elif labels is not None:
+        elif labels is not None and self.num_classes is not None:
             positive = {"class_labels": rows(labels, batch)}
-            negative = {"class_labels": torch.full_like(positive["class_labels"], self.model.config.num_classes)}
+            negative = {"class_labels": torch.full_like(positive["class_labels"], self.num_classes)}
         guidance = (guidance_scale, guidance_schedule)
         denoiser = self.denoiser_for(grid, num_inference_steps, positive, negative, *guidance)
         latents, frozen = self.prepare_latents(rows(known, batch), latents, generator, self._execution_device)
@@ -313,16 +320,6 @@ class DiscreteImagePipeline(DiscretePipeline):
         self.maybe_free_model_hooks()
         output = DiscreteImagePipelineOutput(images, latents, num_model_calls)
         return output if return_dict else (output.images, output.sequences, output.num_model_calls)
-
-    @property
-    def guidance_scale(self) -> float:
-        """That of the last call; a callback changes it by `pipe._guidance_scale`."""
-        return self._guidance_scale
-
-    @property
-    def num_classes(self) -> int | None:
-        """Classes of the network; their number is also the id of "any". `None`: it has none."""
-        return self.model.config.get("num_classes") if isinstance(self.model, ConfigMixin) else None
 
     def check_inputs(
         self,

@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from discrete_schedulers.pipelines.pipeline_base import check_count, check_device
 from discrete_schedulers.pipelines.pipeline_discrete_diffusion import DiscreteDiffusionPipelineOutput
 from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import RDLMScheduler
@@ -45,6 +46,7 @@ class RDLMPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
+        *,
         num_samples: int = 1,
         length: int | None = None,
         num_inference_steps: int = 64,
@@ -77,6 +79,7 @@ class RDLMPipeline(DiffusionPipeline):
         Raises:
             ValueError: If an argument is not allowed.
         """
+        check_device(self._execution_device)
         x = self.prepare_latents(num_samples, length, latents, generator)
         names = callback_on_step_end_tensor_inputs or self._callback_tensor_inputs
         if output_type not in ("text", "pt", "np", "latent"):
@@ -123,14 +126,12 @@ class RDLMPipeline(DiffusionPipeline):
         length = longest if length is None else length
         if length is None:
             raise ValueError("`length` is required: this model does not say how long its sequences are")
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"`num_samples` is {num_samples!r}; it must be an integer of at least 1")
-        if length < 1 or (longest is not None and length > longest):
-            raise ValueError(f"`length` is {length}; allowed are 1 to {longest or 'any'}")
+        check_count("num_samples", num_samples)
+        check_count("length", length, longest)
         if isinstance(generator, list) and len(generator) != num_samples:
             raise ValueError(
                 f"`generator` is a list of {len(generator)}, but {num_samples} samples are wanted: one each"
             )
         if latents is not None:
             return latents.to(self._execution_device)
-        return self.scheduler.sample_prior((num_samples, length), self._execution_device)
+        return self.scheduler.sample_prior((num_samples, length), generator, self._execution_device)

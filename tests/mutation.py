@@ -1,10 +1,11 @@
 """Mutation run: plant small faults in the sources, one at a time, and see whether the fast tests notice.
 
-    python tests/mutation.py --sample 414            (resumable; state in .mutation/, summary in tests/mutation.json)
+    python tests/mutation.py --whole 'sampling.py|jump' --sample 1000       (resumable; state in .mutation/, summary in
+                                                                             tests/mutation.json)
 
-First the fast tests run once with a tracer: which test runs which line, and how long it takes. Then each mutant of a random
-sample is tried in a fork of a process that has collected all tests, with those that run the mutated lines, until one fails or
-takes far too long.
+First the fast tests run once with a tracer: which test runs which line, and how long it takes. Then mutants are tried: all of
+those whose name matches `--whole` (a file, a function, a line), then a random sample of the others. Each is tried in a fork of
+a process that has collected all tests, with those that run the mutated lines, until one fails or takes far too long.
 
 Not mutated: annotations, docstrings, imports, and what stands in `raise`, `assert`, f-strings and logged texts.
 """
@@ -20,7 +21,7 @@ import inspect
 import json
 import math
 import os
-import random
+import re
 import resource
 import signal
 import sys
@@ -41,9 +42,9 @@ SOURCES = [
     *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "src/discrete_schedulers/schedulers").glob("[!_]*.py")),
     *(f"training/{name}.py" for name in "objectives marginal temperatures jump_steps".split()),
 ]
-TESTS = """adaptive correctors diffusers_contract exact_simulation information informed interop jump_steps learn2pd
-    learned likelihood marginal mixture objectives order_search orders processes remasking sampling schedulers scud
-    speed spread temperatures theta uniform""".split()
+TESTS = """adaptive bad_input correctors diffusers_contract exact_simulation information informed interop jump_steps learn2pd
+    learned likelihood marginal mixture numbers objectives order_search ordered_grid orders processes rdlm remasking
+    sampling schedulers scud speed spread temperatures theta uniform""".split()
 
 
 def both_ways(pairs: str) -> dict[str, str]:
@@ -58,9 +59,9 @@ OPTIONS = ["-m", "not slow", *"-q -p no:cacheprovider -p no:xdist --hypothesis-s
 LOG = os.dup(1)  # pytest takes 1 away
 FAULT = 99
 FAILED: dict[str, list[int]] = {"failed": []}  # in place of the lines of a test
-LARGEST = 1000  # sample; smaller ones are its beginnings
 MEMORY = 12 * 2**30  # of address space, for a mutant that runs away
-DROPPED = {"clamp", "double", "abs", "nan_to_num", "round", "flip"}  # x.clamp(...) becomes x
+DROPPED = {"double", "abs", "round", "flip"}  # x.double(...) becomes x
+DROPPED |= {"clamp", "clamp_", "nan_to_num", "nan_to_num_", "masked_fill", "masked_fill_"}
 PLAIN = (bool, int, float, str, tuple, list, dict, set, frozenset)
 SILENT = (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.JoinedStr)
 
@@ -312,18 +313,21 @@ class Forks:
 
 
 def choose(mutant: dict[str, Any], record: dict[str, Any], cap: float) -> list[str]:
-    """Tests that run the mutant's lines, up to `cap` seconds: the quick ones first, and the k-th case of a test function counts
-    as k times as slow. They run by file, those named like the module before the others."""
+    """Tests that run the mutant's lines, up to `cap` seconds: the quick ones first. The k-th case of a test function counts as
+    k times as slow, those in a file named like the module as four times as quick. These run first, and all run by file."""
     (first, last), seconds, of_line = mutant["lines"], record["seconds"], record["lines"][mutant["source"]]
     names = {name for line, some in of_line.items() if first <= line <= last for name in some}
     stem = Path(mutant["source"]).stem.removeprefix("scheduling_")
     if not mutant["is_inside"]:  # and those that look at signatures, class attributes and constants
         names |= {name for name in seconds if name in record["idle"] or stem in name.split("::")[0]}
+        word = re.compile(rf"\b{mutant['code'].split(' ')[0].rstrip(':')}\b")
+        text = enumerate((ROOT / mutant["source"]).read_text().splitlines(), 1)
+        names |= {name for number, line in text if word.search(line) for name in of_line.get(number, ())}
     cases: Counter[str] = Counter()
     ranked = []
     for name in sorted(names, key=lambda name: (seconds[name], name)):
         cases[name.split("[")[0]] += 1
-        ranked.append((cases[name.split("[")[0]] * seconds[name], name))
+        ranked.append((cases[name.split("[")[0]] * seconds[name] / (4 if stem in name.split("::")[0] else 1), name))
     chosen, total = [], 0.0
     for _, name in sorted(ranked):
         if total + seconds[name] <= cap:
@@ -381,24 +385,38 @@ def write(path: Path, content: Any) -> None:
     path.with_suffix(".tmp").rename(path)
 
 
-def summarise(everything: list[dict[str, Any]], results: dict[str, str]) -> None:
-    """Counts per file, and the survivors, each with the reason that stands in the summary already."""
+def is_in(whole: str, mutant: dict[str, Any]) -> bool:
+    """Whether a mutant is one of those that are tried wholly."""
+    return re.search(whole, mutant["key"].split(" -> ")[0]) is not None
+
+
+def shuffled(some: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Mutants in a random order that goes by their names: a larger sample begins with the smaller one, and where the sources
+    change, the mutants that stay are drawn as before."""
+    return sorted(some, key=lambda mutant: hashlib.sha256(f"{seed} {mutant['key']}".encode()).digest())
+
+
+def summarise(everything: list[dict[str, Any]], results: dict[str, str], whole: str) -> None:
+    """Counts of those that were to be tried wholly, of the sample of the others, and of each file, and the survivors, each with
+    the reason that stands in the summary already."""
     old = read(SUMMARY).get("survivors", {})
+    parts = {"whole": Counter(mutants=0, tried=0, survived=0), "sample": Counter(mutants=0, tried=0, survived=0)}
     counts = {source: Counter(mutants=0, tried=0, survived=0) for source in SOURCES}
     for mutant in everything:
-        counts[mutant["source"]]["mutants"] += 1
-        if result := results.get(mutant["key"]):
-            counts[mutant["source"]].update(["tried", result])
+        result = results.get(mutant["key"])
+        for count in (counts[mutant["source"]], parts["whole" if is_in(whole, mutant) else "sample"]):
+            count.update(["mutants", *(["tried", result] if result else [])])
     survivors = {m["key"]: old.get(m["key"], "") for m in everything if results.get(m["key"]) == "survived"}
     total = sum(counts.values(), Counter())
     files = {s: f"{c['tried']} of {c['mutants']} tried, {c['survived']} survived" for s, c in counts.items()}
-    write(SUMMARY, {"total": total, "files": files, "survivors": survivors})
+    write(SUMMARY, {"total": total, "pattern of the whole": whole, **parts, "files": files, "survivors": survivors})
     print(f"{dict(total)}: {total['survived'] / max(total['tried'], 1):.1%} survive")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=414, help=f"mutants of all files to try, at most {LARGEST}")
+    parser.add_argument("--whole", default="^$", help="of these try all: a pattern for file, function and line")
+    parser.add_argument("--sample", type=int, default=400, help="of the others try so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cap", type=float, default=15.0, help="seconds of tests for one mutant")
     parser.add_argument("--again", action="store_true", help="try survivors again that have no reason in the summary")
@@ -407,7 +425,9 @@ def main() -> None:
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not survive a fork
     everything = [mutant for source in SOURCES for mutant in mutants(source)]
-    sample = random.Random(arguments.seed).sample(everything, LARGEST)[: arguments.sample]
+    ordered = shuffled(everything, arguments.seed)
+    sample = [mutant for mutant in ordered if is_in(arguments.whole, mutant)]
+    sample += [mutant for mutant in ordered if not is_in(arguments.whole, mutant)][: arguments.sample]
     results = read(STATE / "results.json")
     known = {key for key, reason in read(SUMMARY).get("survivors", {}).items() if reason}
     open_cases = {key for key, result in results.items() if result == "survived"} - known if arguments.again else ()
@@ -415,8 +435,7 @@ def main() -> None:
     if todo:
         files = [f"tests/test_{name}.py" for name in TESTS]
         pytest.main([*OPTIONS, *files], plugins=[Forks(todo, arguments.cap)])
-    results = read(STATE / "results.json")
-    summarise(everything, {m["key"]: results[m["key"]] for m in sample if m["key"] in results})
+    summarise(everything, read(STATE / "results.json"), arguments.whole)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ EVENTS = {str(n): {"events": [1.0 + k for k in range(n)]} for n in BUDGETS}
 
 
 COUNTS = {str(n): {"counts": [1.0 + k % 3 for k in range(n)]} for n in BUDGETS}
+CONTRAST = {str(n): {"contrast": [0.0] + [0.3] * (n - 1)} for n in BUDGETS}  # none where N = 1 draws the marginals
 GATED = {
     str(n): {
         "rate": [0.8 + 0.1 * (k % 4) for k in range(n)],
@@ -126,6 +127,8 @@ class SchedulerCase(NamedTuple):
         """The scheduler for V states; the mask is the last of them."""
         mask_token_id = vocab_size - 1 if self.is_absorbing else None
         arguments = {"vocab_size": vocab_size, "mask_token_id": mask_token_id} | self.kwargs | overrides
+        if arguments.get("coefficients") is CONTRAST:
+            arguments["token_prior"] = [-0.5 * (v % 3) for v in range(vocab_size)]
         return self.cls(**arguments)
 
 
@@ -178,6 +181,7 @@ CASES = [
         {"process": "uniform", "noise_schedule": "cosine", "scale": "log_score", "coefficients": SCALE},
     ),
     SchedulerCase("learned-counts", LearnedScheduler, {"grid": "learned", "coefficients": COUNTS}),
+    SchedulerCase("learned-contrast", LearnedScheduler, {"unmasking": "bernoulli", "coefficients": CONTRAST}),
     SchedulerCase("learned-gate", LearnedScheduler, {"unmasking": "bernoulli", "coefficients": GATED}),
     SchedulerCase(
         "learned-uniform",

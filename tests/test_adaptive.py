@@ -189,9 +189,8 @@ def test_learned_thresholds() -> None:
         logits = confident([0.9, 0.8, 0.4])
         assert opened(scheduler, logits, 0, masks(3)) == [[0]]
         assert opened(scheduler, logits, 1, masks(3)) == [[0, 1, 2]]
-        scheduler.set_timesteps(3)
         with pytest.raises(ValueError, match="learned budgets: 4"):
-            scheduler.step(logits, 0, masks(3))
+            scheduler.set_timesteps(3)
 
 
 def marginal(joint: Joint, places: list[int]) -> dict[tuple[int, ...], float]:
@@ -730,7 +729,7 @@ def test_path_planning_refuses_what_is_no_law_at_a_known_token() -> None:
     ("cls", "kwargs", "message"),
     [
         (ThresholdScheduler, {"rule": "both"}, "`rule` is 'both'; allowed: 'threshold', 'factor'"),
-        (ThresholdScheduler, {"factor": 0.0}, "`factor` is 0.0; it must be positive"),
+        (ThresholdScheduler, {"factor": 0.0}, "`factor` is 0.0; allowed are positive numbers"),
         (ThresholdScheduler, {"factor": math.nan}, "`factor` is nan"),
         (ThresholdScheduler, {"block_length": 0}, "`block_length` is 0"),
         (KLASSScheduler, {"history_length": 0}, "`history_length` is 0; it must be at least 1"),
@@ -738,13 +737,35 @@ def test_path_planning_refuses_what_is_no_law_at_a_known_token() -> None:
         (PCSamplerScheduler, {"position_decay": -1.0}, "`position_decay` is -1.0; it cannot be negative"),
         (PCSamplerScheduler, {"score_cap": 0.0}, "`score_cap` is 0.0; it must be positive"),
         (EntropyBoundScheduler, {"proxy": "random"}, "`proxy` is 'random'; allowed: 'entropy', 'confidence', 'margin'"),
-        (EntropyBoundScheduler, {"entropy_bound": -0.1}, "`entropy_bound` is -0.1; it cannot be negative"),
-        (PathPlanningScheduler, {"stochasticity": -1.0}, "`stochasticity` is -1.0; it cannot be negative"),
+        (EntropyBoundScheduler, {"entropy_bound": -0.1}, "`entropy_bound` is -0.1; allowed are numbers of at least 0"),
+        (PathPlanningScheduler, {"stochasticity": -1.0}, "`stochasticity` is -1.0; allowed are numbers of at least 0"),
     ],
 )
 def test_arguments_that_are_refused(cls: type[DiscreteScheduler], kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(cls, 2, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("cls", "knob", "bad"),
+    [
+        (ThresholdScheduler, "threshold", None),
+        (ThresholdScheduler, "factor", 0.0),
+        (KLASSScheduler, "threshold", None),
+        (KLASSScheduler, "kl_threshold", None),
+        (EntropyBoundScheduler, "entropy_bound", -0.1),
+        (UniformEntropyBoundScheduler, "entropy_bound", -0.1),
+        (PathPlanningScheduler, "stochasticity", -0.1),
+    ],
+)
+def test_learned_knobs_are_checked_before_a_run(cls: type[DiscreteScheduler], knob: str, bad: float | None) -> None:
+    """Their values by the constructor, their budgets by `set_timesteps`: before the network is called."""
+    mask = None if cls is UniformEntropyBoundScheduler else 3
+    with pytest.raises(ValueError, match="no coefficients for `num_inference_steps` 3; learned budgets: 2"):
+        cls(4, mask, coefficients={"2": {knob: [0.5, 0.5]}}).set_timesteps(3)
+    if bad is not None:
+        with pytest.raises(ValueError, match=rf"`{knob}` for 2 steps is \[0.5, {bad}\]; allowed are"):
+            cls(4, mask, coefficients={"2": {knob: [0.5, bad]}})
 
 
 @pytest.mark.parametrize("name", ["entropy_bound", "first_temperature", "last_temperature"])

@@ -1519,8 +1519,8 @@ def command_folder(tmp_path: Path, saved: Path) -> Path:
 AT_LEAST = "it must be at least 1"
 COMMANDS = {
     "distill": (
-        "--pretrained_model_name_or_path m --output_dir out --num_samples 4 --num_eval_samples 4 --teacher_steps 4 "
-        "--num_inference_steps 2 --sequence_length 6"
+        "--pretrained_model_name_or_path m --output_dir out --num_samples 4 --num_eval_samples 4 --num_inference_steps 2 "
+        "--sequence_length 6"
     ),
     "generate": "--pretrained_model_name_or_path m --output_dir out --num_samples 4 --length 5 --num_inference_steps 2",
     "pretrain": (
@@ -1534,7 +1534,7 @@ LINES: dict[str, dict[str, str]] = {
         "--num_inference_steps 0": r"--num_inference_steps is \[0\]; budgets must be at least 1",
         "--num_inference_steps 2.5": "--num_inference_steps: invalid int value: '2.5'",
         "--num_inference_steps": "--num_inference_steps: expected at least one argument",
-        "--num_inference_steps 3": r"--teacher_steps 4 is not a multiple of \[3\]",
+        "--num_inference_steps 3": r"--teacher_steps 1024 is not a multiple of \[3\]",
         "--num_samples 0": f"--num_samples is 0; {AT_LEAST}",
         "--num_samples x": "--num_samples: invalid int value: 'x'",
         "--teacher_steps -4": f"--teacher_steps is -4; {AT_LEAST}",

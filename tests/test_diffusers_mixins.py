@@ -175,6 +175,7 @@ class WithoutPrompt(PipelineJudge):
 
 
 NO_BATCH = "no argument makes a batch here: see TestPipeline"
+NO_GUIDE = "guidance by nothing is an error: see TestPipeline"
 
 
 class TestPipelineWithoutPrompt(WithoutPrompt, pipelines.BasePipelineTesterConfig, pipelines.PipelineTesterMixin):
@@ -183,6 +184,12 @@ class TestPipelineWithoutPrompt(WithoutPrompt, pipelines.BasePipelineTesterConfi
 
     @pytest.mark.skip(NO_BATCH)
     def test_inference_batch_single_identical(self) -> None: ...
+
+    @pytest.mark.skip(NO_GUIDE)
+    def test_cfg(self) -> None: ...
+
+    @pytest.mark.skip(NO_GUIDE)
+    def test_callback_cfg(self) -> None: ...
 
 
 class TestPipelineMemory(PipelineJudge, pipelines.BasePipelineTesterConfig, pipelines.MemoryTesterMixin):
@@ -212,6 +219,12 @@ class TestPipelineUnittestWithoutPrompt(WithoutPrompt, pipelines_unittest.Pipeli
 
     @unittest.skip(NO_BATCH)
     def test_inference_batch_single_identical(self) -> None: ...
+
+    @unittest.skip(NO_GUIDE)
+    def test_cfg(self) -> None: ...
+
+    @unittest.skip(NO_GUIDE)
+    def test_callback_cfg(self) -> None: ...
 
 
 class ImageJudge:

@@ -54,19 +54,20 @@ from discrete_schedulers.training.run import Run
 
 ROOT = Path(__file__).parents[1]
 LENGTH, BUDGETS, SAMPLES = 8, [2, 4], 13
-SMALL = ["--num_inference_steps", "2", "4", "--teacher_steps", "32", "--num_samples", "13", "--num_eval_samples", "10"]
+SMALL = ["--num_inference_steps", "2", "4", "--num_samples", "13", "--num_eval_samples", "10"]
+TEACHER = ["--teacher_steps", "32"]
 METHODS = {
-    "lsd": [],
-    "lsd l2": ["--objective", "l2"],
-    "lsd softmax": ["--objective", "softmax_kl"],
-    "lsd relaxed": ["--objective", "l2", "--relaxed", "--hamming_share", "0.25"],
-    "lsd sgd": ["--objective", "l2", "--solver", "sgd", "--learning_rate", "0.05"],
-    "lsd log-score sgd": ["--scale", "log_score", "--solver", "sgd", "--num_epochs", "3"],
-    "lsd_plus": ["--method", "lsd_plus"],
-    "lsd_plus repaired": ["--method", "lsd_plus", "--repaired"],
+    "lsd": TEACHER,
+    "lsd l2": [*TEACHER, "--objective", "l2"],
+    "lsd softmax": [*TEACHER, "--objective", "softmax_kl"],
+    "lsd relaxed": [*TEACHER, "--objective", "l2", "--relaxed", "--hamming_share", "0.25"],
+    "lsd sgd": [*TEACHER, "--objective", "l2", "--solver", "sgd", "--learning_rate", "0.05"],
+    "lsd log-score sgd": [*TEACHER, "--scale", "log_score", "--solver", "sgd", "--num_epochs", "3"],
+    "lsd_plus": [*TEACHER, "--method", "lsd_plus"],
+    "lsd_plus repaired": [*TEACHER, "--method", "lsd_plus", "--repaired"],
     "optimal_grid": ["--method", "optimal_grid"],
     "optimal_grid text": ["--method", "optimal_grid"],
-    "lsd text": ["--objective", "l2"],
+    "lsd text": [*TEACHER, "--objective", "l2"],
     "marginal text": ["--method", "marginal", "--num_samples", "24", "--num_epochs", "3", "--buckets", "4"],
 }
 PLOTTED = ["lsd l2", "lsd_plus repaired", "optimal_grid text"]  # drawing takes half of such a small run's time
@@ -225,7 +226,9 @@ def test_metrics(finished: Callable, work: Path, name: str) -> None:
     assert metrics["sequence_evaluations"] > SAMPLES * LENGTH / 2
     told = metrics["arguments"]
     samples = 24 if name.startswith("marginal") else SAMPLES
-    assert (told["teacher_steps"], told["num_samples"], told["seed"]) == (32, samples, 0)
+    assert (told["num_samples"], told["seed"]) == (samples, 0)
+    assert told.get("teacher_steps") == (32 if name.startswith("lsd") else None)
+    assert ("buckets" in told) == name.startswith("marginal")  # what a method does not read is not told
     assert not {"hub_token", "push_to_hub", "output_dir"} & set(told)
 
 
@@ -362,7 +365,7 @@ def test_coefficients_do_not_depend_on_batches(finished: Callable, work: Path, t
 
 
 @pytest.mark.usefixtures("no_plot")
-@pytest.mark.parametrize("name", ["lsd l2", "optimal_grid text", "marginal text"])
+@pytest.mark.parametrize("name", ["lsd l2", "optimal_grid", "marginal text"])
 def test_evaluations_are_counted(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Every sequence that goes through the network until the coefficients are there, and none of those that measure."""
     rows: list[int] = []
@@ -379,7 +382,8 @@ def test_evaluations_are_counted(work: Path, tmp_path: Path, monkeypatch: pytest
     texts = ["--train_file", str(work / "texts.txt")] if name.endswith("text") else []
     metrics = distill.main([*arguments(work, tmp_path), *METHODS[name], *texts])
     counting.remove()
-    assert metrics["sequence_evaluations"] == before_measuring[0] > 0
+    drawn = 0 if name.endswith("text") else 10 * LENGTH  # samples to measure on, one token a call
+    assert metrics["sequence_evaluations"] == before_measuring[0] - drawn > 0
     assert sum(rows) > before_measuring[0]
 
 
@@ -400,6 +404,17 @@ REFUSED = {
     "--learning_rate -1": "--learning_rate is -1.0; it must be positive",
     "--hamming_share 1.0": "--hamming_share is 1.0",
     "--repaired": "--repaired is for --method lsd_plus",
+    "--hamming_share 0.1": "--hamming_share is for --relaxed",
+    "--num_epochs 5": "--num_epochs is for --solver sgd, or lsd_plus without --repaired",
+    "--method lsd_plus --repaired --learning_rate 0.1": "--learning_rate is for --solver sgd, or lsd_plus without",
+    "--method optimal_grid --teacher_steps 64": "--teacher_steps is for --method lsd or lsd_plus",
+    "--method beta --scale score": "--scale is for --method lsd or lsd_plus",
+    "--method marginal --relaxed": "--relaxed is for --method lsd or lsd_plus",
+    "--method jys --num_epochs 20": "--num_epochs is for --method lsd, lsd_plus, marginal, search, order or learn2pd",
+    "--method search --learning_rate 0.1": "--learning_rate is for --method lsd, lsd_plus, marginal or learn2pd",
+    "--method search --buckets 64": "--buckets is for --method marginal",
+    "--method order --order random": "--order is for --method marginal, search, jys, beta or optimal_grid",
+    "--hidden_units 32": "--hidden_units is for --method learn2pd",
     "--learned_scheduler --scale log_score": "--learned_scheduler has no such law",
     "--method lsd_plus --objective l2": "lsd_plus has generalised_kl",
     "--method lsd_plus --scale log_score": "lsd_plus has generalised_kl",
@@ -458,7 +473,7 @@ def test_models_and_data_are_refused(work: Path, tmp_path: Path) -> None:
     mute = [*arguments(work, tmp_path / "out"), "--pretrained_model_name_or_path", str(tmp_path / "mute")]
     with pytest.raises(ValueError, match="texts need a tokenizer"):
         distill.main([*mute, "--train_file", str(work / "texts.txt")])
-    assert distill.main([*mute, "--num_inference_steps", "2"])["table"]  # without texts it needs none
+    assert distill.main([*mute, *TEACHER, "--num_inference_steps", "2"])["table"]  # without texts it needs none
 
     scheduler = AncestralScheduler(vocab_size=len(WORDS), process="uniform")
     assert isinstance(scheduler.noise_process, UniformProcess)
@@ -501,6 +516,9 @@ def test_texts(work: Path, tmp_path: Path) -> None:
     assert (of_dataset.fit, of_dataset.heldout) == (lines, lines[:2])
     with pytest.raises(ValueError, match=r"`--text_column` is 'text'; the dataset has \['body'\]"):
         texts_of("--dataset_name", str(dataset))
+    (dataset / "train.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"dataset' has the splits \['test'\]; it needs 'train'"):
+        texts_of("--dataset_name", str(dataset), "--text_column", "body")
 
 
 def test_texts_of_the_bundled_model() -> None:
@@ -619,7 +637,7 @@ def test_half_written_checkpoint_is_passed_over(half: tuple[list[str], Path], fi
 
 @pytest.mark.usefixtures("no_plot")
 def test_checkpoints_total_limit(work: Path, tmp_path: Path) -> None:
-    distill.main([*arguments(work, tmp_path), "--num_inference_steps", "2", "--checkpoints_total_limit", "3"])
+    distill.main([*arguments(work, tmp_path), *TEACHER, "--num_inference_steps", "2", "--checkpoints_total_limit", "3"])
     kept = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
     assert len(kept) == 3
     assert kept == list(range(kept[0], kept[0] + 3))
@@ -670,7 +688,7 @@ def launch(given: list[str], processes: int, cwd: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "processes"),
-    [("lsd l2", 1), ("lsd l2", 2), ("lsd softmax", 2), ("optimal_grid text", 2), ("marginal text", 2)],
+    [("lsd l2", 1), ("lsd l2", 2), ("lsd softmax", 2), ("optimal_grid", 2), ("marginal text", 2)],
 )
 def test_number_of_processes(finished: Callable, work: Path, tmp_path: Path, name: str, processes: int) -> None:
     metrics, folder = finished(name)
@@ -797,9 +815,11 @@ def test_killed_again_and_again(work: Path, tmp_path: Path) -> None:
         "4",
         "8",
         "--relaxed",
+        "--hamming_share",
+        "0.2",
     ]
     given += ["--objective", "l2", "--teacher_steps", "1024", "--num_samples", "64", "--num_eval_samples", "32"]
-    given += ["--hamming_share", "0.2", "--train_batch_size", "4", "--train_file", str(work / "texts.txt")]
+    given += ["--train_batch_size", "4", "--train_file", str(work / "texts.txt")]
     metrics = distill.main([*given, "--output_dir", str(tmp_path / "whole")])
     last = written(tmp_path / "whole")
     segments, learned = 8, 3
@@ -874,7 +894,7 @@ except RuntimeError as error:
 
     # Connections that are dropped again and again, a refused token, and then it works
     folder = tmp_path / "results"
-    given = ["--pretrained_model_name_or_path", "tester/base", "--output_dir", str(folder), *SMALL, "--objective", "l2"]
+    given = ["--pretrained_model_name_or_path", "tester/base", "--output_dir", str(folder), *SMALL, *METHODS["lsd l2"]]
     given += ["--push_to_hub", "--hub_model_id", "learned"]
     again = [*given, "--resume_from_checkpoint", "latest"]
     hub.drop_next(5, matching="POST /api/repos/create")
@@ -948,7 +968,7 @@ def test_marginal_needs_sequences_to_judge_on(work: Path, tmp_path: Path) -> Non
 def test_main_job_on_the_bundled_model(tmp_path: Path, method: str) -> None:
     given = ["--pretrained_model_name_or_path", "discrete-schedulers/tiny-text", "--output_dir", str(tmp_path)]
     given += ["--num_samples", "8", "--num_eval_samples", "8", "--num_inference_steps", "4", "--max_data_samples", "8"]
-    metrics = distill.main([*given, "--method", method, "--teacher_steps", "64"])
+    metrics = distill.main([*given, "--method", method, *(["--teacher_steps", "64"] if "lsd" in method else [])])
     assert sorted(path.name for path in tmp_path.iterdir() if "checkpoint" not in path.name) == FINISHED
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "discrete-schedulers/tiny-text"
     for row in metrics["table"]:
@@ -957,3 +977,15 @@ def test_main_job_on_the_bundled_model(tmp_path: Path, method: str) -> None:
         assert 10 < row["perplexity"] < 1e8  # of bad texts: each new word pays for its spelling
     if method == "lsd":
         assert flat(metrics["coefficients"]) == pytest.approx([1.0] * 4, abs=1e-6)
+
+
+def test_card_of_a_bundled_model_has_no_link(finished: Callable, tmp_path: Path) -> None:
+    """It has no page of its own. And numbers from 1,000 on are read without decimals."""
+    metrics, _ = finished("lsd")
+    row = metrics["table"][0] | {"nll": 12345.678, "calls": 4.0}
+    named = metrics | {"base_model": "discrete-schedulers/tiny-text", "table": [row]}
+    write_card(tmp_path / "README.md", "me/x", "LSDScheduler", named, Facts("command", 1, "cpu", 1.0, 2.0))
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert "`discrete-schedulers/tiny-text` (bundled with discrete_schedulers)" in text
+    assert "huggingface.co" not in text
+    assert "| 12,346 | 4.000 |" in text

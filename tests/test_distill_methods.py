@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from discrete_schedulers import (
     LearnedScheduler,
 )
 from discrete_schedulers.evaluation import sampler_nll_bound
+from discrete_schedulers.information import curve_of, expected_nll, optimal_counts
 from discrete_schedulers.processes import AbsorbingProcess
 from discrete_schedulers.training import arguments, distill
 from discrete_schedulers.training.data import Texts, load_texts, pack
@@ -38,10 +40,11 @@ from discrete_schedulers.training.jump_steps import (
     share_cross_entropy,
 )
 from discrete_schedulers.training.learn2pd import Decoded, decode_one_by_one, threshold_for
+from discrete_schedulers.training.marginal import Verdict
 from discrete_schedulers.training.measuring import Judged, at_entropy
 from discrete_schedulers.training.method_filter import partly_known
-from discrete_schedulers.training.method_grids import smallest_on_grids
-from discrete_schedulers.training.method_marginal import blocks_of
+from discrete_schedulers.training.method_grids import measured_levels, measured_starts, smallest_on_grids
+from discrete_schedulers.training.method_marginal import blocks_of, kept_floats
 from discrete_schedulers.training.objectives import draw_noise
 from discrete_schedulers.training.order_search import order_nll
 
@@ -218,17 +221,18 @@ def test_jys_is_the_published_search(finished: Callable[[str], Finished], work: 
     pipe, data, _ = model_and_data(work)
     thresholds = draw_noise(range(12), LENGTH, 0).thresholds
     process = AbsorbingProcess(len(WORDS), MASK)
-    calls = []
+    passed = []
+    pipe.model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
 
     def gain(t1: float, t2: float, t3: float) -> float:
-        calls.append(t2)
         return klub(pipe.denoiser, process, data[:12], thresholds, torch.full((12, LENGTH), MASK), (t1, t2, t3))
 
     with torch.no_grad():
         for steps in BUDGETS:
             times = jump_your_steps(gain, steps)
             assert metrics["coefficients"][str(steps)]["times"] == pytest.approx(times, abs=2 / 1024)
-    assert metrics["sequence_evaluations"] == 2 * 12 * len(calls)
+    assert metrics["sequence_evaluations"] == sum(passed)
+    assert min(passed) < 12  # sequences without a mask at t2 have no rate there: they are not asked about
 
 
 def curve_price(folder: Path, work: Path) -> Callable[[float], float]:
@@ -265,6 +269,45 @@ def test_unbiased_jys_and_beta_are_optima_of_the_bound(finished: Callable[[str],
     assert finished("jys unbiased")[0]["coefficients"]["2"]["times"] == pytest.approx(times, abs=1e-12)
 
 
+def test_levels_of_a_long_curve() -> None:
+    """All of 64 positions; of 1,024 as few, and the grids of the curve through them are nearly as good as its own."""
+    assert measured_levels(1) == [0]
+    assert measured_levels(64) == list(range(64))
+    levels = measured_levels(512)
+    assert levels[:4] == [0, 1, 2, 3]
+    assert levels[-1] == 511
+    assert 55 < len(levels) <= 64
+    assert len(measured_levels(4096)) <= 64
+    known = torch.arange(512, dtype=torch.float64)
+    for values in (2 + 4 * (1 + known) ** -0.5, 1 + 5 * (1 + known) ** -0.25, 6 - 0.5 * (1 + known).log()):
+        curve = InformationCurve.from_config(values.tolist())
+        through = curve_of(values[levels].repeat(2, 1), levels, 512)
+        best, found = optimal_counts(curve, 16), optimal_counts(through, 16)
+        for steps in (4, 16):
+            excess = expected_nll(curve, found[steps - 1]) - expected_nll(curve, best[steps - 1])
+            assert 0 <= excess / 512 < 4e-4
+
+
+def test_starts_of_a_long_order() -> None:
+    assert measured_starts(100, 25) == list(range(100))
+    starts = measured_starts(4096, 16)
+    assert starts[:17] == [*range(16), 64]
+    assert {1024, 2048, 3072} < set(starts)
+    assert len(starts) == 16 + 63
+    assert len(measured_starts(4096, 256)) > 1024  # more calls than starts: no plan
+
+
+def test_what_should_not_be_shipped_is_said() -> None:
+    told: list[str] = []
+    run: Any = SimpleNamespace(accelerator=SimpleNamespace(print=told.append))
+    candidates = [{"x": torch.tensor([value])} for value in (0.9, 0.95, 1.0)]
+    found = kept_floats(run, 4, candidates, lambda one: Verdict(1.0, float(one["x"])))
+    assert (float(found["x"]), told) == (1.0, [])
+    found = kept_floats(run, 4, candidates[:2], lambda one: Verdict(1.0, float(one["x"])))
+    assert float(found["x"]) == pytest.approx(0.95)
+    assert re.match("4 steps: no candidate's samples have 0.99 of the entropy.* 0.950, is kept: do not ship", told[0])
+
+
 def test_smallest_on_grids() -> None:
     found = smallest_on_grids(lambda x, y: (x - 0.3) ** 2 + 3 * (y - x + 0.9) ** 2, (-2.0, 1.0))
     assert found == pytest.approx((0.3, -0.6), abs=2e-3)
@@ -277,10 +320,10 @@ def test_search_keeps_what_its_judge_prefers(finished: Callable[[str], Finished]
     assert (config.order, config.grid, config.unmasking) == ("spread", "learned", "counts")
     for steps, plans in ((2, [[4, 4], [2, 6]]), (4, [[2, 2, 2, 2], [1, 1, 2, 4]])):
         blocks = plain["coefficients"][str(steps)]
-        assert sorted(blocks) == ["counts", "inverse_temperature", "top_p"]
+        assert sorted(blocks) == ["contrast", "counts", "inverse_temperature"]
         assert blocks["counts"] in plans
-        assert len(set(blocks["top_p"])) == 1
-        assert 0.5 <= blocks["top_p"][0] < 1
+        assert len(set(blocks["contrast"])) == 1
+        assert 0 <= blocks["contrast"][0] <= 1
         logs = torch.tensor(blocks["inverse_temperature"]).log()
         torch.testing.assert_close(logs, torch.linspace(float(logs[0]), float(logs[-1]), steps), atol=1e-6, rtol=0)
     metrics, folder = finished("search grid")
@@ -474,6 +517,7 @@ def test_cma_is_asked_for_first(
         ("learn2pd", "--block_length 3", "`--block_length` is 3, which does not divide the 8 positions"),
         ("search", "--max_data_samples 43", "judges on half of 43 sequences; it needs more than 21 there"),
         ("order", "--max_data_samples 1", "`--method order` has 1 sequences; 1 processes need at least 2"),
+        ("order", "--num_samples 1", "`--method order` has 1 sequences; 1 processes need at least 2 (`--num_samples`"),
         ("beta", "--max_data_samples 1", "a curve needs 2 sequences or more; there is 1"),
         ("jys unbiased", "--max_data_samples 1", "a curve needs 2 sequences or more; there is 1"),
     ],

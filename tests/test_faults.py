@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +26,18 @@ from safetensors.torch import load_file
 from test_distill import save_model, write_texts
 from test_pretrain import SMALL as PRETRAIN
 from test_pretrain import write_corpus
+from test_pretrain_images import SMALL as PRETRAIN_IMAGES
+from test_pretrain_images import write_digits
 
-from discrete_schedulers.training import adapt, distill, pretrain
+from discrete_schedulers.training import adapt, distill, pretrain, pretrain_images
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("FAULT_KILLS", "2"))
 ALL = "FAULT_KILLS" in os.environ
-DISTILL = ["--num_inference_steps", "2", "4", "--teacher_steps", "32", "--num_samples", "13", "--num_eval_samples", "8"]
+DISTILL = ["--num_inference_steps", "2", "4", "--num_samples", "13", "--num_eval_samples", "8"]
 MARGINAL = ["--method", "marginal", "--num_samples", "24", "--num_epochs", "3", "--buckets", "4"]
 ORDER = ["--method", "order", "--num_samples", "16", "--num_epochs", "12"]
+DIGITS = ["--patch_size", "7", "--max_train_steps", "40", "--checkpointing_steps", "8"]
 ADAPT = ["--max_train_steps", "6", "--checkpointing_steps", "2", "--max_data_samples", "24", "--num_eval_samples", "4"]
 ADAPT += ["--num_inference_steps", "1", "2", "--num_eval_latents", "2", "--num_latents", "2", "--train_batch_size", "2"]
 GENERATE = [
@@ -75,6 +78,18 @@ def weights(folder: Path) -> dict[str, list]:
     return {name: tensor.tolist() for name, tensor in tensors.items()} | {"nats": [nats]}
 
 
+def images(folder: Path) -> dict[str, Any]:
+    """And the codebook, the scheduler with its curve, the samples and the card."""
+    files = [
+        "decoder/diffusion_pytorch_model.safetensors",
+        "model_index.json",
+        "samples.png",
+        "scheduler/scheduler_config.json",
+    ]
+    card = re.sub(r"[\d,]+ seconds", "", (folder / "README.md").read_text())
+    return weights(folder) | {file: (folder / file).read_bytes() for file in files} | {"card": card}
+
+
 def adapter(folder: Path) -> dict[str, Any]:
     tensors = {name: tensor.tolist() for name, tensor in load_file(folder / "latent_adapter.safetensors").items()}
     return tensors | {"table": json.loads((folder / "metrics.json").read_text())["table"]}
@@ -87,7 +102,7 @@ def samples(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Script]:
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Script]]:
     work = tmp_path_factory.mktemp("faults")
     save_model(work / "model")
     texts = ["--train_file", str(write_texts(work / "texts.txt"))]
@@ -97,15 +112,22 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Script]:
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
     corpus = ["--corpus_dir", str(write_corpus(work / "corpus"))]
-    return {
-        "lsd": Script(distill.main, [*model, *DISTILL, "--objective", "l2"], again, learned),
-        "marginal": Script(distill.main, [*model, *DISTILL, *MARGINAL, *texts], again, learned),
-        "order": Script(distill.main, [*model, *DISTILL, *ORDER, *texts], again, learned),
-        "optimal_grid": Script(distill.main, [*model, *DISTILL, "--method", "optimal_grid", *texts], again, learned),
-        "pretrain": Script(pretrain.main, [*PRETRAIN, *corpus], again, weights),
-        "adapt": Script(adapt.main, [*model, *ADAPT], again, adapter),
-        "generate": Script(generate.main, [*model, *GENERATE], [], samples),
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(write_digits(work / "digits"))
+        yield {
+            "lsd": Script(
+                distill.main, [*model, *DISTILL, "--objective", "l2", "--teacher_steps", "32"], again, learned
+            ),
+            "marginal": Script(distill.main, [*model, *DISTILL, *MARGINAL, *texts], again, learned),
+            "order": Script(distill.main, [*model, *DISTILL, *ORDER, *texts], again, learned),
+            "optimal_grid": Script(
+                distill.main, [*model, *DISTILL, "--method", "optimal_grid", *texts], again, learned
+            ),
+            "pretrain": Script(pretrain.main, [*PRETRAIN, *corpus], again, weights),
+            "pretrain_images": Script(pretrain_images.main, [*PRETRAIN_IMAGES, *DIGITS], again, images),
+            "adapt": Script(adapt.main, [*model, *ADAPT], again, adapter),
+            "generate": Script(generate.main, [*model, *GENERATE], [], samples),
+        }
 
 
 class Whole(NamedTuple):
@@ -151,8 +173,8 @@ def cases(names: list[str], some: list[tuple[str, int]]) -> list[tuple[str, int]
     return [(name, processes) for name in names for processes in (1, 2)] if ALL else some
 
 
-EVERY = ["lsd", "marginal", "optimal_grid", "pretrain", "adapt", "generate"]
-SOME = [("lsd", 1), ("lsd", 2), ("pretrain", 1), ("pretrain", 2), ("adapt", 1), ("generate", 1)]
+EVERY = ["lsd", "marginal", "optimal_grid", "pretrain", "pretrain_images", "adapt", "generate"]
+SOME = [("lsd", 1), ("lsd", 2), ("pretrain", 1), ("pretrain", 2), ("pretrain_images", 1), ("adapt", 1), ("generate", 1)]
 
 
 @pytest.mark.slow
@@ -211,7 +233,10 @@ def test_disks_that_fill_up(scripts: dict[str, Script], whole: Callable, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "processes"),
-    cases(["lsd", "marginal", "order", "pretrain", "adapt"], [("lsd", 1), ("lsd", 2), ("order", 1), ("pretrain", 2)]),
+    cases(
+        ["lsd", "marginal", "order", "pretrain", "pretrain_images", "adapt"],
+        [("lsd", 1), ("lsd", 2), ("order", 1), ("pretrain", 2)],
+    ),
 )
 def test_sigterm(scripts: dict[str, Script], whole: Callable, tmp_path: Path, name: str, processes: int) -> None:
     """It comes to one process, where it opens, renames or removes a file: all end with 143 and a checkpoint, and go on."""

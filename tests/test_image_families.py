@@ -22,6 +22,7 @@ from tiny import randomised, seeded
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+import discrete_schedulers
 from discrete_schedulers import (
     DiscreteDiffusionPipeline,
     DiscreteImagePipeline,
@@ -793,6 +794,9 @@ def test_repositories_that_are_refused(halton_folder: Path, amused_folder: Path,
         DiscreteDiffusionPipeline.from_pretrained(amused_folder)
     with pytest.raises(ValueError, match="is not bundled; bundled:"):
         load("discrete-schedulers/no-such-image")
+    for model in ("discrete-schedulers/tiny-text", Path(discrete_schedulers.__file__).parent / "assets" / "tiny-text"):
+        with pytest.raises(ValueError, match=r"tiny-text' is of .*, for texts: load it with DiscreteDiffusionPipeline"):
+            load(model)
 
 
 # ---- by their id, from a Hub -----------------------------------------------------------------------------------------

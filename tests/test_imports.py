@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
 
 CORE = {"sampling", "processes", "denoisers", "information", "evaluation", "likelihood", "exact", "scud", "molecules"}
-CORE |= {"blocks", "guidance", "patience", "sphere"}
+CORE |= {"blocks", "bundled", "guidance", "patience", "sphere"}
 SOURCE = CORE | {"models", "models/*", "schedulers", "schedulers/*"}
 SOURCE |= {"schedulers/scheduling_utils", "schedulers/order_utils", "schedulers/position_orders"}
 SOURCE |= {"schedulers/theta_utils", "schedulers/learned_utils", "interop"}
@@ -40,6 +40,7 @@ TABLE = {
     "": Part(SOURCE | {"registration", "pipelines", "pipelines/*"}, {"diffusers"}),  # never training
     "registration": Part(set(), set()),
     "patience": Part(set(), {"huggingface_hub"}),
+    "bundled": Part(set(), set()),
     "sampling": Part(set(), {"torch"}),
     "processes": Part({"sampling"}, {"torch"}),
     "blocks": Part(set(), {"torch"}),
@@ -58,7 +59,9 @@ TABLE = {
         {"denoisers", "patience", "processes", "sampling", "models/*"}, {"torch", "diffusers", "transformers"}
     ),
     "schedulers": Part({"schedulers/*", "schedulers/scheduling_utils"}, set()),
-    "schedulers/scheduling_utils": Part({"sampling", "patience", "processes", "information"}, {"torch", "diffusers"}),
+    "schedulers/scheduling_utils": Part(
+        {"sampling", "bundled", "patience", "processes", "information"}, {"torch", "diffusers"}
+    ),
     "schedulers/order_utils": Part({"sampling", "schedulers/scheduling_utils"}, {"torch"}),
     "schedulers/theta_utils": Part({"sampling", "processes", "schedulers/scheduling_utils"}, {"torch"}),
     "schedulers/learned_utils": Part({"sampling", "processes", "schedulers/scheduling_utils"}, {"torch"}),

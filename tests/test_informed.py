@@ -356,7 +356,7 @@ def test_learned_selection_temperature() -> None:
     [
         ({"num_corrector_steps": -1}, "`num_corrector_steps` is -1"),
         ({"positions_per_correction": 0}, "`positions_per_correction` is 0"),
-        ({"selection_temperature": -0.1}, r"`selection_temperature` is \[-0.1\]"),
+        ({"selection_temperature": -0.1}, "`selection_temperature` is -0.1"),
         (
             {"coefficients": {"1": {"selection_temperature": [-1.0]}}},
             r"`selection_temperature` for 1 steps is \[-1.0\]",

@@ -493,6 +493,14 @@ def test_foreign_schedulers_that_are_refused(arguments: dict[str, Any], message:
         ForeignScheduler(**{"vocab_size": V, "mask_token_id": MASK} | arguments)
 
 
+@pytest.mark.parametrize("name", [None, "Nobody", "hub_utils", "UNet2DModel"])
+@pytest.mark.parametrize("build", [BlockRefinementAdapter, lambda form: ForeignScheduler(form, V, MASK)])
+def test_forms_that_name_no_scheduler(build: Callable[[dict[str, Any]], Any], name: str | None) -> None:
+    form = {"vocab_size": V} if name is None else {"_class_name": name}
+    with pytest.raises(ValueError, match=f"`scheduler` has the _class_name {name!r}; it must be a scheduler of"):
+        build(form)
+
+
 def test_a_pipeline_refuses_what_is_not_for_tokens() -> None:
     pipe = our_pipeline("absorbing")
     pipe.scheduler = diffusers.DDIMScheduler()

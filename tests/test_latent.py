@@ -16,8 +16,9 @@ from tiny import LENGTH, MASK, WORDS, randomised, seeded, tiny_model, tiny_pipel
 from torch import Tensor, nn
 from toys import MASK as TOY_MASK
 from toys import VOCAB, Toy
+from transformers import BertConfig, BertForMaskedLM
 
-from discrete_schedulers import AbsorbingProcess, DDiTModel, LatentModel, LearnedScheduler
+from discrete_schedulers import AbsorbingProcess, DDiTModel, LatentModel, LearnedScheduler, NetworkDenoiser
 from discrete_schedulers.training.di4c import di4c_losses, student_log_p, total_loss
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
@@ -107,6 +108,32 @@ def test_saved_beside_a_scheduler_and_loaded_into_a_pipeline(lora: dict[str, Any
     pipe(num_samples=3, length=8, num_inference_steps=2, generator=seeded(4), output_type="pt")
     assert [len(latent) for latent in drawn] == [3, 3]
     assert len(torch.cat(drawn).unique()) == 6
+
+
+def test_the_head_is_found_inside_the_adapter() -> None:
+    """A network of transformers whose head runs at chosen positions does so under an adapter, and under data parallelism."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = randomised(BertForMaskedLM(BertConfig(**sizes, intermediate_size=16)))
+    model = LatentModel(bert, "bert.embeddings.word_embeddings", 16).eval()
+    x, latent = torch.randint(0, 10, (3, 5), generator=seeded()), torch.tensor([0.1, 0.5, 0.9])
+    wanted = torch.rand(3, 5, generator=seeded(1)) < 0.5
+    for network in (model, Wrapped(model)):
+        denoiser = NetworkDenoiser(network, 11, 10, head="cls")
+        with torch.no_grad():
+            dense, rows = denoiser(x, 0.5, latent=latent), denoiser(x, 0.5, wanted, latent=latent)
+        torch.testing.assert_close(rows.logits, dense[wanted], rtol=1e-5, atol=1e-5)
+
+
+class Wrapped(nn.Module):
+    """As DistributedDataParallel holds its network."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments: Any, **more: Any) -> Any:
+        return self.module(*arguments, **more)
 
 
 def test_only_the_adapter_learns() -> None:

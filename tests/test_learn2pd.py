@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from laws import random_denoiser
+from laws import as_denoiser, random_denoiser
 from scheduler_cases import FILTER
 from torch import Tensor
 from toys import MASK, VOCAB, Toy
@@ -109,16 +109,45 @@ def test_labels_by_hand() -> None:
         p[x[:, 0] == 0, 0] = 0.1  # what is said of known tokens is not read
         return torch.stack([p, 1 - p, torch.zeros_like(p)], dim=-1).log()
 
-    decoded = decode_one_by_one(denoiser, torch.full((1, 3), MASK), MASK)
+    decoded = decode_one_by_one(as_denoiser(denoiser), torch.full((1, 3), MASK), MASK)
     torch.testing.assert_close(
         decoded.confidence, torch.tensor([[0.6, 0.6, 0.55], [1.0, 0.99, 0.8], [1.0, 1.0, 0.8]]).double()
     )
     assert decoded.is_final.tolist() == [[True, True, False], [False, True, True], [False, False, True]]
     assert decoded.is_masked.tolist() == [[True, True, True], [False, True, True], [False, False, True]]
-    blocks = decode_one_by_one(lambda x, t: random_denoiser(VOCAB)(x, t), torch.full((2, 6), MASK), MASK, 3)
-    assert blocks.confidence.shape == (18, 3)  # 6 states of 2 rows, the first block in 3 of them and the second in 6
     with pytest.raises(ValueError, match="`block_length` is 4, which does not divide the 6 positions"):
-        decode_one_by_one(denoiser, torch.full((2, 6), MASK), MASK, 4)
+        decode_one_by_one(as_denoiser(denoiser), torch.full((2, 6), MASK), MASK, 4)
+
+
+def test_labels_are_of_the_block_that_the_scheduler_asks_about() -> None:
+    """Each state once, its first block with masks: what is said of later blocks the scheduler never sees, nor is the network
+    asked. One row begins with four known tokens, and is done earlier."""
+    network, asked = random_denoiser(VOCAB), []
+
+    def denoiser(x: Tensor, t: float, positions: Tensor) -> RowLogits:
+        asked.append(positions.tolist())
+        return network(x, t, positions)
+
+    start = torch.full((2, 6), MASK)
+    start[1, 1:5] = torch.tensor([0, 1, 0, 0])
+    decoded = decode_one_by_one(denoiser, start, MASK, 3)
+    assert decoded.is_masked.sum(1).tolist() == [
+        3,
+        1,
+        2,
+        1,
+        1,
+        3,
+        2,
+        1,
+    ]  # of both rows, call by call, while they have masks
+    scheduler, x = Learn2PDScheduler(**FACTS, threshold=1.0, block_length=3), start
+    scheduler.set_timesteps(100)
+    for index, places in enumerate(asked):
+        chosen = scheduler.positions(index, x)
+        assert chosen.tolist() == places
+        x = scheduler.step(network(x, 0.5, chosen), index, x).prev_sample
+    assert not (x == MASK).any()
 
 
 def test_the_filter_learns_the_share_of_final_predictions() -> None:

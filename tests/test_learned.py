@@ -261,7 +261,7 @@ def test_an_order_opens_one_after_the_other(permutation: list[int]) -> None:
     """permutation[r] opens in step r, also when some are known; with a token for each step the law is the model's."""
     priority = [0.0] * 4
     for rank, place in enumerate(permutation):
-        priority[place] = -10.0 * rank
+        priority[place] = 1e9 - rank  # all one number in float32
     joint = random_joint(2, 4, seed=7)
     scheduler = LearnedScheduler(vocab_size=3, mask_token_id=2, **learned(4, order=priority))
     scheduler.set_timesteps(4)
@@ -422,10 +422,15 @@ def steps_of(coefficients: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 ALL = {"t": 0.7, "s": 0.4, "rate": 1.2, "inverse_temperature": 0.8, "gate_a": 0.3, "gate_b": -0.6, "remask": 0.4}
+ALL |= {"contrast": 0.5}
+PRIOR = torch.tensor(
+    [0.1, 0.3, 0.15, 0.25, 0.2, 1.0], dtype=torch.float64
+).log()  # of five tokens and, unread, the mask
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("noise_schedule", ["loglinear", "cosine"])
+@pytest.mark.filterwarnings("error::UserWarning")  # torch warns where a tensor with a gradient becomes a number
 def test_gradients_are_difference_quotients(name: str, noise_schedule: str) -> None:
     process = AbsorbingProcess(V, V - 1, noise_schedule)
     x = torch.tensor([[0, V - 1, V - 1, 3]])
@@ -434,7 +439,7 @@ def test_gradients_are_difference_quotients(name: str, noise_schedule: str) -> N
 
     def value(moved: Tensor) -> Tensor:
         now = {key: torch.tensor(number, dtype=torch.float64) for key, number in ALL.items()} | {name: moved}
-        return (weight * learned_law(process, logits, x, now["t"], now["s"], steps_of(now), 0.9)).sum()
+        return (weight * learned_law(process, logits, x, now["t"], now["s"], steps_of(now), 0.9, prior=PRIOR)).sum()
 
     at = torch.tensor(ALL[name], dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(value(at), at)
@@ -461,10 +466,98 @@ def test_gradients_with_uniform_noise_and_of_counts() -> None:
         assert torch.autograd.gradcheck(lambda c, p=other: times_from_counts(p, c), counts)
 
 
+def test_a_contrast_strengthens_what_the_context_says() -> None:
+    """Its law by hand; what is p_0 stays p_0; with all tokens equally likely it is a temperature."""
+    contrast = {"token_prior": PRIOR.tolist(), **learned(1, contrast=[0.5], inverse_temperature=[2.0])}
+    scheduler = LearnedScheduler(**FACTS, **contrast)
+    scheduler.set_timesteps(1)
+    p = torch.tensor([0.5, 0.2, 0.0, 0.1, 0.2, 0.0], dtype=torch.float64)
+    x, p_0 = torch.tensor([[V - 1, V - 1]]), PRIOR.exp()
+    law = scheduler.transition(torch.stack([p.log() + 3.0, p_0.log()])[None], 0, x)[0]  # logits are up to a constant
+    wanted = (p * (p / p_0) ** 0.5) ** 2
+    torch.testing.assert_close(law[0], wanted / wanted.sum(), rtol=0, atol=1e-14)
+    squared = p_0[:-1] ** 2
+    torch.testing.assert_close(law[1, :-1], squared / squared.sum(), rtol=0, atol=1e-14)
+    even = LearnedScheduler(**FACTS, token_prior=[0.0] * V, **learned(contrast=[0.25] * STEPS))
+    assert_equal(even, AncestralScheduler(**FACTS, temperature=0.8))
+    assert_equal(
+        LearnedScheduler(**FACTS, token_prior=PRIOR.tolist(), **learned(contrast=[0.0] * STEPS)),
+        AncestralScheduler(**FACTS),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_prior": None}, "'contrast' needs `token_prior`"),
+        (
+            {"token_prior": [0.0] * (V - 1)},
+            f"`token_prior` has 5 log-probabilities, 5 of them finite; .* each of the {V} tokens",
+        ),
+        ({"token_prior": [-math.inf] + [0.0] * (V - 1)}, "`token_prior` has 6 log-probabilities, 5 of them finite"),
+        ({"token_prior": ["a"] * V}, "`token_prior` is .* must be a list of numbers"),
+        (learned(1, contrast=[-0.1]), "'contrast' strengthens, it cannot be negative"),
+        ({"process": "uniform", "mask_token_id": None}, "'contrast' is for masks"),
+    ],
+)
+def test_contrasts_that_are_not_allowed(changes: dict[str, Any], message: str) -> None:
+    allowed = FACTS | {"token_prior": PRIOR.tolist(), **learned(1, contrast=[0.5])}
+    LearnedScheduler(**allowed)
+    with pytest.raises(ValueError, match=message):
+        LearnedScheduler(**allowed | changes)
+
+
 def ising(length: int) -> Joint:
     """A ring of two states: neighbours like to be equal, and the first one to be 0."""
     states = all_states(2, length)
     return Joint(states, (1.5 * (states == states.roll(-1, 1)).sum(1) + 0.3 * (states[:, 0] == 0)).double().softmax(0))
+
+
+def test_one_contrast_does_more_than_a_temperature_for_each_step() -> None:
+    """A ring of four where neighbours like to be equal and all like to be 0, two steps, exact gradients: the marginal KL is
+    0.0298 with a grid alone, 0.0092 with two inverse temperatures as well, which make 1 too rare, 0.0012 with one contrast."""
+    states = all_states(2, 4)
+    weight = 1.5 * (states == states.roll(-1, 1)).sum(1) + (states == 0).sum(1)
+    joint = Joint(states, weight.double().softmax(0))
+    share = (joint.p[:, None] * (states == 0)).sum(0).mean()
+    prior = torch.stack([share, 1 - share, torch.ones_like(share)]).log()
+    plain = LearnedScheduler(vocab_size=3, mask_token_id=2, noise_schedule="linear", unmasking="bernoulli")
+    process, noisy = plain.noise_process, all_states(3, 4)
+    denoiser = exact_denoiser(joint, process)
+    logits = denoiser(noisy, 1.0).clamp(min=-60)
+    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+
+    def least(blocks: Callable[[Tensor], list[dict[str, Tensor]]], number: int) -> tuple[float, Tensor]:
+        floats = torch.zeros(1 + number, dtype=torch.float64, requires_grad=True)
+
+        def marginal_kl() -> Tensor:
+            middle, steps = torch.sigmoid(floats[0]), blocks(floats[1:])
+            law = prior_law(plain, 4)
+            for t, s, step in ((one, middle, steps[0]), (middle, zero, steps[1])):
+                each = learned_law(process, logits, noisy, t, s, step, prior=prior)
+                law = law @ torch.stack([each[:, i, noisy[:, i]] for i in range(4)]).prod(0)
+            return (joint.p * (joint.p / law[state_index(states, 3)]).log()).sum()
+
+        optimizer = torch.optim.LBFGS([floats], max_iter=100, line_search_fn="strong_wolfe", tolerance_change=1e-12)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = marginal_kl()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return float(marginal_kl()), floats.detach()
+
+    assert least(lambda c: [{}, {}], 0)[0] == pytest.approx(0.0298, abs=1e-4)
+    temperatures = least(lambda c: [{"inverse_temperature": c[k].exp()} for k in (0, 1)], 2)[0]
+    assert temperatures == pytest.approx(0.0092, abs=1e-4)
+    best, floats = least(lambda c: [{"contrast": c[0]}] * 2, 1)
+    assert best == pytest.approx(0.00125, abs=1e-5)
+    blocks = {"times": [1.0, float(torch.sigmoid(floats[0])), 0.0], "contrast": [float(floats[1])] * 2}
+    config = {"grid": "learned", "token_prior": prior.tolist(), **learned(2, **blocks)}
+    ours = LearnedScheduler.from_config(plain.config, **config)
+    assert kl(joint.p, clean_part(run_law(ours, denoiser, 2, 4), ours, joint)) == pytest.approx(best, rel=1e-9)
 
 
 def test_floats_learned_through_the_law_reach_the_known_optimum() -> None:

@@ -25,7 +25,8 @@ from laws import (
 from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
-from discrete_schedulers import AbsorbingProcess, LSDScheduler
+from discrete_schedulers import AbsorbingProcess, LSDScheduler, RowLogits
+from discrete_schedulers.training import objectives
 from discrete_schedulers.training.method_lsd import learn_times
 from discrete_schedulers.training.objectives import (
     SCALE_OF,
@@ -37,6 +38,7 @@ from discrete_schedulers.training.objectives import (
     phi_gradient,
     repaired_step_sizes,
     times_from_step_sizes,
+    token_nats,
 )
 
 V, MASK, LENGTH = 6, 5, 7
@@ -100,6 +102,28 @@ def explicit_d(objective: str, x: Tensor, teacher_x: Tensor, t: float, network: 
 
 
 # Phi
+
+
+def test_nats_of_wide_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision as it is in the memory, a few rows at a time in float64; the mask takes no part."""
+    generator, seen, plain = torch.Generator().manual_seed(0), [], objectives.cross_entropy
+    rows, width, mask = 30, 60_000, 7
+    logits = (3 * torch.randn(rows, width, generator=generator)).to(torch.bfloat16)
+    tokens = torch.randint(8, width, (rows,), generator=generator)
+
+    def noted(some: Tensor, *arguments: Tensor, **more: str) -> Tensor:
+        seen.append(len(some))
+        return plain(some, *arguments, **more)
+
+    monkeypatch.setattr(objectives, "cross_entropy", noted)
+    found = token_nats(RowLogits(logits, torch.ones(1, rows, dtype=torch.bool)), tokens, mask)
+    wide = logits.double()
+    wide[:, mask] = -math.inf
+    expected = wide.logsumexp(-1) - wide[torch.arange(rows), tokens]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert sum(seen) == rows
+    assert max(seen) < rows / 3
+    assert token_nats(RowLogits(logits[:0], torch.zeros(1, rows, dtype=torch.bool)), tokens[:0], mask).shape == (0,)
 
 
 def test_objectives_are_for_the_scales_of_the_scheduler() -> None:

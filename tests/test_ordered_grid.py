@@ -44,6 +44,19 @@ def test_optimal_counts_are_those_of_enumeration(seed: int) -> None:
         assert ordered_nll(table, counts) == pytest.approx(best, abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_calls_begin_where_it_was_measured(seed: int) -> None:
+    table, starts = random_table(seed), {0, 1, 4}
+    table[[2, 3, 5]] = math.inf
+    found = optimal_ordered_counts(table, 3)
+    for calls, counts in enumerate(found, start=1):
+        plans = [c for c in all_counts(LENGTH, calls) if set(itertools.accumulate(c[:-1])) <= starts]
+        assert tuple(counts) in plans
+        assert ordered_nll(table, counts) == pytest.approx(min(ordered_nll(table, c) for c in plans), abs=1e-12)
+    with pytest.raises(ValueError, match="`max_steps` is 4, allowed is 1 to 3"):
+        optimal_ordered_counts(table, 4)
+
+
 def test_nll_by_hand() -> None:
     table = torch.tensor([[1.0, 2.0, 4.0], [0.0, 8.0, 16.0], [0.0, 0.0, 32.0]])
     assert [ordered_nll(table, c) for c in ([3], [1, 2], [2, 1], [1, 1, 1])] == [7.0, 25.0, 35.0, 41.0]
@@ -81,6 +94,9 @@ def test_the_table_is_that_of_the_joint() -> None:
             total -= float(p * (joint.p[agrees].sum() / joint.p[fits].sum()).log())
         return total
 
+    some = ordered_information(denoiser, data, ranks, MASK, 10**6, starts=(2, 0))
+    assert torch.equal(some[[0, 2]], table[[0, 2]])
+    assert some[1].isinf().all()
     for m, j in itertools.product(range(3), repeat=2):
         assert float(table[m, j]) == pytest.approx(nats(order[:m], order[j]) if j >= m else 0.0, abs=1e-9)
 

@@ -539,7 +539,7 @@ def test_positions_are_those_of_amused(schedule: str) -> None:
     [
         (ConfidenceScheduler, {"score": "logit"}, "`score` is 'logit'; allowed: 'confidence', 'margin', 'entropy'"),
         (ConfidenceScheduler, {"score_law": "raw"}, "`score_law` is 'raw'; allowed: 'model', 'tempered'"),
-        (ConfidenceScheduler, {"score_temperature": -1.0}, r"`score_temperature` is \[-1.0\]; allowed are numbers of"),
+        (ConfidenceScheduler, {"score_temperature": -1.0}, "`score_temperature` is -1.0; allowed are numbers of"),
         (ConfidenceScheduler, {"block_length": 0}, "`block_length` is 0"),
         (
             ConfidenceScheduler,

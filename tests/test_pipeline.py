@@ -25,7 +25,9 @@ from discrete_schedulers import (
     DiscreteDiffusionPipeline,
     DiscreteScheduler,
     EulerScheduler,
+    LatentModel,
     LSDScheduler,
+    NetworkDenoiser,
     TauLeapingScheduler,
 )
 
@@ -409,6 +411,56 @@ def test_cpu_offload_goes_through_the_hooks() -> None:
     assert len(calls) == output.num_model_calls == 3  # the hook brings the weights in: every call must pass it
 
 
+# Networks in a wrapper
+
+
+def compiled(model: torch.nn.Module) -> torch.nn.Module:
+    """As `torch.compile` hands it back; what it does stays what it was, see `set_stance`."""
+    return torch.compile(model, backend="eager")
+
+
+def with_latent(embedding: str) -> Callable[[torch.nn.Module], torch.nn.Module]:
+    """With an adapter that adds nothing yet."""
+    return lambda model: LatentModel(model, embedding, 32)
+
+
+@pytest.mark.parametrize(
+    "wrap", [compiled, with_latent("vocab_embed"), lambda m: compiled(with_latent("vocab_embed")(m))]
+)
+def test_a_wrapper_hides_nothing_of_a_network(wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    """Neither that it has classes, nor that it takes `attention_mask`, nor what its class says of itself."""
+    calls: list[dict[str, Any]] = [
+        {"class_labels": [0, 2], "guidance_scale": 2.0, "length": 6},
+        {"prompt": ["the cat", "a dog sat on"], "max_new_tokens": 3},
+    ]
+    with torch.compiler.set_stance("force_eager"):
+        for call in calls:
+            pipe = tiny_pipeline(model=tiny_model(num_classes=3))
+            call |= {"num_inference_steps": 2}
+            expected, facts = pipe(**call, generator=seeded()), pipe.config.denoiser
+            pipe.model = wrap(pipe.model)
+            assert torch.equal(pipe(**call, generator=seeded()).sequences, expected.sequences)
+            assert tiny_pipeline(model=wrap(tiny_model(num_classes=3))).config.denoiser == facts
+
+
+@pytest.mark.parametrize("wrap", [compiled, with_latent("bert.embeddings")])
+def test_the_head_of_a_network_in_a_wrapper(wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    config = BertConfig(vocab_size=25, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    scheduler, facts = AncestralScheduler(vocab_size=25, mask_token_id=4), {"head": "cls"}
+    model, heads = BertForMaskedLM(config).eval(), []
+    model.cls.register_forward_hook(lambda module, inputs, output: heads.append(len(output)))
+    sequences = []
+    with torch.compiler.set_stance("force_eager"):
+        for network in (model, wrap(model)):
+            pipe = DiscreteDiffusionPipeline(network, scheduler, denoiser=facts)
+            pipe.set_progress_bar_config(disable=True)
+            sequences.append(pipe(length=8, num_inference_steps=4, generator=seeded()).sequences)
+        assert torch.equal(*sequences)
+        assert heads == [2] * 8  # rows, not batches
+        with pytest.raises(ValueError, match=r"`head` is 'lm_head'; .* has no submodule of this name"):
+            NetworkDenoiser(wrap(model), 25, 4, head="lm_head")
+
+
 # A network of transformers
 
 
@@ -523,6 +575,13 @@ def test_scheduler_that_does_not_fit(scheduler: Any, message: str) -> None:
     pipe = tiny_pipeline()
     pipe.scheduler = scheduler
     with pytest.raises(ValueError, match=message):
+        pipe(length=4, num_inference_steps=1)
+
+
+def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline()
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("mps"))
+    with pytest.raises(ValueError, match="`pipe` is on 'mps', which has no float64"):
         pipe(length=4, num_inference_steps=1)
 
 

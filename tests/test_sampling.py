@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from discrete_schedulers import AncestralScheduler, RowLogits, sampling
 from discrete_schedulers.sampling import (
     bernoulli_subset,
     categorical,
+    draw_others,
     draw_states,
     draw_tokens,
+    invert,
     nearest_on_ring,
     one_stage,
     runs,
@@ -70,6 +73,8 @@ def test_uniforms_have_53_bits() -> None:
 def test_a_list_of_generators_needs_one_for_each_row() -> None:
     with pytest.raises(ValueError, match="`generator` is a list of 2, but the batch has 3 rows"):
         uniforms((3, 4), [seeded(), seeded()], "cpu")
+    with pytest.raises(ValueError, match=r"`generator` is .* it must be a torch\.Generator, a list"):
+        uniforms((2, 4), [seeded(), 7], "cpu")
 
 
 def test_no_generator_is_torchs_own() -> None:
@@ -208,6 +213,16 @@ def test_the_ends_of_u_stay_inside(seed: int, num_states: int, scale: float) -> 
         assert (weight > 0).all()  # also: no index beyond the last
 
 
+def test_rounding_does_not_lead_out_of_a_block() -> None:
+    """The first block holds a little more than 1/4 of the law, so that the last u and the end of the second block are rounded
+    to the same distance from its beginning: what is drawn is the one token there is in it."""
+    weights = torch.zeros(1, 256, dtype=torch.float64)
+    weights[0, 0], weights[0, 128] = 1 / 4 + 3 * 2.0**-54, 3 / 4 - 2.0**-53
+    token, total = invert(weights, torch.tensor([LAST_U], dtype=torch.float64))
+    assert token.tolist() == [128]
+    assert total.tolist() == [1.0]
+
+
 def test_logits_need_not_be_normalised() -> None:
     logits, u = torch.randn(100, 30, generator=seeded(), dtype=torch.float64), torch.rand(100, dtype=torch.float64)
     assert torch.equal(categorical(logits, u), categorical(logits + 800.0, u))
@@ -219,12 +234,19 @@ def test_bad_logits_are_refused() -> None:
     for bad in (math.nan, math.inf):
         logits = torch.zeros(3, 4)
         logits[1, 2] = bad
-        with pytest.raises(ValueError, match=r"`model_output` has NaN, \+inf or no finite entry in 1 of 3 rows"):
+        with pytest.raises(
+            ValueError, match=r"`model_output` has NaN, \+inf or no finite entry in 1 of 3 rows.*; where float16"
+        ):
             categorical(logits, u)
     nothing = torch.zeros(3, 4)
     nothing[0] = -math.inf
     with pytest.raises(ValueError, match="no finite entry in 1 of 3 rows"):
         categorical(nothing, u)
+    law = torch.full((2, 3, 4), 0.25)
+    law[1, 0] = math.nan
+    for draw in ("exact", "one_stage_float32", "one_stage_1e-6"):
+        with pytest.raises(ValueError, match="in 1 of 6 rows"):
+            draw_states(law, None, draw)
 
 
 def test_a_wide_row_ends_where_it_ends() -> None:
@@ -264,6 +286,7 @@ def test_rows_are_the_same_wherever_they_stand(width: int, monkeypatch: pytest.M
         for dense in (logits, strided):
             among = RowLogits.chosen(dense, positions)
             assert torch.equal(among.logits, logits[positions])
+            assert among.source.data_ptr() == dense.data_ptr()  # no copy of all
             assert len(among) == int(positions.sum())
             assert torch.equal(among.pick(tokens), tokens[positions])
             assert torch.equal(draw_tokens(among, seeded(2)), expected)
@@ -285,11 +308,38 @@ def test_rows_are_the_same_wherever_they_stand(width: int, monkeypatch: pytest.M
             assert torch.equal(fixed.put(draw_tokens(fixed, seeded(2)), tokens), put)
 
 
+PLACES = {"at once": (2**19, True), "a few rows": (6, True), "a few wide rows": (6, True), "device": (6, False)}
+
+
+def work(place: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows at once, or a few at a time by small blocks, also as those of a large vocabulary, and where values cannot be
+    looked at."""
+    rows, is_on_host = PLACES[place]
+    for name in ("BLOCK", "WIDE_BLOCK"):
+        monkeypatch.setattr(sampling, name, 128 if place == "at once" else 4)
+    monkeypatch.setattr(sampling, "WIDE", 0 if "wide" in place else 2**14)
+    monkeypatch.setattr(sampling, "CPU_CHUNK", rows * width)
+    monkeypatch.setattr(sampling, "on_host", lambda _: is_on_host)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_certain_has_no_entropy(dtype: torch.dtype) -> None:
+    """Wherever its logit lies, and by whatever way the logarithm is rounded."""
+    logits = torch.full((401, 5), -math.inf, dtype=dtype)
+    logits[:, 1] = torch.linspace(-100, 100, 401)
+    found = weigh(RowLogits(logits, torch.ones(1, 401, dtype=torch.bool)), 1 / 0.7, with_entropy=True)
+    assert torch.equal(found.entropy(), torch.zeros(401, dtype=torch.float64))
+    assert torch.equal(found.probability(torch.ones(401, dtype=torch.int64)), torch.ones(401, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("width", [5, 700])
-def test_weights_of_rows(dtype: torch.dtype, width: int) -> None:
+def test_weights_of_rows(width: int, dtype: torch.dtype, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Probabilities and entropies of softmax in float64, wherever the logits lie, without a column of each row, and the same
-    bits in a batch as by themselves: a row far from 0 is weighed from its largest logit and changes no other one."""
+    in a batch as by themselves: a row far from 0 is weighed from its largest logit and changes no other one. To the last bit
+    but one: torch's 2^x is rounded otherwise at the end of a tensor."""
+    work(place, width, monkeypatch)
     logits = torch.randn(8, width, generator=seeded(), dtype=torch.float64) * 4
     logits += torch.tensor([0.0, 58.0, -58.0, 80.0, -80.0, 2e4, -2e4, 0.0])[:, None]
     logits[7, 1:] = -math.inf  # certain
@@ -311,11 +361,40 @@ def test_weights_of_rows(dtype: torch.dtype, width: int) -> None:
         torch.testing.assert_close(found.entropy(), -torch.xlogy(law, law).sum(-1), rtol=2e-6, atol=2e-5)
         torch.testing.assert_close(found.found["best"] / found.total, law.amax(-1), rtol=error, atol=0)
         assert found.entropy()[7] == 0
+        assert replace(found, total=0.999 * found.total).probability(law.argmax(-1))[7] == 1  # as if by rounding
+        u, sums = torch.rand(8, generator=seeded(1), dtype=torch.float64), found.sums.clone()
+        assert torch.equal(found.draw(u), found.draw(u))
+        assert torch.equal(found.sums, sums)
         for row in range(8):
             column = without[row, None] if isinstance(without, Tensor) else without
             one = weigh(RowLogits(logits[row, None], torch.ones(1, 1, dtype=torch.bool)), 1 / 0.7, column)
-            assert torch.equal(one.sums[0], found.sums[row])
-            assert torch.equal(one.probability(own[row, None])[0], found.probability(own)[row])
+            last = {"rtol": 4e-16 if dtype == torch.float64 else 4e-7, "atol": 0}
+            torch.testing.assert_close(one.sums[0], found.sums[row], **last)
+            torch.testing.assert_close(one.probability(own[row, None])[0], found.probability(own)[row], **last)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("width", [4, 300])
+def test_tokens_beside_the_own_one(width: int, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against cumulative sums of the other tokens' probabilities: as they are, sharpened, far from 0, and without any other."""
+    work(place, width, monkeypatch)
+    logits = torch.randn(15, width, generator=seeded(), dtype=torch.float64) * 3
+    logits += torch.tensor([0.0, 500.0, -3000.0])[:, None].repeat(5, 1)
+    own, u = torch.arange(15) * 37 % width, torch.rand(15, generator=seeded(1), dtype=torch.float64)
+    logits[7] = torch.full((width,), -math.inf).scatter(0, own[7], 2.0)
+    rows = RowLogits(logits, torch.ones(1, 15, dtype=torch.bool))
+    scales = 1 + torch.arange(15) / 5  # each row its own
+    for shaped, scale in ((None, torch.ones(15)), (lambda some, part: some * scales[part, None], scales)):
+        law = (logits * scale[:, None]).softmax(-1)
+        others = law.scatter(1, own[:, None], 0.0)
+        share = others.sum(1)
+        expected = (others.cumsum(1) <= u[:, None] * share[:, None]).sum(1)
+        tokens, found = draw_others(rows, u, own, shaped)
+        has_others = torch.arange(15) != 7
+        assert torch.equal(tokens[has_others], expected[has_others])
+        assert 0 <= tokens[7] < width
+        torch.testing.assert_close(found, share, rtol=1e-12, atol=0)
+        assert found[7] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -352,14 +431,18 @@ def test_no_rows_draw_nothing() -> None:
     assert draw_tokens(rows, seeded()).shape == (0,)
 
 
-def test_draws_do_not_depend_on_what_else_is_drawn() -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_draws_do_not_depend_on_what_else_is_drawn(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uniforms are drawn for the whole sheet: a position gets the same token with few or many others."""
+    work(place, 9, monkeypatch)
     logits = torch.randn(4, 6, 9, generator=seeded())
     everywhere, somewhere = torch.ones(4, 6, dtype=torch.bool), torch.rand(4, 6, generator=seeded(1)) < 0.3
     dense = draw_tokens(RowLogits(logits[everywhere], everywhere), seeded(2)).view(4, 6)
     sparse = draw_tokens(RowLogits(logits[somewhere], somewhere), seeded(2))
     assert torch.equal(dense[somewhere], sparse)
     assert torch.equal(dense, draw_states(logits.softmax(-1), seeded(2)))
+    rounded = logits.softmax(-1).bfloat16()
+    assert torch.equal(draw_states(rounded, seeded(2)), draw_states(rounded.double(), seeded(2)))
 
 
 # The published one-stage races

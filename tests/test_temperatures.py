@@ -20,8 +20,10 @@ from discrete_schedulers.training.temperatures import (
     Rolled,
     descend_temperatures,
     fluency,
+    rarity,
     roll,
     text_features,
+    token_prior,
     token_slopes,
     with_temperatures,
 )
@@ -140,10 +142,31 @@ def test_fluency_by_hand() -> None:
     apart.mask_token_id = MASK  # type: ignore[attr-defined]
     expected = torch.tensor([[0.9 * 0.7 * 0.5, 0.8 * 0.6]]).log() / torch.tensor([3, 2])
     torch.testing.assert_close(fluency(apart, torch.zeros(1, 5, dtype=torch.int64)), expected.double())
-    features = text_features(smoothed, 4, batch_size=1)(x)
+    features = text_features(smoothed, [math.log(0.75), math.log(0.25), -20.0], 4, batch_size=1)(x)
     square = math.log(0.95) ** 2
     assert features.shape == (2, 13)
+    assert features[:, :4].tolist() == [[0, 1, 0, 1], [0, 0, 0, 2]]  # the first and second half of the common one
     assert features[0, -5:].tolist() == pytest.approx([math.log(0.95)] * 2 + [square] * 3)
+
+
+def test_what_the_model_says_where_nothing_is_known() -> None:
+    """The mean of the marginals, by enumeration; the mask has none."""
+    p = JOINT.p * (1 + JOINT.states[:, 0] + 2 * JOINT.states.sum(1))
+    denoiser = exact_denoiser(Joint(JOINT.states, p / p.sum()), AbsorbingProcess(V, MASK))
+    denoiser.mask_token_id = MASK  # type: ignore[attr-defined]
+    share = float((p[:, None] * JOINT.states).sum(0).mean() / p.sum())  # of token 1
+    assert 0.6 < share < 0.9
+    found = token_prior(denoiser, L)
+    assert found[:2] == pytest.approx([math.log(1 - share), math.log(share)], abs=5.1e-5)
+    assert found[2] == pytest.approx(math.log(1e-9), abs=1e-4)
+
+
+def test_rarity_by_hand() -> None:
+    """Shares 0.1, 0.5, 0.15, 0.25: in order of frequency the centres lie at 0.25, 0.625, 0.825, 0.95."""
+    prior = [math.log(share) + 2.0 for share in (0.1, 0.5, 0.15, 0.25)]
+    assert rarity(prior, 2).tolist() == [1, 0, 1, 1]
+    assert rarity(prior, 3).tolist() == [2, 0, 2, 1]
+    assert rarity(prior, 10).tolist() == [9, 2, 8, 6]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +175,7 @@ def test_fluency_by_hand() -> None:
         ({"temperature": 0.5}, "`temperature` is 0.5"),
         ({"top_p": 0.5}, "`top_p` 0.5"),
         ({"coefficients": {"2": {"gate_b": [1.0, 1.0]}}}, "has a gate"),
+        ({"coefficients": {"2": {"contrast": [1.0, 1.0]}}, "token_prior": [0.0] * V}, "has a 'contrast'"),
         ({"coefficients": {"2": {"mixture_weight": [0.0], "mixture_shift": [0.0] * 8}}}, "has a mixture"),
     ],
 )

@@ -29,11 +29,15 @@ from discrete_schedulers import (
     AncestralScheduler,
     DiscreteDDIMScheduler,
     DiscreteScheduler,
+    EulerScheduler,
     GibbsCorrectorScheduler,
+    LSDScheduler,
     NetworkDenoiser,
     PsiScheduler,
+    TauLeapingScheduler,
     UniformProcess,
 )
+from discrete_schedulers.sampling import draw_states
 from discrete_schedulers.schedulers.scheduling_utils import selection_confidence
 
 V, LENGTH = 3, 3
@@ -592,6 +596,38 @@ def test_jumps_are_the_transition(case: SchedulerCase) -> None:
         assert min(asked) < 0.85  # and the rest of the network's head is not run
 
 
+@pytest.mark.parametrize("cls", [AncestralScheduler, EulerScheduler, LSDScheduler, TauLeapingScheduler])
+@pytest.mark.parametrize("draw", ["one_stage_float32", "one_stage_1e-6"])
+def test_published_races_are_run_over_all_states(cls: type[DiscreteScheduler], draw: str) -> None:
+    """No position is chosen before, and a step is the race of its transition law, uniform by uniform."""
+    more = {"unmasking": "bernoulli"} if cls is AncestralScheduler else {}
+    scheduler = on_grid(cls(5, process="uniform", draw=draw, **more), 4)
+    x, logits = torch.randint(0, 5, (3, 8), generator=seeded()), torch.randn(3, 8, 5, generator=seeded(1))
+    assert scheduler.positions(1, x, seeded()) is None
+    law = scheduler.transition(logits, 1, x)
+    expected = draw_states(law, seeded(2), draw)
+    assert torch.equal(scheduler.step(logits, 1, x, generator=seeded(2)).prev_sample, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_jumps_over_a_wide_vocabulary(temperature: float, dtype: torch.dtype) -> None:
+    """How often a token stays, and which hundred it goes to, as in the transition: weights are summed by blocks of 128."""
+    width, number = 700, 4000
+    width, number = 700, 4000
+    scheduler = on_grid(AncestralScheduler(width, process="uniform", temperature=temperature), 4)
+    logits = torch.randn(width, generator=seeded(), dtype=torch.float64)
+    logits[300] += 7.0  # of its own token
+    logits, x = logits.to(dtype), torch.full((1, number), 300)
+    after = scheduler.step(logits.expand(1, number, -1), 2, x, generator=seeded(1)).prev_sample
+    law = scheduler.transition(logits[None, None], 2, x[:, :1])[0, 0]
+    place = torch.arange(width) // 100
+    place[300] = 7
+    law = torch.zeros(8, dtype=torch.float64).index_add_(0, place, law)
+    assert 0.1 < law[7] < 0.9
+    assert chi_square_z(torch.bincount(place[after[0]], minlength=8), law) < 4.5
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.0, 0.7])
 def test_jumps_where_the_network_is_sure_of_the_token(temperature: float) -> None:
     """Others have no share at all, or one that float32 has no number for: the token stays, but for noise. The step is the last,
@@ -628,7 +664,7 @@ def test_diffusers_corrections_have_our_conditional() -> None:
         ({"num_corrector_steps": -1}, "`num_corrector_steps` is -1; it must be at least 0"),
         ({"positions_per_correction": 0}, "`positions_per_correction` is 0; it must be at least 1"),
         ({"selection": "lowest"}, "`selection` is 'lowest'; allowed: 'random', 'lowest_margin'"),
-        ({"selection_temperature": -1.0}, r"`selection_temperature` is \[-1.0\]; allowed"),
+        ({"selection_temperature": -1.0}, r"`selection_temperature` is -1.0; allowed"),
         ({"selection_temperature": math.nan}, "`selection_temperature` is nan"),
         ({"tempered": "both"}, "`tempered` is 'both'; allowed: 'leave_one_out', 'denoiser'"),
         (

@@ -12,6 +12,7 @@ Families, on a frozen exact denoiser p_0 with absorbing noise, N steps; the last
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from discrete_schedulers.processes import AbsorbingProcess
+from discrete_schedulers.sampling import RowLogits
 from discrete_schedulers.training.marginal import Coefficients, StepLaw
 
 MASK, VOCAB = 2, 3
@@ -50,9 +52,10 @@ class Toy:
         self.clean = state_index(self.joint.states, VOCAB)
         self.log_p_0 = exact_denoiser(self.joint, AbsorbingProcess(VOCAB, MASK))(self.states, 0.5)
 
-    def denoiser(self, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """The exact denoiser as a table."""
-        return self.log_p_0[state_index(x_t, VOCAB)]
+    def denoiser(self, x_t: Tensor, t: Tensor | float, positions: Tensor | None = None) -> Any:
+        """The exact denoiser as a table; with positions, bool (B, L), as [`RowLogits`]."""
+        logits = self.log_p_0[state_index(x_t, VOCAB)]
+        return logits if positions is None else RowLogits(logits[positions], positions)
 
     def final_law(self, coefficients: Coefficients, num_steps: int) -> Tensor:
         """Law of the last sample over the clean rows, (2^L,)."""

@@ -26,14 +26,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from discrete_schedulers.processes import AbsorbingProcess
-from discrete_schedulers.sampling import Generators, draw_states, uniform_subset, uniforms
+from discrete_schedulers.sampling import Generators, RowLogits, draw_states, uniforms
+from discrete_schedulers.schedulers import DiscreteScheduler
+from discrete_schedulers.training.objectives import token_nats
 
 Student: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t (B, L), t (B,), latent (B,)) -> logits (B, L, V)
 Teacher: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, L), t (B,)) -> logits (B, L, V)
@@ -232,10 +233,10 @@ def total_loss(losses: Losses, t: Tensor, distilled_below: float, correlation_sc
 
 @torch.no_grad()
 def mixture_nll_bound(
-    student: Student,
-    process: AbsorbingProcess,
+    denoiser: Callable[..., RowLogits],
+    scheduler: DiscreteScheduler,
     data: Tensor,
-    times: Tensor,
+    num_inference_steps: int,
     num_latents: int,
     generator: Generators,
 ) -> Tensor:
@@ -243,25 +244,29 @@ def mixture_nll_bound(
 
         - (1 / L) sum_k log (1 / J) sum_j prod_{i in S_k} p^i(x_0^i | x_t; l_j)
 
-    S_k are uniformly random among the masks, as many as `unmasking="counts"` opens. The mean is at least the NLL, by Jensen's
-    inequality for the sets and for the J latents: it falls with J.
+    S_k are the positions that the scheduler opens. The mean is at least the NLL, by Jensen's inequality for the sets and for
+    the J latents: it falls with J. J calls of the network in each step.
 
     Args:
-        student (`Callable`): The network; one that does not read its latent has its ordinary bound.
-        process (`AbsorbingProcess`): The forward process.
+        denoiser (`Callable`): The network: tokens (B, L), a time, positions, bool (B, L), and `latent` (B,) to [`RowLogits`].
+            One that does not read its latent has its ordinary bound, also with J = 1.
+        scheduler (`DiscreteScheduler`): Absorbing; draws from the network's own law, and chooses positions without it.
         data (`torch.Tensor` of shape `(B, L)`): Held-out sequences.
-        times (`torch.Tensor` of shape `(N + 1,)`): The grid, from 1 to 0.
+        num_inference_steps (`int`): N.
         num_latents (`int`): J.
         generator (`torch.Generator`, `list[torch.Generator]` or `None`): Source of sets and latents.
     """
-    mask, (rows, length) = process.mask_token_id, data.shape
+    mask, (rows, length) = scheduler.config.mask_token_id, data.shape
     x_t, total = torch.full_like(data, mask), torch.zeros(rows, dtype=torch.float64, device=data.device)
-    for t, s in pairwise(times):
-        is_masked = x_t == mask
-        count = (is_masked.sum(1) * process.unmask_probability(t, s).to(data.device)).round().long()
-        opens = uniform_subset(is_masked, count, generator)
-        latents = uniforms((1, num_latents * rows), generator, data.device).view(num_latents, rows)
-        log_p = student_log_p(student, x_t, t.to(data.device).expand(rows), latents, mask)
-        total -= mixture_log_prob(log_p, data[None], opens)[0].double()
+    scheduler.set_timesteps(num_inference_steps)
+    for index, t in enumerate(scheduler.timesteps):
+        opens = scheduler.positions(index, x_t, generator)
+        assert opens is not None  # absorbing
+        each = []
+        for _ in range(num_latents):
+            found = denoiser(x_t, t, opens, latent=uniforms((rows,), generator, data.device))
+            nats = found.put(token_nats(found, data[opens], mask), torch.zeros_like(total)[:, None].expand(-1, length))
+            each.append(-nats.sum(1))
+        total -= torch.stack(each).logsumexp(0) - math.log(num_latents)
         x_t = torch.where(opens, data, x_t)
     return total / length

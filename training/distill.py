@@ -17,9 +17,10 @@ model's own samples:
     learn2pd        a filter that says which predictions are final: fewer calls than steps
 
 The folder then holds scheduler_config.json, metrics.json, plot.png, coefficients.png and README.md; `--push_to_hub` uploads
-these in one commit. Every random number is a function of (seed, sample index), so neither coefficients nor the
-numbers of the report depend on the number of processes, which share all work of the network. A run that was
-killed goes on with `--resume_from_checkpoint latest`.
+these in one commit. Every random number is a function of (seed, sample index), so neither coefficients nor the numbers of
+the report depend on the number of processes, which share all work of the network. A run that was killed goes on with
+`--resume_from_checkpoint latest`. SIGTERM ends it with a checkpoint; `accelerate launch` hands it on to several processes, but
+not to a single one: send it to the process group then.
 
 On CPUs, two processes: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 training/distill.py ...`
 """
@@ -45,9 +46,9 @@ from discrete_schedulers import (
     LSDScheduler,
 )
 from discrete_schedulers.evaluation import NgramJudge, unigram_entropy
-from discrete_schedulers.training.arguments import FREE, parse_args
+from discrete_schedulers.training.arguments import FREE, ONLY_FOR, parse_args
 from discrete_schedulers.training.checkpoints import load_checkpoint, save_checkpoint
-from discrete_schedulers.training.data import Texts, load_texts, pack
+from discrete_schedulers.training.data import Texts, load_texts, pack, sequence_length
 from discrete_schedulers.training.files import output_folder, write_text
 from discrete_schedulers.training.hub import (
     Facts,
@@ -93,15 +94,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     listen_to_sigterm(run)
 
-    if texts is None and args.method in FITS_ON_DATA:
+    if heldout is None:
         heldout = draw_data(run)
     stop_counting = run.count_calls()
     scheduler = METHODS[args.method](run)
     stop_counting()
     if args.learned_scheduler:
         scheduler = as_learned(scheduler)
-    if heldout is None:  # LSD without texts: the teacher's samples
-        heldout = run.tensors["states"][-1][: args.num_eval_samples].to(accelerator.device)
 
     accelerator.wait_for_everyone()
     run.add_seconds("learning")
@@ -135,21 +134,6 @@ def load_model(args: argparse.Namespace, accelerator: Accelerator) -> DiscreteDi
     return pipe
 
 
-def sequence_length(args: argparse.Namespace, pipe: DiscreteDiffusionPipeline) -> int:
-    """L.
-
-    Raises:
-        ValueError: If it is not known, or not allowed.
-    """
-    longest = pipe.config.denoiser.get("max_length")
-    length = args.sequence_length or longest
-    if length is None:
-        raise ValueError("`--sequence_length` is required: this model does not say how long its sequences are")
-    if longest is not None and length > longest:
-        raise ValueError(f"`--sequence_length` is {length}; this model takes at most {longest}")
-    return length
-
-
 def begin(args: argparse.Namespace, accelerator: Accelerator, pipe: DiscreteDiffusionPipeline, length: int) -> Run:
     """The state of the run: an empty one, or where a killed run stood."""
     state, tensors = load_checkpoint(args, identity(args))
@@ -171,8 +155,9 @@ def begin(args: argparse.Namespace, accelerator: Accelerator, pipe: DiscreteDiff
 
 
 def identity(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that the result depends on."""
-    return {name: value for name, value in vars(args).items() if name not in FREE}
+    """The arguments that the result depends on: none that the method does not read."""
+    unread = {name for name, methods in ONLY_FOR.items() if args.method not in methods}
+    return {name: value for name, value in vars(args).items() if name not in FREE | unread}
 
 
 def load_data(run: Run) -> tuple[Texts | None, Tensor | None]:
@@ -196,14 +181,20 @@ def load_data(run: Run) -> tuple[Texts | None, Tensor | None]:
 
 
 def draw_data(run: Run) -> Tensor:
-    """In place of texts samples of the model, one token a call: sets what the run fits on, returns what to measure on."""
-    args, pipe = run.args, run.pipe
+    """In place of texts samples of the model, one token a call: sets what the run fits on, where the method does, and returns
+    others to measure on. Only the former are part of what learning costs."""
+    args = run.args
+    sizes = [args.num_samples if args.method in FITS_ON_DATA else 0, args.num_eval_samples]
     if "samples" not in run.tensors:
-        pipe.scheduler = AncestralScheduler.from_config(run.base, unmasking="counts", order="random")
-        run.tensors["samples"], _ = run.samples(DATA, args.num_samples + args.num_eval_samples, run.length)
+        run.pipe.scheduler = AncestralScheduler.from_config(run.base, unmasking="counts", order="random")
+        stop_counting = run.count_calls()
+        fit, _ = run.samples(DATA, range(sizes[0]), run.length)
+        stop_counting()
+        run.add_evaluations()
+        others, _ = run.samples(DATA, range(args.num_samples, args.num_samples + sizes[1]), run.length)
+        run.tensors["samples"] = torch.cat([fit, others])
         run.save(None)
-    samples = run.tensors["samples"].to(run.accelerator.device)
-    run.fit, heldout = samples.split([args.num_samples, args.num_eval_samples])
+    run.fit, heldout = run.tensors["samples"].to(run.accelerator.device).split(sizes)
     return heldout
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 
+from discrete_schedulers.bundled import is_bundled
 from discrete_schedulers.patience import BUSY, patiently
 from discrete_schedulers.training.files import write_text
 
@@ -57,9 +58,13 @@ measuring the table took {measuring} s more.
 {command}
 ```
 
-{versions}. All arguments:
+{versions}.
+
+<details><summary>All arguments</summary>
 
 {arguments}
+
+</details>
 """
 
 LEGEND = {  # what the columns of a table say
@@ -73,11 +78,18 @@ LEGEND = {  # what the columns of a table say
 }
 
 
+def table_cell(value: Any) -> str:
+    """A value as a table shows it."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+    return "" if value is None else str(value)
+
+
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """Rows of metrics as a Markdown table, numbers with three decimals."""
+    """Rows of metrics as a Markdown table, numbers with three decimals, from 1,000 on with none."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[row.get(column) for column in columns] for row in rows]
-    text = [[f"{c:.3f}" if isinstance(c, float) else "" if c is None else str(c) for c in line] for line in cells]
+    text = [[table_cell(value) for value in line] for line in cells]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     return "\n".join(lines + ["| " + " | ".join(line) + " |" for line in text])
 
@@ -129,7 +141,7 @@ def write_card(path: Path, repo_id: str, scheduler_class: str, metrics: dict[str
         header=f"---\n{data.to_yaml()}\n---",
         title=repo_id.split("/")[-1],
         base_model=base_model,
-        base_link=f"`{base_model}`" if is_local else f"[`{base_model}`](https://huggingface.co/{base_model})",
+        base_link=base_link(base_model, is_local),
         method=metrics["method"],
         budgets=", ".join(map(str, metrics["budgets"])),
         last_budget=metrics["budgets"][-1],
@@ -154,6 +166,13 @@ def write_card(path: Path, repo_id: str, scheduler_class: str, metrics: dict[str
     write_text(path, str(ModelCard(text)))
 
 
+def base_link(base_model: str, is_local: bool) -> str:
+    """The base model in the text of a card: a folder and a bundled model have no page to link to."""
+    if is_bundled(base_model):
+        return f"`{base_model}` (bundled with discrete_schedulers)"
+    return f"`{base_model}`" if is_local else f"[`{base_model}`](https://huggingface.co/{base_model})"
+
+
 def push_command(folder: Path, repo_id: str) -> str:
     """What uploads the finished files of a folder from a shell, and makes the repository where there is none."""
     patterns = [part for pattern in UPLOADED for part in ("--include", pattern)]
@@ -173,6 +192,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(without_token(message, None))
+
+
+def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str]) -> None:
+    """Exits with a message if one of these arguments is below 1; those that are `None` are left to others."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}; it must be at least 1")
 
 
 def access_token(text: str) -> str:

@@ -33,7 +33,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from discrete_schedulers.processes import Process
+from discrete_schedulers.processes import AbsorbingProcess, Process
+from discrete_schedulers.sampling import RowLogits
 
 FLOOR = 1e-8  # JYS's code adds it to both rates
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -65,17 +66,18 @@ def rate_divergence(rate: Tensor, coarse_rate: Tensor) -> Tensor:
 
 @torch.no_grad()
 def klub(
-    denoiser: Callable[[Tensor, float], Tensor],
+    denoiser: Callable[..., RowLogits],
     process: Process,
     x_0: Tensor,
     thresholds: Tensor,
     noise: Tensor,
     times: tuple[float, float, float],
 ) -> float:
-    """JYS's KLUB(t1, t2, t3) as its code has it, a position's mean, with two calls of the network.
+    """JYS's KLUB(t1, t2, t3) as its code has it, a position's mean, with two calls of the network. With absorbing noise it is
+    asked for the masks of x_t2 only: the others have no rate there.
 
     Args:
-        denoiser (`Callable`): The frozen network.
+        denoiser (`Callable`): The frozen network: tokens (B, L), a time and positions, bool (B, L), to [`RowLogits`] there.
         process (`Process`): The forward process.
         x_0 (`torch.Tensor` of shape `(B, L)`): Data; the paper takes 64 sequences.
         thresholds (`torch.Tensor` of shape `(B, L)`): Uniforms, the same in all calls of a search.
@@ -88,11 +90,19 @@ def klub(
     t1, t2, t3 = times
     if not 1 >= t1 > t2 > t3 >= 0:
         raise ValueError(f"`times` is {times}; allowed are 1 >= t1 > t2 > t3 >= 0")
-    rates = []
-    for t in (t2, t1):
-        x_t = nested_states(process, x_0, thresholds, noise, t)
-        rates.append(process.reverse_rate(x_t, denoiser(x_t, t).double().softmax(-1), t))
-    return float((t2 - t3) * rate_divergence(*rates).mean())
+    states = [(nested_states(process, x_0, thresholds, noise, t), t) for t in (t2, t1)]
+    asked = torch.ones_like(x_0, dtype=torch.bool)
+    if isinstance(process, AbsorbingProcess):
+        asked = states[0][0] == process.mask_token_id
+    tokens = [(x_t[asked], t) for x_t, t in states]
+    total = 0.0
+    for pieces in zip(*(denoiser(x_t, t, asked).chunks() for x_t, t in states), strict=True):  # a few rows of both
+        rates = [
+            process.reverse_rate(own[part, None], some[:, None].double().softmax(-1), t)
+            for (part, some), (own, t) in zip(pieces, tokens, strict=True)
+        ]
+        total += float(rate_divergence(*rates).sum())
+    return (t2 - t3) * total / x_0.numel()
 
 
 def golden_section(

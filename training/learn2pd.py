@@ -1,8 +1,9 @@
 r"""Learn the filter of [`Learn2PDScheduler`] from the frozen network's own decoding: no reward, no labels from outside.
 
-The network decodes masks one by one, the most confident first. At each state on the way a masked position has a prediction, the
-most probable token; its label is whether decoding ended with this very token. The filter learns the label from the confidences
-of its block by logistic loss, so that f is the share of final predictions among those that look like this one.
+The network decodes masks one by one, the most confident first, block after block. At each state on the way a masked position
+of the present block has a prediction, the most probable token; its label is whether decoding ended with this very token. The
+filter learns the label from the confidences of the block by logistic loss, so that f is the share of final predictions among
+those that look like this one. Blocks that are still to come are left out: the scheduler asks about the present one only.
 
 Source: Bao et al. 2025 (Learn2PD, arXiv 2509.25188).
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from discrete_schedulers.sampling import top_subset
+from discrete_schedulers.sampling import RowLogits, top_subset
 from discrete_schedulers.schedulers.scheduling_learn2pd import FilterFloats, filter_log_odds
 
 
@@ -36,12 +37,13 @@ class Decoded(NamedTuple):
 
 @torch.no_grad()
 def decode_one_by_one(
-    denoiser: Callable[[Tensor, float], Tensor], start: Tensor, mask_token_id: int, block_length: int | None = None
+    denoiser: Callable[..., RowLogits], start: Tensor, mask_token_id: int, block_length: int | None = None
 ) -> Decoded:
     """Decode greedily, one token of each row in each call, blocks from left to right, and label every state on the way.
 
     Args:
-        denoiser (`Callable`): The frozen network: tokens (B, L) and a time to logits (B, L, V). It is told the masked share.
+        denoiser (`Callable`): The frozen network: tokens (B, L), a time and positions, bool (B, L), to [`RowLogits`] there.
+            It is told the masked share.
         start (`torch.Tensor` of shape `(B, L)`): Prompts and masks.
         mask_token_id (`int`): The mask.
         block_length (`int`, *optional*): w; divides L. `None` is one block.
@@ -54,36 +56,48 @@ def decode_one_by_one(
         raise ValueError(
             f"`block_length` is {block_length}, which does not divide the {start.shape[1]} positions of `start`"
         )
-    return in_blocks(
-        Decoded(*(part.transpose(0, 1) for part in whole_states(denoiser, start, mask_token_id, width))), width
-    )
+    states = block_states(denoiser, start, mask_token_id, width)
+    return with_masks(Decoded(*(part.transpose(0, 1) for part in states)))
 
 
-def in_blocks(states: Decoded, width: int) -> Decoded:
-    """Whole states (..., L) as rows of blocks (R, w); those without masks are left out."""
-    rows = [part.reshape(-1, width) for part in states]
+def with_masks(states: Decoded) -> Decoded:
+    """States (..., w) as (R, w); those without masks are left out."""
+    rows = [part.flatten(0, -2) for part in states]
     keep = rows[2].any(1)
     return Decoded(*(part[keep] for part in rows))
 
 
 @torch.no_grad()
-def whole_states(denoiser: Callable[[Tensor, float], Tensor], start: Tensor, mask_token_id: int, width: int) -> Decoded:
-    """The states of `decode_one_by_one` as they are, (B, T, L) in T calls. Arguments as there."""
+def block_states(denoiser: Callable[..., RowLogits], start: Tensor, mask_token_id: int, width: int) -> Decoded:
+    """The block of each state of `decode_one_by_one` that is decoded there, (B, T, w), in T calls. Arguments as there."""
     length = start.shape[1]
     block = torch.arange(length, device=start.device) // width
     state, seen = start.clone(), []
     while (state == mask_token_id).any():
         is_masked = state == mask_token_id
-        logits = denoiser(state, float(is_masked.double().mean())).double()
-        logits[..., mask_token_id] = -torch.inf
-        best = logits.softmax(-1).max(-1)
-        seen.append((torch.where(is_masked, best.values, 1.0), best.indices, is_masked))
-        first = torch.where(is_masked, block, length).amin(1, keepdim=True)
+        first = torch.where(is_masked, block, length).amin(1, keepdim=True)  # (B, 1)
         current = is_masked & (block == first)
-        opens = top_subset(current, current.any(1).long(), best.values)
-        state = torch.where(opens, best.indices, state)
-    confidence, guess, masked = (torch.stack(part, dim=1) for part in zip(*seen, strict=True))  # (B, T, L)
-    return Decoded(confidence, masked & (guess == state[:, None]), masked)
+        rows = denoiser(state, float(is_masked.double().mean()), current)
+        probability, token = most_probable(rows, mask_token_id)
+        confidence = rows.put(probability, torch.ones(state.shape, dtype=torch.float64, device=state.device))
+        guess = rows.put(token, state)
+        place = first.clamp(max=length // width - 1) * width + torch.arange(width, device=state.device)  # (B, w)
+        seen.append([place, *(sheet.gather(1, place) for sheet in (confidence, guess, is_masked))])
+        state = torch.where(top_subset(current, current.any(1).long(), confidence), guess, state)
+    places, confidence, guess, masked = (torch.stack(part, dim=1) for part in zip(*seen, strict=True))  # (B, T, w)
+    final = state.gather(1, places.flatten(1)).view_as(guess)
+    return Decoded(confidence, masked & (guess == final), masked)
+
+
+def most_probable(rows: RowLogits, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """The largest probability of each row, (R,), float64, and its token, (R,); the mask has none."""
+    device = rows.positions.device
+    found = [(torch.empty(0, dtype=torch.float64, device=device), torch.empty(0, dtype=torch.int64, device=device))]
+    for _, some in rows.chunks():
+        wide = some.double().index_fill(-1, torch.tensor([mask_token_id], device=device), -torch.inf)
+        found.append(wide.softmax(-1).max(-1))
+    probability, token = (torch.cat(part) for part in zip(*found, strict=True))
+    return probability, token
 
 
 def threshold_for(probability: Tensor, decoded: Decoded, final_share: float) -> float:

@@ -72,23 +72,24 @@ def factorised(law: Tensor) -> StepLaw:
     return StepLaw(law.new_zeros(1), law[None])
 
 
-def learned_kernel(process: AbsorbingProcess, times: Tensor) -> Kernel:
+def learned_kernel(process: AbsorbingProcess, times: Tensor, prior: Tensor | None = None) -> Kernel:
     """The step law of `LearnedScheduler(unmasking="bernoulli")`: coefficients are the blocks of a budget as tensors, by their
     names in the config, any of them but `times` and `order`. What is learned goes into the config as it is.
 
     Args:
         process (`AbsorbingProcess`): The forward process.
         times (`torch.Tensor` of shape `(N + 1,)`): The grid, where there is no block `counts`.
+        prior (`torch.Tensor` of shape `(V,)`, *optional*): `token_prior`, for the block `contrast`.
     """
 
     def kernel(coefficients: Coefficients, index: int, logits: Tensor, x_t: Tensor) -> StepLaw:
         grid = times_from_counts(process, coefficients["counts"]) if "counts" in coefficients else times
         step = {name: coefficients[name][index] for name in STEP_BLOCKS if name in coefficients}
         if "mixture_weight" not in coefficients:
-            return factorised(learned_law(process, logits, x_t, grid[index], grid[index + 1], step))
+            return factorised(learned_law(process, logits, x_t, grid[index], grid[index + 1], step, prior=prior))
         weight, shift = coefficients["mixture_weight"], coefficients["mixture_shift"]
         mixture = mixture_of(weight, shift, process.vocab_size, process.mask_token_id)
-        law = learned_mixture(process, logits, x_t, grid[index], grid[index + 1], step, mixture)
+        law = learned_mixture(process, logits, x_t, grid[index], grid[index + 1], step, mixture, prior=prior)
         return StepLaw(mixture.log_weights, law)
 
     return kernel
@@ -458,7 +459,7 @@ class LogisticRatio:
         features (`Callable`): Tokens (B, L) to (B, F), float64: `subset_features`, `ngram_features`, the frozen network's
             pooled features, or several side by side.
         penalty (`float`, defaults to 1e-3): On the weights of standardised features.
-        memory (`int`, defaults to 4): Calls whose samples are kept.
+        memory (`int`, defaults to 4): Calls whose samples are kept, as if the student had not moved: less noise, some bias.
     """
 
     def __init__(self, teacher: Tensor, features: Features, penalty: float = 1e-3, memory: int = 4) -> None:

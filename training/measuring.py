@@ -87,7 +87,7 @@ def draw_samples(run: Run, scheduler: DiscreteScheduler, steps: int, temperature
         if temperature != 1:
             own = scheduler.config.temperature * temperature
             run.pipe.scheduler = type(scheduler).from_config(scheduler.config, temperature=own)
-        samples, calls = run.samples(JUDGED, run.args.num_eval_samples, steps)
+        samples, calls = run.samples(JUDGED, range(run.args.num_eval_samples), steps)
         found.append(Drawn(temperature, samples, calls.sum().item() / len(calls)))
     return found
 

@@ -9,13 +9,17 @@ from discrete_schedulers import DiscreteScheduler, Learn2PDScheduler
 from discrete_schedulers.sampling import uniforms
 from discrete_schedulers.schedulers.scheduling_learn2pd import filter_log_odds
 from discrete_schedulers.training.data import batches, generators
-from discrete_schedulers.training.learn2pd import Decoded, fit_filter, in_blocks, threshold_for, whole_states
+from discrete_schedulers.training.learn2pd import Decoded, block_states, fit_filter, threshold_for, with_masks
 from discrete_schedulers.training.run import KNOWN, Run
 
 
 def learn2pd(run: Run) -> DiscreteScheduler:
     """A filter that says which predictions are final, learned from the network's own decoding of partly known sequences; other
-    sequences give the threshold. See `learn2pd.py`."""
+    sequences give the threshold. See `learn2pd.py`.
+
+    It is learned on the most probable tokens, while the config keeps the model's temperature: `temperature=0` decodes as it was
+    learned, and with another one a token that is drawn, but not the most probable, looks less final to the filter.
+    """
     args, tensors, width = run.args, run.tensors, run.args.block_length or run.length
     data = run.data[: 2 * args.num_samples]
     if "confidence" not in tensors:
@@ -26,15 +30,15 @@ def learn2pd(run: Run) -> DiscreteScheduler:
             start = partly_known(
                 data[indices.start : indices.stop : indices.step], args.seed, indices, run.mask_token_id
             )
-            parts.append(whole_states(run.pipe.denoiser, start, run.mask_token_id, width))
+            parts.append(block_states(run.pipe.denoiser, start, run.mask_token_id, width))
         for name, part in zip(Decoded._fields, zip(*parts, strict=True), strict=True):
-            states = torch.cat(part)  # (B, T, L)
+            states = torch.cat(part)  # (B, T, w)
             found = run.gather(states.flatten(1).to(torch.float64 if name == "confidence" else torch.uint8), len(data))
             decoded[name] = found.view(-1, *states.shape[1:]).to(states.dtype)
         run.add_evaluations()
         tensors |= decoded
         run.save(None)
-    fit, heldout = (in_blocks(Decoded(*(tensors[name][half::2] for name in Decoded._fields)), width) for half in (0, 1))
+    fit, heldout = (with_masks(Decoded(*(tensors[name][half::2] for name in Decoded._fields))) for half in (0, 1))
     (generator,) = generators(args.seed, KNOWN, range(len(data), len(data) + 1))
     floats = fit_filter(fit, args.hidden_units, args.num_epochs, generator, args.learning_rate)
     settings = {"filter": floats, "block_length": args.block_length, "learned_for": run.learned_for}

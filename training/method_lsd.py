@@ -37,7 +37,7 @@ def lsd(run: Run) -> DiscreteScheduler:
     noise = draw_noise(share, run.length, args.seed, run.accelerator.device)
     mask = run.mask_token_id
     segments = math.lcm(*args.num_inference_steps)  # of the teacher's grid, between times that students share
-    if not tensors:
+    if "states" not in tensors:
         tensors["states"] = torch.full((1, args.num_samples, run.length), mask)
         tensors["masked"] = torch.zeros(0, dtype=torch.float64)
     done = len(tensors["states"]) - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from discrete_schedulers.training.marginal import (
 from discrete_schedulers.training.ordered_grid import doubling_counts, equal_counts
 from discrete_schedulers.training.run import BETA_RANGE, CHOSEN, PATHS, SEARCHED, Run, absorbing, sample
 from discrete_schedulers.training.search import evolve, judged
-from discrete_schedulers.training.temperatures import Rolled, descend_temperatures, roll, text_features
+from discrete_schedulers.training.temperatures import Rolled, descend_temperatures, roll, text_features, token_prior
 
 CANDIDATES = 10  # how many iterates, or centres of the search, are judged, evenly, beside the start
 JUDGE_BUCKETS = 8  # tokens and pairs in the statistic that judges: it needs more samples than features
@@ -40,19 +40,29 @@ STANDS_STILL = 1e3  # the statistic of a grid with two equal times: worse than a
 def marginal(run: Run) -> DiscreteScheduler:
     """An inverse temperature for each step by score-function gradients, see `temperatures.py`."""
     student = LearnedScheduler.from_config(run.base, order=run.args.order, learned_for=run.learned_for)
+    prior = prior_of(run)
 
     def learn(steps: int) -> dict[str, list[float]]:
-        return {"inverse_temperature": learn_temperatures(run, student, steps)}
+        return {"inverse_temperature": learn_temperatures(run, student, prior, steps)}
 
     return run.each_budget(learn, run.learned(order=run.args.order))
 
 
-def learn_temperatures(run: Run, scheduler: LearnedScheduler, steps: int) -> list[float]:
+def prior_of(run: Run) -> list[float]:
+    """The model's `token_prior`, asked once in a run."""
+    if "token_prior" not in run.state:
+        run.state["token_prior"] = token_prior(run.pipe.denoiser, run.length, run.accelerator.device)
+        run.add_evaluations()
+    return run.state["token_prior"]
+
+
+def learn_temperatures(run: Run, scheduler: LearnedScheduler, prior: list[float], steps: int) -> list[float]:
     """Inverse temperatures of a step budget: score-function descent on half of the data. Of its iterates, and temperature 1,
     the one is kept whose samples are nearest to the other half by `two_sample_statistic`."""
     pipe, args, accelerator = run.pipe, run.args, run.accelerator
     fit, heldout = run.data[::2], run.data[1::2]
-    ratio, judges = LogisticRatio(fit, shared_features(run, args.buckets)), shared_features(run, JUDGE_BUCKETS)
+    judges = shared_features(run, prior, JUDGE_BUCKETS)
+    ratio = LogisticRatio(fit, shared_features(run, prior, args.buckets))
     share = run.share(args.num_samples)
 
     def rolled(log_beta: Tensor, iteration: int) -> Rolled:
@@ -82,12 +92,25 @@ def learn_temperatures(run: Run, scheduler: LearnedScheduler, steps: int) -> lis
     show = tqdm(descent, desc=f"{steps} steps", total=args.num_epochs, disable=not accelerator.is_main_process)
     candidates = [torch.zeros(steps, dtype=torch.float64)]
     candidates += [log_beta for n, log_beta in enumerate(show, start=1) if n % every == 0 or n == args.num_epochs]
-    return keep_best(({"log_beta": one} for one in candidates), verdict).coefficients["log_beta"].exp().tolist()
+    return kept_floats(run, steps, ({"log_beta": one} for one in candidates), verdict)["log_beta"].exp().tolist()
 
 
-def shared_features(run: Run, buckets: int) -> Features:
+def kept_floats(
+    run: Run, steps: int, candidates: Iterable[Coefficients], judge: Callable[[Coefficients], Verdict]
+) -> Coefficients:
+    """Those of `keep_best`; says so where no candidate has the entropy that samples should have."""
+    kept = keep_best(candidates, judge)
+    if not kept.admissible:
+        run.accelerator.print(
+            f"{steps} steps: no candidate's samples have 0.99 of the entropy of the data; the nearest, "
+            f"{kept.verdict.entropy_ratio:.3f}, is kept: do not ship it without a look at its samples"
+        )
+    return kept.coefficients
+
+
+def shared_features(run: Run, prior: list[float], buckets: int) -> Features:
     """`text_features`, of which every process works out its share."""
-    own = text_features(run.pipe.denoiser, buckets, run.args.train_batch_size)
+    own = text_features(run.pipe.denoiser, prior, buckets, run.args.train_batch_size)
 
     def features(x: Tensor) -> Tensor:
         share = run.share(len(x))
@@ -101,7 +124,10 @@ def search(run: Run) -> DiscreteScheduler:
     of the search, and the start, the one is kept that the other half says is nearest. See `search.py`, `ordered_grid.py`."""
     args = run.args
     grid = "learned" if "grid" in args.blocks or args.plan != "even" else "uniform"
+    prior = prior_of(run)
     settings = {"order": args.order, "grid": grid, "unmasking": "counts"}
+    if "contrast" in args.blocks:
+        settings["token_prior"] = prior
     process = absorbing(AncestralScheduler.from_config(run.base))
 
     def learn(steps: int) -> dict[str, list[float]]:
@@ -113,7 +139,7 @@ def search(run: Run) -> DiscreteScheduler:
             return run.learned(**settings)({str(steps): blocks})
 
         fit, heldout = run.data[::2], run.data[1::2]
-        judges = [sample_judge(run, steps, SEARCHED, fit), sample_judge(run, steps, CHOSEN, heldout)]
+        judges = [sample_judge(run, prior, steps, SEARCHED, fit), sample_judge(run, prior, steps, CHOSEN, heldout)]
         measured = [run.numbers(f"search {steps}"), run.numbers(f"choice {steps}")]
 
         def verdict(which: int, candidate: Coefficients) -> Verdict:
@@ -138,14 +164,16 @@ def search(run: Run) -> DiscreteScheduler:
         kept = [start, *centres[every - 1 :: every]]
         if len(centres) % every:
             kept.append(centres[-1])
-        return blocks_of(process, keep_best([one | plan for one in kept], partial(verdict, 1)).coefficients, steps)
+        return blocks_of(process, kept_floats(run, steps, [one | plan for one in kept], partial(verdict, 1)), steps)
 
     return run.each_budget(learn, run.learned(**settings))
 
 
-def sample_judge(run: Run, steps: int, purpose: int, data: Tensor) -> Callable[[DiscreteScheduler], Verdict]:
+def sample_judge(
+    run: Run, prior: list[float], steps: int, purpose: int, data: Tensor
+) -> Callable[[DiscreteScheduler], Verdict]:
     """How near a scheduler's samples, always of the same random numbers, are to the data. Each process draws its share."""
-    args, features = run.args, shared_features(run, JUDGE_BUCKETS)
+    args, features = run.args, shared_features(run, prior, JUDGE_BUCKETS)
     target, target_entropy = features(data), unigram_entropy(data).mean().item()
 
     def judge(scheduler: DiscreteScheduler) -> Verdict:
@@ -163,7 +191,7 @@ class Floats(NamedTuple):
     Args:
         per_step (`bool`): Whether there is one for each step; else there are `number` for a budget.
         number (`int`): How many.
-        start (`float`): Where the search begins; they change nothing there, but for top-p.
+        start (`float`): Where the search begins; they change nothing there, but for contrast and top-p.
         bounds (`tuple[float, float]`): Where they may lie.
     """
 
@@ -177,6 +205,7 @@ class Floats(NamedTuple):
 
 
 FLOATS = {
+    "contrast": Floats(False, 1, 0.2, (0.0, 1.0)),  # the same in every step
     "inverse_temperature": Floats(True, 1, 0.0, (math.log(0.2), math.log(5.0))),  # their logarithms
     "temperature_line": Floats(
         False, 2, 0.0, (-0.5, 1.0)
@@ -204,6 +233,8 @@ def blocks_of(process: AbsorbingProcess, floats: Coefficients, steps: int) -> di
     if "temperature_line" in floats:
         first, last = floats["temperature_line"].tolist()
         blocks["inverse_temperature"] = torch.linspace(first, last, steps, dtype=torch.float64).exp().tolist()
+    if "contrast" in floats:
+        blocks["contrast"] = floats["contrast"].tolist() * steps
     if "top_p" in floats:
         blocks["top_p"] = (1 - floats["top_p"].exp()).tolist() * steps
     if "counts" in floats:

@@ -32,6 +32,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from discrete_schedulers.denoisers import Denoiser
 from discrete_schedulers.processes import AbsorbingProcess
@@ -128,15 +129,22 @@ class CoupledRoll:
         """The same where the chance to open depends on the logits: all masked rows are asked for."""
         mask = self.scheduler.config.mask_token_id
         for rows in self.batches(is_masked):
-            logits = row_logits(self.denoiser, self.state[rows], self.scheduler.times[index], is_masked[rows])
-            masks = torch.full((len(logits), 1), mask, device=logits.device)
-            law = self.scheduler.transition(logits[:, None], index, masks)[:, 0]  # (R, V)
-            stays = torch.ones_like(self.survival[rows]).masked_scatter(is_masked[rows], law[:, mask])
-            self.survival[rows] = self.survival[rows] * stays
-            opens = is_masked[rows] & (self.noise.thresholds[rows] >= self.survival[rows])
-            law[:, mask] = 0.0
-            tokens = categorical(law[opens[is_masked[rows]]].log(), self.noise.tokens[rows][opens])
-            self.state[rows] = self.state[rows].masked_scatter(opens, tokens)
+            asked = is_masked[rows]
+            logits = row_logits(self.denoiser, self.state[rows], self.scheduler.times[index], asked)
+            sheets = (self.survival[rows], self.noise.thresholds[rows], self.noise.tokens[rows])
+            survived, drawn = [], []
+            for some, before, threshold, u in zip(
+                *(values.split(ROWS_IN_FLOAT64) for values in (logits, *(sheet[asked] for sheet in sheets))),
+                strict=True,
+            ):
+                drawn.append(torch.full((len(some),), mask, device=some.device))
+                law = self.scheduler.transition(some[:, None], index, drawn[-1][:, None])[:, 0]  # (r, V)
+                survived.append(before * law[:, mask])
+                opens = threshold >= survived[-1]
+                law[:, mask] = 0.0
+                drawn[-1][opens] = categorical(law[opens].log(), u[opens])
+            self.survival[rows] = self.survival[rows].masked_scatter(asked, torch.cat(survived))
+            self.state[rows] = self.state[rows].masked_scatter(asked, torch.cat(drawn))
 
     def batches(self, wanted: Tensor) -> tuple[Tensor, ...]:
         """Indices of the sequences that have a wanted position, in batches."""
@@ -149,6 +157,21 @@ def row_logits(denoiser: Denoiser, x: Tensor, t: Tensor, positions: Tensor) -> T
     rows = denoiser(x, t, positions=positions)
     assert isinstance(rows, RowLogits)
     return rows.logits
+
+
+def token_nats(rows: RowLogits, tokens: Tensor, mask_token_id: int) -> Tensor:
+    """-log p of a token of each row, (R,), float64, without the mask; a few rows at a time, never all of them in float64.
+
+    Args:
+        rows (`RowLogits`): Logits of R positions.
+        tokens (`torch.Tensor` of shape `(R,)`): Int64.
+        mask_token_id (`int`): The mask.
+    """
+    found = [torch.empty(0, dtype=torch.float64, device=tokens.device)]
+    for part, some in rows.chunks():
+        wide = some.double().index_fill(-1, torch.tensor([mask_token_id], device=some.device), -torch.inf)
+        found.append(cross_entropy(wide, tokens[part], reduction="none"))
+    return torch.cat(found)
 
 
 def common_rows(
@@ -227,7 +250,8 @@ def fit_power(
         low, high = (phi, high) if slope_sum < 0 else (low, phi)
         newton = phi - slope_sum / variance_sum if variance_sum > 0 else math.inf
         following = newton if low < newton < high else math.sqrt(low * high)
-        if abs(following - phi) < 1e-10:
+        close = 1e-6 if following == newton else 1e-10  # what is left behind a Newton step is about its square
+        if abs(following - phi) < close:
             return following
         phi = following
     return phi

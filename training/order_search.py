@@ -25,6 +25,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from discrete_schedulers.sampling import RowLogits
+from discrete_schedulers.training.objectives import token_nats
+
 Groups: TypeAlias = list[list[int]]  # positions of each step, first step first
 
 
@@ -69,13 +72,13 @@ def order_blocks(groups: Groups) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def order_nll(
-    denoiser: Callable[[Tensor, float], Tensor], data: Tensor, groups: Groups, mask_token_id: int, batch_size: int = 64
+    denoiser: Callable[..., RowLogits], data: Tensor, groups: Groups, mask_token_id: int, batch_size: int = 64
 ) -> Tensor:
     """-log p_N(x) of each sequence, (n,), float64, in nats; exact. N calls for each batch.
 
     Args:
-        denoiser (`Callable`): The frozen network: tokens (B, L) and a time to logits (B, L, V). It is told the masked share as
-            the time, which is that of linear noise.
+        denoiser (`Callable`): The frozen network: tokens (B, L), a time and positions, bool (B, L), to [`RowLogits`] there.
+            It is told the masked share as the time, which is that of linear noise.
         data (`torch.Tensor` of shape `(n, L)`): Clean tokens.
         groups (`list[list[int]]`): Positions of each step.
         mask_token_id (`int`): The mask.
@@ -97,7 +100,7 @@ def order_nll(
 
 @torch.no_grad()
 def group_nll(
-    denoiser: Callable[[Tensor, float], Tensor],
+    denoiser: Callable[..., RowLogits],
     data: Tensor,
     known: Sequence[int],
     group: Sequence[int],
@@ -115,13 +118,13 @@ def group_nll(
         mask_token_id (`int`): The mask.
         batch_size (`int`, defaults to 64): Sequences in one call of the network.
     """
-    opens, totals = list(group), []
+    totals = []
     for x_0 in data.split(batch_size):
-        x_t = torch.full_like(x_0, mask_token_id)
-        x_t[:, list(known)] = x_0[:, list(known)]
-        logits = denoiser(x_t, float((x_t == mask_token_id).double().mean()))[:, opens].double()  # (B, |S_k|, V)
-        logits[..., mask_token_id] = -torch.inf
-        totals.append(-logits.log_softmax(-1).gather(-1, x_0[:, opens, None])[..., 0].sum(1))
+        x_t, opens = torch.full_like(x_0, mask_token_id), torch.zeros_like(x_0, dtype=torch.bool)
+        x_t[:, list(known)], opens[:, list(group)] = x_0[:, list(known)], True
+        rows = denoiser(x_t, float((x_t == mask_token_id).double().mean()), opens)
+        nats = token_nats(rows, x_0[opens], mask_token_id)  # row-major: as many of each sequence
+        totals.append(nats.view(len(x_0), len(group)).sum(1))
     return torch.cat(totals)
 
 

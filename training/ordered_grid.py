@@ -20,7 +20,7 @@ Source: the optimal grid is that of the information curve (see `information.py`)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from discrete_schedulers.sampling import Generators, spread_subset
+from discrete_schedulers.training.objectives import token_nats
 
 
 def spread_ranks(shape: tuple[int, int], generator: Generators, grid_shape: tuple[int, int] | None = None) -> Tensor:
@@ -49,9 +50,14 @@ def spread_ranks(shape: tuple[int, int], generator: Generators, grid_shape: tupl
 
 @torch.no_grad()
 def ordered_information(
-    denoiser: Callable[..., Any], data: Tensor, ranks: Tensor, mask_token_id: int, batch_size: int = 64
+    denoiser: Callable[..., Any],
+    data: Tensor,
+    ranks: Tensor,
+    mask_token_id: int,
+    batch_size: int = 64,
+    starts: Iterable[int] | None = None,
 ) -> Tensor:
-    """F of the head of the file, nats, float64 (L, L) on the CPU; 0 where j < m. B L sequence evaluations.
+    """F of the head of the file, nats, float64 (L, L) on the CPU; 0 where j < m. B sequence evaluations for each m.
 
     Args:
         denoiser (`Callable`): `denoiser(x_t, t, positions)` -> `RowLogits` of log p(x_0 | x_t).
@@ -59,6 +65,8 @@ def ordered_information(
         ranks (`torch.Tensor` of shape `(B, L)`): A permutation of 0..L - 1 in each row.
         mask_token_id (`int`): State that stands for a masked token.
         batch_size (`int`, defaults to 64): Sequences in one call of the network.
+        starts (`Iterable[int]`, *optional*): The m that are measured, 0 and others below L; all by default. The other rows are
+            infinite: no call of an optimal plan begins there.
 
     Raises:
         ValueError: If a row of `ranks` is no permutation, `data` has a mask, or the network gives a clean token no
@@ -73,16 +81,18 @@ def ordered_information(
         raise ValueError(f"`data` has the mask token {mask_token_id}: pass clean sequences")
     ranks = ranks.to(data.device)
     by_rank = ranks.argsort(1)
-    table = torch.zeros(length, length, dtype=torch.float64)
-    for known in range(length):
+    measured = sorted(set(range(length) if starts is None else starts))
+    table = torch.full((length, length), math.inf, dtype=torch.float64)
+    table[measured] = 0.0
+    for known in measured:
         for start in range(0, batch, batch_size):
             part = slice(start, start + batch_size)
             x_0, hidden = data[part], ranks[part] >= known
             rows = denoiser(x_0.masked_fill(hidden, mask_token_id), (length - known) / length, hidden)
-            nll = -rows.logits.double().log_softmax(-1).gather(-1, x_0[hidden][:, None]).squeeze(-1)
-            placed = torch.zeros(x_0.shape, dtype=torch.float64, device=data.device).masked_scatter(hidden, nll)
+            nats = token_nats(rows, x_0[hidden], mask_token_id)
+            placed = torch.zeros(x_0.shape, dtype=torch.float64, device=data.device).masked_scatter(hidden, nats)
             table[known] += placed.gather(1, by_rank[part]).sum(0).cpu() / batch
-    if not table.isfinite().all():
+    if not table[measured].isfinite().all():
         raise ValueError("the network gives NaN, or a token of `data` has probability 0: there is no finite bound")
     return table
 
@@ -104,17 +114,17 @@ def optimal_ordered_counts(table: Tensor, max_steps: int) -> list[list[int]]:
 
     Args:
         table (`torch.Tensor` of shape `(L, L)`): Of `ordered_information`.
-        max_steps (`int`): Largest number of calls, 1 to L.
+        max_steps (`int`): Largest number of calls, 1 to the number of finite rows, L if all were measured.
 
     Returns:
         `list[list[int]]`: Entry N - 1 holds the N counts for N calls, first call first.
 
     Raises:
-        ValueError: If `max_steps` is not in 1..L.
+        ValueError: If `max_steps` is out of range.
     """
-    length = len(table)
-    if not 1 <= max_steps <= length:
-        raise ValueError(f"`max_steps` is {max_steps}, allowed is 1 to {length}, the length of the sequences")
+    length, most = len(table), int(table.isfinite().all(1).sum())
+    if not 1 <= max_steps <= most:
+        raise ValueError(f"`max_steps` is {max_steps}, allowed is 1 to {most}, the numbers of known tokens in `table`")
     is_later = torch.ones(length, length, dtype=torch.bool).triu()
     cost = table.cumsum(1).masked_fill(~is_later, math.inf)  # [m, m' - 1]: from m to m'
     best = torch.full((length,), math.inf, dtype=torch.float64)  # before this call, m known

@@ -40,10 +40,14 @@ from transformers import PreTrainedTokenizerFast
 from discrete_schedulers import AncestralScheduler, DDiTModel, DiscreteDiffusionPipeline, information_curve
 from discrete_schedulers.molecules import NO_RDKIT, molecule_metrics
 from discrete_schedulers.training.files import output_folder, published, remove, unwritten
+from discrete_schedulers.training.hub import check_counts
 from discrete_schedulers.training.prepare_molecules import SMILES_TOKEN, smiles_tokens
 from discrete_schedulers.training.signals import before_end, ends_at_sigterm, stop_if_asked
 
 END_TOKEN, MASK_TOKEN = "[END]", "[MASK]"
+FREE = {  # what a run may change when it goes on
+    *("output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "num_eval_samples"),
+}
 
 CARD = """---
 library_name: discrete_schedulers
@@ -134,8 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_eval_samples", type=int, default=400, help="Molecules that the card judges.")
     add_fit_arguments(parser)
     args = check_fit_arguments(parser, parser.parse_args(argv))
-    if args.num_eval_samples < 1:
-        parser.error(f"--num_eval_samples is {args.num_eval_samples}; it must be at least 1")
+    check_counts(parser, args, ["num_eval_samples"])
     if args.data == "molecules" and find_spec("rdkit") is None:
         parser.error(f"--data molecules: {NO_RDKIT}")
     return args
@@ -159,20 +162,8 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_fit_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """The arguments, or an error of the parser about one of them."""
-    counts = [
-        "max_train_steps",
-        "train_batch_size",
-        "lr_warmup_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-    ]
-    for name in counts:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    sizes = [name for name in SIZES if name in args]
-    for name in sizes:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    counts = ["max_train_steps", "train_batch_size", "lr_warmup_steps", "checkpointing_steps"]
+    check_counts(parser, args, [*counts, "checkpoints_total_limit", *(name for name in SIZES if name in args)])
     if args.hidden_size % args.num_heads:
         parser.error(f"--hidden_size is {args.hidden_size}; it must be a multiple of --num_heads {args.num_heads}")
     if not 0 < args.lr_decay_share <= 1:
@@ -337,11 +328,20 @@ def heldout_nats_per_token(
     return total / len(clean)
 
 
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], step: int, seconds: float) -> None:
+def identity(args: argparse.Namespace, num_processes: int) -> dict[str, Any]:
+    """What the weights depend on."""
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {name: value for name, value in told.items() if name not in FREE} | {"num_processes": num_processes}
+
+
+def save_checkpoint(
+    path: Path, tensors: dict[str, Tensor], step: int, seconds: float, identity: dict[str, Any]
+) -> None:
     """Write under a temporary name, then rename: a killed run never leaves half a checkpoint."""
     with unwritten(path) as temporary:
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / "state.safetensors", {"step": str(step), "seconds": str(seconds)})
+        facts = {"step": str(step), "seconds": str(seconds), "identity": json.dumps(identity)}
+        save_file(tensors, temporary / "state.safetensors", facts)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -359,12 +359,16 @@ def training_state(model: nn.Module, average: dict[str, Tensor], optimizer: torc
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    path: Path,
+    model: nn.Module,
+    average: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
 ) -> tuple[int, float]:
     """Put a saved state back; returns the step to go on from and the seconds already spent.
 
     Raises:
-        ValueError: If there is none, or it is damaged.
+        ValueError: If there is none, it is damaged, or of a run with other arguments.
     """
     try:
         file = safe_open(path / "state.safetensors", "pt")
@@ -373,6 +377,10 @@ def load_checkpoint(
             f"`--resume_from_checkpoint` {path} has no whole state.safetensors ({error}): delete it and resume from another one"
         ) from error
     with file as state:
+        saved = json.loads(state.metadata().get("identity", "{}"))
+        changed = {k: (saved.get(k), v) for k, v in identity.items() if saved.get(k) != v}
+        if changed:
+            raise ValueError(f"checkpoint {path} belongs to a run with other arguments (saved, now): {changed}")
         model.load_state_dict({k: state.get_tensor(f"model.{k}") for k in model.state_dict()})
         for name in average:
             average[name].copy_(state.get_tensor(f"average.{name}"))
@@ -463,10 +471,11 @@ def fit(
         output_folder(args.output_dir)
     accelerator.wait_for_everyone()
     step, seconds = 0, 0.0
+    same = identity(args, accelerator.num_processes)
     known = checkpoints(args.output_dir)
     if args.resume_from_checkpoint and (known or args.resume_from_checkpoint != "latest"):
         path = known[-1] if args.resume_from_checkpoint == "latest" else Path(args.resume_from_checkpoint)
-        step, seconds = load_checkpoint(path, network, average, optimizer.optimizer)
+        step, seconds = load_checkpoint(path, network, average, optimizer.optimizer, same)
         accelerator.print(f"resumed from {path} at step {step}")
 
     # Train
@@ -476,7 +485,7 @@ def fit(
         nonlocal saved
         if accelerator.is_main_process and saved != step:
             state = training_state(network, average, optimizer.optimizer)
-            save_checkpoint(args.output_dir / f"checkpoint-{step}", state, step, time.time() - began)
+            save_checkpoint(args.output_dir / f"checkpoint-{step}", state, step, time.time() - began, same)
             for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
                 remove(old)
         saved = step

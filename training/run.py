@@ -96,7 +96,7 @@ class Run:
         Returns:
             `torch.Tensor` of shape `(count, F)`: On the CPU.
         """
-        size, processes = min(self.args.train_batch_size, count), self.accelerator.num_processes
+        size, processes = max(min(self.args.train_batch_size, count), 1), self.accelerator.num_processes
         parts, rounds = batches(count, size), []
         for start in range(0, len(parts), processes):
             now = parts[start : start + processes]
@@ -104,17 +104,18 @@ class Run:
             made = [torch.cat([x, x[:1].expand(size - len(x), -1)]).flatten() for x in made]
             own = torch.stack(made) if made else empty.new_empty(0, size * empty.shape[1])
             rounds.append(self.gather(own.to(self.accelerator.device), len(now)).view(-1, empty.shape[1]))
-        return torch.cat(rounds)[:count]
+        return torch.cat(rounds)[:count] if rounds else empty
 
-    def samples(self, purpose: int, count: int, steps: int) -> tuple[Tensor, Tensor]:
-        """Samples of the pipeline with its scheduler, int64 (count, L), and the model calls of each one's batch, (count,): the
-        same whatever the number of processes."""
+    def samples(self, purpose: int, numbers: range, steps: int) -> tuple[Tensor, Tensor]:
+        """Samples of the pipeline with its scheduler, those with these numbers, int64 (n, L), and the model calls of each one's
+        batch, (n,): the same whatever the number of processes."""
 
         def work(indices: range) -> Tensor:
-            ((x, calls),) = draw(self.pipe, purpose, indices, self.length, steps, self.args)
+            own = numbers[indices.start : indices.stop]
+            ((x, calls),) = draw(self.pipe, purpose, own, self.length, steps, self.args)
             return torch.cat([x, x.new_full((len(x), 1), calls)], dim=1)
 
-        found = self.by_batches(count, work, torch.empty(0, self.length + 1, dtype=torch.int64))
+        found = self.by_batches(len(numbers), work, torch.empty(0, self.length + 1, dtype=torch.int64))
         return found[:, :-1].contiguous(), found[:, -1]
 
     def count_calls(self) -> Callable[[], None]:

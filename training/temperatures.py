@@ -6,8 +6,8 @@ does not depend on beta, so that the slope of the path's log-probability needs n
     d log P(path) / d log beta_k = sum over tokens v drawn in step k of  beta_k ( l(v) - sum_u q(u) l(u) )
 
 With w of the path's end (`marginal.divergence_weights` of log(q_c / p), a learned ratio) the gradient of the divergence is
-mean_b (w_b - mean of the other rows) slope_b. For text the ratio sees hashed n-grams and the fluency of a sample: how well the
-frozen network itself predicts half of it from the other half,
+mean_b (w_b - mean of the other rows) slope_b. For text the ratio sees how rare the tokens of a sample are, hashed pairs, and
+its fluency: how well the frozen network itself predicts half of it from the other half,
 
     fluency_j(x) = mean_{i = j mod 2} log p(x_i | x at the other half),     j = 0, 1
 
@@ -30,6 +30,7 @@ from discrete_schedulers.denoisers import Denoiser
 from discrete_schedulers.sampling import Generators, RowLogits
 from discrete_schedulers.schedulers import LearnedScheduler
 from discrete_schedulers.training.marginal import centred, ngram_features
+from discrete_schedulers.training.objectives import token_nats
 
 BETA_RANGE = (0.2, 5.0)
 
@@ -63,6 +64,8 @@ def with_temperatures(scheduler: LearnedScheduler, log_beta: Tensor) -> LearnedS
         raise ValueError(
             "the scheduler has 'top_p': the tokens it keeps depend on the temperature, and slopes leave that out"
         )
+    if "contrast" in blocks:
+        raise ValueError("the scheduler has a 'contrast': slopes are those of the network's own logits")
     blocks["inverse_temperature"] = log_beta.exp().tolist()
     return LearnedScheduler.from_config(config, coefficients={steps: blocks})
 
@@ -108,7 +111,10 @@ def roll(
         assert chosen is not None  # absorbing
         rows = denoiser(x, t, chosen)
         x = scheduler.step(rows, k, x, generator=generator, return_dict=False)[0]
-        slopes[:, k] = row_sums(rows, token_slopes(rows.logits, x[chosen], float(log_beta[k].exp())))
+        tokens, found = x[chosen], [slopes.new_empty(0)]
+        for part, some in rows.chunks():
+            found.append(token_slopes(some, tokens[part], float(log_beta[k].exp())))
+        slopes[:, k] = row_sums(rows, torch.cat(found))
     return Rolled(x, slopes)
 
 
@@ -138,20 +144,68 @@ def fluency(denoiser: Denoiser, x: Tensor, batch_size: int = 64) -> Tensor:
             hidden = torch.zeros_like(part, dtype=torch.bool)
             hidden[:, offset::2] = True
             rows = denoiser(part.masked_fill(hidden, denoiser.mask_token_id), 0.5, hidden)
-            taken = rows.logits.double().log_softmax(-1).gather(-1, part[hidden][:, None]).squeeze(-1)
-            means.append(row_sums(rows, taken.clamp(min=math.log(1e-9))) / hidden[0].sum())
+            nats = token_nats(rows, part[hidden], denoiser.mask_token_id).clamp(max=-math.log(1e-9))
+            means.append(-row_sums(rows, nats) / hidden[0].sum())
         found.append(torch.stack(means, dim=1))
     return torch.cat(found)
 
 
-def text_features(denoiser: Denoiser, buckets: int, batch_size: int = 64) -> Callable[[Tensor], Tensor]:
-    """Tokens (B, L) to features (B, 2 buckets + 5), float64: hashed shares of tokens and of pairs, fluencies, their squares and
-    product."""
+@torch.no_grad()
+def token_prior(denoiser: Denoiser, length: int, device: torch.device | str = "cpu") -> list[float]:
+    """Log-probabilities of the V tokens where nothing is known, the mean law of all positions: `token_prior` of
+    [`LearnedScheduler`]. One call of the network.
+
+    Args:
+        denoiser (`Denoiser`): The frozen network, absorbing process.
+        length (`int`): Positions L.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where the network is.
+
+    Returns:
+        `list[float]`: Four decimals; never below log(1e-9), nor above it for the mask.
+    """
+    assert denoiser.mask_token_id is not None
+    masks = torch.full((1, length), denoiser.mask_token_id, device=device)
+    logits = denoiser(masks, 1.0, torch.ones_like(masks, dtype=torch.bool)).logits.double()
+    law = logits.index_fill(1, masks[0, :1], -torch.inf).softmax(-1).mean(0)
+    return [round(value, 4) for value in law.clamp(min=1e-9).log().tolist()]
+
+
+def rarity(prior: list[float], buckets: int) -> Tensor:
+    """Which of so many buckets of equal probability each token is in, from the commonest to the rarest, int64 (V,).
+
+    Args:
+        prior (`list[float]`): From `token_prior`.
+        buckets (`int`): How many.
+    """
+    law = torch.tensor(prior, dtype=torch.float64).softmax(0)
+    order = law.argsort(descending=True, stable=True)
+    centre = law[order].cumsum(0) - law[order] / 2
+    return torch.empty_like(order).scatter(0, order, (centre * buckets).long().clamp(max=buckets - 1))
+
+
+def text_features(
+    denoiser: Denoiser, prior: list[float], buckets: int, batch_size: int = 64
+) -> Callable[[Tensor], Tensor]:
+    """Tokens (B, L) to features (B, 2 buckets + 5), float64: how many tokens of a sample are common and how many rare, hashed
+    shares of pairs, fluencies, their squares and product.
+
+    Sharper samples are more fluent and lack rare tokens: the statistic has to see both.
+
+    Args:
+        denoiser (`Denoiser`): The frozen network, absorbing process.
+        prior (`list[float]`): From `token_prior`.
+        buckets (`int`): Of tokens by `rarity`, and as many of pairs.
+        batch_size (`int`, defaults to 64): Sequences in one call of the network.
+    """
+    bucket = rarity(prior, buckets)
 
     def features(x: Tensor) -> Tensor:
+        rare = torch.zeros(len(x), buckets, dtype=torch.float64, device=x.device)
+        each = torch.full(x.shape, x.shape[1] ** -0.5, dtype=torch.float64, device=x.device)
+        rare.scatter_add_(1, bucket.to(x.device)[x], each)
+        pairs = ngram_features(x, 2, buckets)[:, buckets:]
         a, b = fluency(denoiser, x, batch_size).unbind(1)
-        fluent = torch.stack([a, b, a * a, b * b, a * b], dim=1)
-        return torch.cat([ngram_features(x, 2, buckets), fluent], dim=1)
+        return torch.cat([rare, pairs, torch.stack([a, b, a * a, b * b, a * b], dim=1)], dim=1)
 
     return features
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from discrete_schedulers.blocks import BlockCache, run_by_blocks
-from discrete_schedulers.processes import NoiseSchedule, UniformProcess, as_time, survival
+from discrete_schedulers.processes import NoiseSchedule, UniformProcess, as_time, check_tokens, survival
 from discrete_schedulers.sampling import RowLogits
 
 CHOICES = {
@@ -156,8 +156,8 @@ class NetworkDenoiser:
             )
         if self.process == "uniform" and self.revealed_logits != "none":
             raise ValueError(f"`revealed_logits={self.revealed_logits!r}` is for the absorbing process")
-        if self.head is not None and self.head not in dict(self.model.named_modules()):
-            raise ValueError(f"`head` is {self.head!r}; {type(self.model).__name__} has no submodule of this name")
+        if self.head is not None:
+            self.head = self.find_head(self.head)
         if self.head is not None and self.split_head:
             raise ValueError(
                 "`head` and `split_head` cannot both be given: the network splits its head itself, or is made to"
@@ -179,6 +179,22 @@ class NetworkDenoiser:
             raise ValueError(
                 f"`suppress_token_ids` and `frozen_token_ids` must lie in [0, {self.vocab_size}), got {ids}"
             )
+
+    def find_head(self, name: str) -> str:
+        """The full name of a submodule, also of a network inside another one: an adapter, or data parallelism.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        try:
+            self.model.get_submodule(name)
+        except AttributeError as error:
+            found = [full for full, _ in self.model.named_modules() if full.endswith(f".{name}")]
+            if not found:
+                network = type(self.model).__name__
+                raise ValueError(f"`head` is {name!r}; {network} has no submodule of this name") from error
+            return min(found, key=lambda full: full.count("."))
+        return name
 
     def check_attention(self) -> None:
         """Raises `ValueError` if what is said of the attention contradicts itself or the rest."""
@@ -417,14 +433,11 @@ class NetworkDenoiser:
 
     def check(self, x_t: Tensor) -> None:
         """Raises `ValueError` if the ids or their number are not what the network takes."""
-        if x_t.dim() != 2 or x_t.dtype != torch.int64:
-            raise ValueError(f"`x_t` is {x_t.dtype} of shape {tuple(x_t.shape)}; it must be int64 (B, L)")
+        check_tokens("x_t", x_t, self.vocab_size)
         if self.grid_input and self.grid_shape is not None and x_t.shape[1] != self.grid_shape[0] * self.grid_shape[1]:
             raise ValueError(f"`x_t` has length {x_t.shape[1]}; `grid_shape` is {tuple(self.grid_shape)}")
         if self.max_length is not None and x_t.shape[1] > self.max_length:
             raise ValueError(f"`x_t` has length {x_t.shape[1]}; this model takes at most {self.max_length}")
-        if x_t.numel() and not 0 <= int(x_t.min()) <= int(x_t.max()) < self.vocab_size:
-            raise ValueError(f"`x_t` has ids from {x_t.min()} to {x_t.max()}; allowed are 0 to {self.vocab_size - 1}")
 
     def clean_logits(self, raw: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
         """The network's output as logits of p(x_0 | x_t), (B, L, V)."""

@@ -36,8 +36,20 @@ def saved_form(scheduler: SchedulerMixin) -> dict[str, Any]:
 
 
 def rebuilt(saved: Any, library: Any) -> Any:
-    """A scheduler from its saved form; a scheduler itself."""
-    return getattr(library, saved["_class_name"]).from_config(saved) if isinstance(saved, dict) else saved
+    """A scheduler from its saved form; a scheduler itself.
+
+    Raises:
+        ValueError: If the form names no scheduler of this library.
+    """
+    if not isinstance(saved, dict):
+        return saved
+    kind: Any = getattr(library, str(saved.get("_class_name")), None)
+    is_scheduler = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+    if not is_scheduler:
+        raise ValueError(
+            f"`scheduler` has the _class_name {saved.get('_class_name')!r}; it must be a scheduler of {library.__name__}"
+        )
+    return kind.from_config(saved)
 
 
 class BlockRefinementAdapter(SchedulerMixin, ConfigMixin):

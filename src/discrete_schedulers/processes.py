@@ -79,7 +79,7 @@ def as_time(t: Tensor | float, device: torch.device | str = "cpu") -> Tensor:
     if not isinstance(t, Tensor | numbers.Real):
         raise ValueError(f"`t` is {t!r}; a time is a number from 0 (clean) to 1 (noise), or a tensor of them")
     t = torch.as_tensor(t, dtype=torch.float64, device=device)
-    if on_host(t) and not (0 <= float(t) <= 1 if t.dim() == 0 else ((t >= 0) & (t <= 1)).all()):
+    if on_host(t) and not (0 <= float(t.detach()) <= 1 if t.dim() == 0 else ((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"`t` is {t.tolist()}; a time is a number from 0 (clean) to 1 (noise)")
     return t[:, None, None] if t.dim() == 1 else t
 
@@ -92,6 +92,7 @@ def check_step_back(t: Tensor | float, s: Tensor | float) -> None:
             raise ValueError(
                 f"`{name}` is {time!r}; a time is a number from 0 (clean) to 1 (noise), or a tensor of them"
             )
+    t, s = (time.detach() if isinstance(time, Tensor) else time for time in (t, s))
     times = [time for time in (t, s) if isinstance(time, Tensor)]
     if not all(map(on_host, times)):
         return

@@ -42,6 +42,7 @@ Measure: TypeAlias = Callable[
 
 BLOCK, WIDE_BLOCK = 128, 256  # neighbouring weights that are summed as they are, before float64 takes over
 FLOAT32_ENTROPY = 2e-5  # nats; less cannot be told from 0 with weights in float32
+FLOAT64_ENTROPY = 1e-13  # nor this in float64: the logarithm of a row's sum is up to 44, and both terms are rounded
 # Rows whose weights sum to more than this, or to less than its inverse, are weighed from their largest logit.
 FAR = 2.0**64
 WIDE = 2**14  # rows from which on an operation for each of them costs little beside its work
@@ -130,15 +131,14 @@ class RowLogits:
                 rows take their place: memory that is new is slower than the work that is done in it.
         """
         source, width = self.source.detach(), self.source.shape[-1]
-        each = max((size or chunk_size(source)) // width, 1)
+        each, dtype = max((size or chunk_size(source)) // width, 1), torch.promote_types(source.dtype, torch.float32)
         if factor is None or torch.compiler.is_compiling():
-            wide = None if factor is None else torch.promote_types(source.dtype, torch.float32)
             for start in range(0, len(self), each):
                 part = slice(start, start + each)
                 some = source[part] if self.places is None else source[tuple(place[part] for place in self.places)]
-                yield part, some if wide is None else some.to(wide) * factor
+                yield part, some if factor is None else some.to(dtype) * factor
             return
-        own = source.new_empty(min(each, len(self)), width, dtype=torch.promote_types(source.dtype, torch.float32))
+        own = source.new_empty(min(each, len(self)), width, dtype=dtype)
         by_runs = width >= WIDE and on_host(source)  # one reading of each row in place of two
         raw = own if by_runs or own.dtype == source.dtype else own.new_empty(own.shape, dtype=source.dtype)
         for start in range(0, len(self), each):
@@ -282,7 +282,8 @@ def invert_blocks(sums: Tensor, u: Tensor, width: int, weights_at: Callable[[Ten
     Returns:
         `torch.Tensor` of shape `(r,)`: Drawn states, int64. A state of weight 0 is passed over.
     """
-    size, upper = block_size(width), sums.double().cumsum_(-1)  # (r, blocks)
+    size = block_size(width)
+    upper = sums.cumsum(-1, dtype=torch.float64)  # (r, blocks); `sums` stay as they are
     target = u[:, None] * upper[:, -1:]
     # `right=True` finds the first entry *above* the target. Nothing is above it where a row has NaN or no weight at all.
     block = torch.searchsorted(upper, target, right=True).clamp_(max=upper.shape[1] - 1)
@@ -325,7 +326,7 @@ class RowWeights:
         shift (`torch.Tensor` of shape `(R, 1)`): The largest logit of a row, or 0 where that need not be known.
         sums (`torch.Tensor` of shape `(R, blocks)`): `block_sums` of the weights.
         total (`torch.Tensor` of shape `(R,)`): The sum of the weights of a row, float64.
-        found (`dict[str, torch.Tensor]`): What was asked for, (R, ...), by its names; `"power"`: sum_v w(v) log2 w(v).
+        found (`dict[str, torch.Tensor]`): What was asked for, (R, ...), by its names; `"power"`: sum_v w(v) log2 w(v), float64.
     """
 
     rows: RowLogits
@@ -355,7 +356,8 @@ class RowWeights:
         What is below the rounding of the weights is 0, so that a token that is certain has no entropy.
         """
         entropy = self.total.log() - math.log(2) * self.found["power"] / self.total
-        return torch.where(entropy > (0.0 if self.sums.dtype == torch.float64 else FLOAT32_ENTROPY), entropy, 0.0)
+        least = FLOAT64_ENTROPY if self.sums.dtype == torch.float64 else FLOAT32_ENTROPY
+        return torch.where(entropy > least, entropy, 0.0)
 
     def among(self, which: Tensor) -> RowWeights:
         """Those of the rows with these numbers, int64 (r,), and nothing of what was found."""
@@ -433,7 +435,7 @@ def scanned(
     source, width = rows.source.detach(), rows.source.shape[-1]
     empty = source.new_empty(0, width, dtype=torch.promote_types(source.dtype, torch.float32))
     shifts, sums = [empty[:, :1]], [block_sums(empty)]
-    found = {"power": [empty.new_empty(0)]} if with_entropy else {}
+    found = {"power": [source.new_empty(0, dtype=torch.float64)]} if with_entropy else {}
     found |= {name: [measure(empty, slice(0, 0))] for name, measure in measures.items()}
     is_raw = shaped is not None or is_shifted  # the logits themselves are needed
     for part, logits in rows.chunks(None, 1.0 if is_raw else factor):
@@ -468,13 +470,13 @@ def scanned(
 
 
 def mean_power(powers: Tensor, weights: Tensor) -> Tensor:
-    """sum_v w(v) log2 w(v) of rows (r, V) of weights and their logarithms, which are overwritten; (r,). torch adds up a row in
-    a cascade, which loses as little as sums of blocks do."""
+    """sum_v w(v) log2 w(v) of rows (r, V) of weights and their logarithms, which are overwritten; float64 (r,). By blocks: the
+    bits of a sum over a whole row would depend on how many rows there are."""
     product = powers.mul_(weights)
-    total = product.sum(-1)
+    total = block_sums(product).sum(-1, dtype=torch.float64)
     if on_host(total) and not math.isnan(total.sum()):
         return total
-    return product.nan_to_num_(0.0).sum(-1)  # 0 * -inf
+    return block_sums(product.nan_to_num_(0.0)).sum(-1, dtype=torch.float64)  # 0 * -inf
 
 
 def categorical(logits: Tensor, u: Tensor) -> Tensor:

@@ -118,6 +118,13 @@ class LatentModel(nn.Module):
         """Of the parameters."""
         return next(self.model.parameters()).device
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """As in torch; names in the network do as well."""
+        try:
+            return super().get_submodule(target)
+        except AttributeError:
+            return self.model.get_submodule(target)
+
     def add_latent(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         """Forward hook of the embedding."""
         added = self.added.get(threading.get_ident())

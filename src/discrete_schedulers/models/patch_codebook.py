@@ -29,15 +29,15 @@ class PatchCodebook(WholeModelMixin, ConfigMixin):
         num_channels (`int`, defaults to 1): Channels C of the images.
 
     Attributes:
-        codebook (`torch.Tensor` of shape `(K, C, p, p)`): The patches, a buffer; zeros until it is set or loaded.
+        codebook (`torch.nn.Parameter` of shape `(K, C, p, p)`): The patches, without gradients; zeros until it is set or
+            loaded. No buffer: offloading looks for parameters.
     """
-
-    codebook: Tensor
 
     @register_to_config
     def __init__(self, num_codes: int = 64, patch_size: int = 2, num_channels: int = 1) -> None:
         super().__init__()
-        self.register_buffer("codebook", torch.zeros(num_codes, num_channels, patch_size, patch_size))
+        patches = torch.zeros(num_codes, num_channels, patch_size, patch_size)
+        self.codebook = torch.nn.Parameter(patches, requires_grad=False)
 
     def encode(self, images: Tensor) -> Tensor:
         """Ids of the nearest patches.

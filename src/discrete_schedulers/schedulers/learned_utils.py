@@ -16,7 +16,7 @@ from discrete_schedulers.processes import AbsorbingProcess, Process, UniformProc
 from discrete_schedulers.sampling import check_finite
 from discrete_schedulers.schedulers.scheduling_utils import own_logits, token_logits
 
-STEP_BLOCKS = ("rate", "inverse_temperature", "top_p", "gate_a", "gate_b", "remask")
+STEP_BLOCKS = ("rate", "contrast", "inverse_temperature", "top_p", "gate_a", "gate_b", "remask")
 StepCoefficients: TypeAlias = Mapping[str, Tensor]  # those of `STEP_BLOCKS` that are set, a float64 scalar each
 
 
@@ -58,6 +58,7 @@ def learned_law(
     coefficients: StepCoefficients,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    prior: Tensor | None = None,
 ) -> Tensor:
     """Law of x_s for each position, shape (B, L, V), float64; differentiable in logits, times and coefficients.
 
@@ -70,8 +71,9 @@ def learned_law(
         coefficients (`dict[str, torch.Tensor]`): Scalars of this step, by the names of `STEP_BLOCKS`.
         temperature (`float`, defaults to 1.0): Divides the logits, beside the inverse temperature.
         top_p (`float`, defaults to 1.0): Smallest mass of most probable tokens that is kept.
+        prior (`torch.Tensor` of shape `(V,)`, *optional*): Log-probabilities of tokens where nothing is known, for a contrast.
     """
-    q = sharpened(process, logits, sample, t, coefficients, temperature, top_p).double().softmax(-1)
+    q = sharpened(process, logits, sample, t, coefficients, temperature, top_p, prior).double().softmax(-1)
     if not isinstance(process, AbsorbingProcess):
         return process.posterior(sample, q, t, s)
     return moved_law(process, q, logits, sample, t, s, coefficients)
@@ -87,10 +89,11 @@ def learned_mixture(
     mixture: Mixture,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    prior: Tensor | None = None,
 ) -> Tensor:
     """Law of x_s for each position in each component of a mixture, shape (K, B, L, V), float64. Arguments as in
     `learned_law`, and the mixture: given the component of a row its positions are independent."""
-    q = sharpened(process, logits, sample, t, coefficients, temperature, top_p).double()
+    q = sharpened(process, logits, sample, t, coefficients, temperature, top_p, prior).double()
     q = tilted(q, sample, mixture).softmax(-1)
     return moved_law(process, q, logits, sample, t, s, coefficients)
 
@@ -138,13 +141,14 @@ def sharpened(
     coefficients: StepCoefficients,
     temperature: float,
     top_p: float,
+    prior: Tensor | None,
 ) -> Tensor:
-    """Logits (..., V) of q, after temperature and top-p. Arguments as in `learned_law`, of all positions or of some. Not
-    differentiable in a step's own top-p, which takes the place of `top_p`."""
+    """Logits (..., V) of q, after contrast, temperature and top-p. Arguments as in `learned_law`, of all positions or of some.
+    Not differentiable in a step's own top-p, which takes the place of `top_p`."""
     top_p = float(coefficients.get("top_p", top_p))
     mask = process.mask_token_id if isinstance(process, AbsorbingProcess) else None
-    beta = coefficients.get("inverse_temperature")
-    if beta is None and (mask is not None or temperature == top_p == 1):
+    beta, contrast = (coefficients.get(name) for name in ("inverse_temperature", "contrast"))
+    if beta is None and contrast is None and (mask is not None or temperature == top_p == 1):
         return token_logits(logits, mask, temperature, top_p)
     beta = torch.ones(()) if beta is None else beta
     never = logits == -torch.inf  # times a float they would have the gradient 0 * inf
@@ -153,6 +157,10 @@ def sharpened(
         powered = (beta * (logits.double().masked_fill(never, 0.0) - own)).masked_fill(never, -torch.inf)
         return token_logits(powered, mask, temperature, top_p) + own
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(never, 0.0)
+    if contrast is not None:
+        if prior is None:
+            raise ValueError("a 'contrast' is with `prior`, log-probabilities (V,) of tokens where nothing is known")
+        wide = (1 + contrast) * wide - contrast * prior.to(wide)
     return token_logits((beta * wide).masked_fill(never, -torch.inf), mask, temperature, top_p)
 
 

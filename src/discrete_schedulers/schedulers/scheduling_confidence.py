@@ -33,7 +33,6 @@ from discrete_schedulers.schedulers.scheduling_utils import (
     Coefficients,
     Grid,
     ProcessName,
-    check_not_negative,
     keep_top_p,
 )
 
@@ -59,7 +58,7 @@ class ConfidenceScheduler(OrderScheduler):
         information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
     """
 
-    learned_knobs = ("score_temperature",)
+    learned_knobs = {"score_temperature": "numbers of at least 0"}
 
     @register_to_config
     def __init__(
@@ -81,7 +80,6 @@ class ConfidenceScheduler(OrderScheduler):
         information_curve: list[float] | None = None,
     ) -> None:
         self.prepare()
-        check_not_negative(self.config, "score_temperature")
 
     def choose(self, prediction: Prediction, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """The masks with the best scores, as many as are due. See [`OrderScheduler.choose`]."""

@@ -48,7 +48,7 @@ class ConfidenceRemaskingScheduler(DiscreteScheduler):
 
     processes = ("absorbing",)
     revises_tokens = True
-    learned_knobs = ("remask_mass",)
+    learned_knobs = {"remask_mass": "numbers of at least 0"}
 
     @register_to_config
     def __init__(
@@ -68,16 +68,11 @@ class ConfidenceRemaskingScheduler(DiscreteScheduler):
         learned_for: dict | None = None,
         information_curve: list[float] | None = None,
     ) -> None:
-        if not remask_mass >= 0:
-            raise ValueError(f"`remask_mass` is {remask_mass}; it must be 0 or more")
         if not remask_temperature > 0:
             raise ValueError(f"`remask_temperature` is {remask_temperature}; it must be positive")
         if not 0 <= t_off < t_on <= 1:
             raise ValueError(f"`t_off` and `t_on` are {t_off} and {t_on}; they must be 0 <= t_off < t_on <= 1")
         self.prepare()
-        for budget, blocks in (self.config.coefficients or {}).items():
-            if any(value < 0 for value in blocks.get("remask_mass", [])):
-                raise ValueError(f"`coefficients` for {budget} steps: 'remask_mass' cannot be negative")
 
     def set_grid(self, times: Tensor, device: torch.device | str | None = None) -> None:
         """As in [`DiscreteScheduler`]; a new run has no memory."""

@@ -31,7 +31,6 @@ from discrete_schedulers.schedulers.scheduling_utils import (
     Grid,
     ProcessName,
     Tempered,
-    check_shares,
 )
 
 
@@ -57,7 +56,7 @@ class DiscreteDDIMScheduler(FactorisedScheduler):
     """
 
     processes = ("uniform",)
-    learned_knobs = ("sigma_share",)
+    learned_knobs = {"sigma_share": "numbers in [0, 1]"}
 
     @register_to_config
     def __init__(
@@ -76,7 +75,6 @@ class DiscreteDDIMScheduler(FactorisedScheduler):
         information_curve: list[float] | None = None,
     ) -> None:
         self.prepare()
-        check_shares(self.config, "sigma_share")
 
     def routes(self, index: int) -> tuple[float, float, float]:
         """The chances to be carried over, drawn from p_0, and noised; their sum is 1."""

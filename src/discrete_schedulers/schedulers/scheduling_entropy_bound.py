@@ -54,6 +54,8 @@ class EntropyBoundScheduler(OrderScheduler):
         information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
     """
 
+    learned_knobs = {"entropy_bound": "numbers of at least 0"}
+
     @register_to_config
     def __init__(
         self,
@@ -73,8 +75,6 @@ class EntropyBoundScheduler(OrderScheduler):
         information_curve: list[float] | None = None,
     ) -> None:
         self.prepare()
-        if not entropy_bound >= 0:
-            raise ValueError(f"`entropy_bound` is {entropy_bound}; it cannot be negative")
 
     def reads(self) -> tuple[Measure, ...]:
         """See [`OrderScheduler.reads`]."""

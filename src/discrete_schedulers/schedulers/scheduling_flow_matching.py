@@ -34,7 +34,6 @@ from discrete_schedulers.schedulers.scheduling_utils import (
     FactorisedScheduler,
     Grid,
     ProcessName,
-    check_not_negative,
     jump_share,
 )
 
@@ -60,7 +59,7 @@ class FlowMatchingScheduler(FactorisedScheduler):
         ValueError: If a c is negative.
     """
 
-    learned_knobs = ("divergence_free",)
+    learned_knobs = {"divergence_free": "numbers of at least 0"}
     revises_tokens = True
     opens_by_chance = True
 
@@ -80,7 +79,6 @@ class FlowMatchingScheduler(FactorisedScheduler):
         information_curve: list[float] | None = None,
     ) -> None:
         self.prepare()
-        check_not_negative(self.config, "divergence_free")
 
     def intensities(self, index: int) -> tuple[float, float]:
         """h (1 + c) kappa' / (1 - kappa), to the clean token, and h c kappa' / kappa, to the prior: of a step before the last.

@@ -72,7 +72,7 @@ class GibbsCorrectorScheduler(DiscreteScheduler):
     """
 
     processes = ("uniform",)
-    learned_knobs = ("selection_temperature",)
+    learned_knobs = {"selection_temperature": "numbers of at least 0"}
     noise_process: UniformProcess
 
     @register_to_config

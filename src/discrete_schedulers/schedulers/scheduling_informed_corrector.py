@@ -74,7 +74,7 @@ class InformedCorrectorScheduler(DiscreteScheduler):
     processes = ("absorbing",)
     revises_tokens = True
     needs_revealed_logits = True
-    learned_knobs = ("selection_temperature",)
+    learned_knobs = {"selection_temperature": "numbers of at least 0"}
 
     @register_to_config
     def __init__(
@@ -144,10 +144,10 @@ class InformedCorrectorScheduler(DiscreteScheduler):
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """Tokens at the masks that open, or at the positions that are corrected. See [`DiscreteScheduler.move_rows`]."""
-        chosen, (step, is_correction) = rows.positions, self.place(index)
+        step, is_correction = self.place(index)
         if is_correction and self.config.selection != "random":
-            chosen = self.least_confident(rows, step, sample, generator)
-        return rows.among(chosen).put(self.clean_tokens(rows.among(chosen), index, sample, generator), sample)
+            rows = rows.among(self.least_confident(rows, step, sample, generator))
+        return rows.put(self.clean_tokens(rows, index, sample, generator), sample)
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """As `move_rows`, see [`DiscreteScheduler.move_all`]."""

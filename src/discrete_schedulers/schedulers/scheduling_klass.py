@@ -64,6 +64,8 @@ class KLASSScheduler(OrderScheduler):
         information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
     """
 
+    learned_knobs = {"threshold": "any numbers", "kl_threshold": "any numbers"}
+
     @register_to_config
     def __init__(
         self,

@@ -55,7 +55,7 @@ class Learn2PDScheduler(OrderScheduler):
         information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
     """
 
-    learned_knobs = ("threshold",)
+    learned_knobs = {"threshold": "any numbers"}
 
     @register_to_config
     def __init__(

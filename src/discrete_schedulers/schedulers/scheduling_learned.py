@@ -5,12 +5,12 @@ In step k from t to s, with r = (alpha_s - alpha_t) / (1 - alpha_t) and p the ne
     rho = remask_k min(1, (1 - alpha_s) / alpha_t)                                 token -> mask
     u   = min(1, rate_k (r + rho alpha_t / (1 - alpha_t)))                         mask opens; 1 in the last step
     u_i = sigmoid(logit u + gate_a_k + gate_b_k logit max_v p_i(v))                with a gate, at position i
-    q   = p^inverse_temperature_k / Z                                              its token, of the nucleus top_p_k of q
+    q   = (p (p / p_0)^contrast_k)^inverse_temperature_k / Z                       its token, of the nucleus top_p_k of q
 
 `coefficients[N]` holds any of these blocks; those that are not there change nothing:
 
     times (N + 1) or counts (N)    the grid, with `grid="learned"`: its times, or how many positions open in each step
-    rate, inverse_temperature, top_p, gate_a, gate_b, remask (N each)              the numbers above
+    rate, contrast, inverse_temperature, top_p, gate_a, gate_b, remask (N each)    the numbers above
     order (L)                      a priority of each position, the highest opens first, equal ones in random order
     mixture_weight (K)             log-weights w of a latent z of each row and step (their softmax is its law), and
     mixture_shift (K L (V - 1))    what it adds to the logits: position i opens to a token of q_i exp(shift_z,i) / Z
@@ -25,12 +25,15 @@ noise, Bernoulli); with other noise it is Phi (t - s) hazard(t) / r. LSD's `"log
 rate that depends on the row, which no float of a step can say. A gate of 0 is none; u_i = sigmoid(a + b logit max p), which
 no longer knows the grid, has gate_a = a - logit r.
 
+A contrast is with p_0 = exp(`token_prior`), the law of a token where nothing is known: it strengthens what the context says of
+a token and leaves a law alone that is p_0. A temperature also makes rare tokens rarer, everywhere.
+
 With `unmasking="counts"` the nearest integer to sum_i u_i masks open. `order` says which; with a gate and no order
 they are drawn one after another with weights u_i / (1 - u_i). Temperature and top-p leave u_i alone.
 
-Exact in law for one token per step with grid, rate, order and gate, none of which sees the token that it opens. An inverse
-temperature or a nucleus is not: they pay where several tokens open in one step. Uniform noise has times, inverse_temperature
-and top_p (of the leave-one-out law).
+Exact in law for one token per step with grid, rate, order and gate, none of which sees the token that it opens. A contrast,
+an inverse temperature or a nucleus is not: they pay where several tokens open in one step. Uniform noise has times,
+inverse_temperature and top_p (of the leave-one-out law).
 
 A mixture is the one block that can draw dependent tokens in one call: given z they are independent, so `transition`, the law of
 each position on its own, averages over z, and `components` has all. Shifts have a float for each component, position and token
@@ -39,10 +42,13 @@ with `network_latent` it is drawn here, so that a generator makes samples of suc
 
 Sources: time grids: JYS (arXiv 2410.07761), Beta schedules (2509.13866); rates: LSD (2509.19962); remasking: ReMDM
 (2503.00307); gate: the linear form of a learned unmasking policy (2512.09106) that sees the largest probability; mixture: Di4C
-(2410.08709) with the network frozen.
+(2410.08709) with the network frozen; contrast: guidance of a masked model by its own context (2410.18514, where a prompt is
+masked; here everything is, and no call is made for it).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -111,6 +117,8 @@ class LearnedScheduler(FactorisedScheduler):
         information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
         network_latent (`bool`, defaults to `False`): Tell the network `latent` (B,), a uniform number for each row, anew in
             each call: for networks that are mixtures themselves, [`LatentModel`].
+        token_prior (`list[float]`, *optional*): Log-probability of each of the V tokens where nothing is known, for the block
+            `"contrast"`: the model's own with everything masked. What is said of the mask is not read.
     """
 
     revises_tokens = True  # with remasking
@@ -132,9 +140,16 @@ class LearnedScheduler(FactorisedScheduler):
         learned_for: dict | None = None,
         information_curve: list[float] | None = None,
         network_latent: bool = False,
+        token_prior: list[float] | None = None,
     ) -> None:
         self.prepare()
         self.revises_tokens = self.is_learned("remask")
+        prior = self.config.token_prior
+        if prior is not None and not (len(prior) == vocab_size and all(map(math.isfinite, prior))):
+            raise ValueError(
+                f"`token_prior` has {len(prior)} log-probabilities, {sum(map(math.isfinite, prior))} of them finite; it must "
+                f"have a finite one for each of the {vocab_size} tokens, the mask included"
+            )
         for budget, blocks in (self.config.coefficients or {}).items():
             self.check_blocks(f"`coefficients` for {budget} steps:", blocks)
 
@@ -145,6 +160,12 @@ class LearnedScheduler(FactorisedScheduler):
                 raise ValueError(f"{where} '{name}' is for masks; with uniform noise allowed are {UNIFORM_BLOCKS}")
         if not all(value >= 0 for value in blocks.get("rate", [])):
             raise ValueError(f"{where} 'rate' multiplies a probability, it cannot be negative: {blocks['rate']}")
+        if not all(value >= 0 for value in blocks.get("contrast", [])):
+            raise ValueError(f"{where} 'contrast' strengthens, it cannot be negative: {blocks['contrast']}")
+        if "contrast" in blocks and self.config.token_prior is None:
+            raise ValueError(
+                f"{where} 'contrast' needs `token_prior`: the log-probability of each token where nothing is known"
+            )
         if not all(0 <= value <= 1 for value in blocks.get("remask", [])):
             raise ValueError(f"{where} 'remask' must have fractions of the maximum, in [0, 1], not {blocks['remask']}")
         if not all(0 < value <= 1 for value in blocks.get("top_p", [])):
@@ -204,6 +225,9 @@ class LearnedScheduler(FactorisedScheduler):
         self.chooses_by_logits = "gate_a" in blocks or "gate_b" in blocks
         self.mixture = self.mixture_of(blocks) if "mixture_weight" in blocks else None
         self.draws_latent = self.mixture is not None or self.config.network_latent
+        self.prior = None  # (V,), where the budget has a contrast
+        if "contrast" in blocks and self.config.token_prior is not None:
+            self.prior = torch.tensor(self.config.token_prior, dtype=torch.float64, device=device)
 
     def step_coefficients(self, index: int) -> dict[str, Tensor]:
         """The numbers of a step, by the names of `STEP_BLOCKS`."""
@@ -220,7 +244,7 @@ class LearnedScheduler(FactorisedScheduler):
         t, s = self.times[index], self.times[index + 1]
         coefficients = self.step_coefficients(index)
         return learned_law(
-            self.noise_process, model_output, sample, t, s, coefficients, config.temperature, config.top_p
+            self.noise_process, model_output, sample, t, s, coefficients, config.temperature, config.top_p, self.prior
         )
 
     def components(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,12 +267,13 @@ class LearnedScheduler(FactorisedScheduler):
             self.mixture,
             config.temperature,
             config.top_p,
+            self.prior,
         )
         return self.mixture.log_weights, law
 
     def is_shaped(self, index: int) -> bool:
         """Whether the call `index` draws from another law than the network's own."""
-        own = {"inverse_temperature", "top_p"} & self.blocks(len(self.times) - 1).keys()
+        own = {"contrast", "inverse_temperature", "top_p"} & self.blocks(len(self.times) - 1).keys()
         return super().is_shaped(index) or self.mixture is not None or bool(own)
 
     def shaped_logits(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
@@ -262,7 +287,9 @@ class LearnedScheduler(FactorisedScheduler):
     def sharpened_logits(self, logits: Tensor, index: int, sample: Tensor) -> Tensor:
         """Logits of q, before a mixture tilts them. Arguments as in `shaped_logits`."""
         t, coefficients, config = self.times[index], self.step_coefficients(index), self.config
-        return sharpened(self.noise_process, logits, sample, t, coefficients, config.temperature, config.top_p)
+        return sharpened(
+            self.noise_process, logits, sample, t, coefficients, config.temperature, config.top_p, self.prior
+        )
 
     def jump_intensities(self, index: int) -> tuple[float | Tensor, float | Tensor, float | Tensor] | None:
         """Those of `UniformProcess.posterior_jumps`. See [`DiscreteScheduler.jump_intensities`]."""
@@ -318,8 +345,8 @@ class LearnedScheduler(FactorisedScheduler):
             raise ValueError(
                 f"'order' has {len(priorities)} priorities, but `sample` has {sample.shape[1]} positions: they must be equal"
             )
-        by_chance = score.argsort(1).argsort(1) / sample.shape[1]  # in [0, 1)
-        rank = torch.tensor(priorities, device=sample.device).unique(return_inverse=True)[1]  # whole numbers
+        by_chance = score.argsort(1).argsort(1).double() / sample.shape[1]  # in [0, 1)
+        rank = torch.tensor(priorities, dtype=torch.float64, device=sample.device).unique(return_inverse=True)[1]
         return top_subset(is_masked, count, rank + by_chance)
 
     def move_rows(self, rows: RowLogits, index: int, sample: Tensor, generator: Generators) -> Tensor:

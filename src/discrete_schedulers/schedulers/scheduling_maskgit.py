@@ -33,7 +33,7 @@ from torch import Tensor
 from discrete_schedulers.processes import NoiseSchedule
 from discrete_schedulers.sampling import Generators, gumbels
 from discrete_schedulers.schedulers.order_utils import OrderScheduler, Prediction
-from discrete_schedulers.schedulers.scheduling_utils import Coefficients, Grid, ProcessName, check_not_negative
+from discrete_schedulers.schedulers.scheduling_utils import Coefficients, Grid, ProcessName
 
 
 class MaskGITScheduler(OrderScheduler):
@@ -58,7 +58,7 @@ class MaskGITScheduler(OrderScheduler):
         information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
     """
 
-    learned_knobs = ("choice_temperature",)
+    learned_knobs = {"choice_temperature": "numbers of at least 0"}
 
     @register_to_config
     def __init__(
@@ -78,7 +78,6 @@ class MaskGITScheduler(OrderScheduler):
         information_curve: list[float] | None = None,
     ) -> None:
         self.prepare()
-        check_not_negative(self.config, "choice_temperature")
 
     def set_grid(self, times: Tensor, device: torch.device | str | None = None) -> None:
         """As in [`DiscreteScheduler`]; the counts belong to the grid."""

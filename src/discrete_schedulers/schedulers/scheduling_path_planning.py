@@ -56,6 +56,7 @@ class PathPlanningScheduler(DiscreteScheduler):
 
     processes = ("absorbing",)
     revises_tokens = True
+    learned_knobs = {"stochasticity": "numbers of at least 0"}
 
     @register_to_config
     def __init__(
@@ -75,8 +76,6 @@ class PathPlanningScheduler(DiscreteScheduler):
     ) -> None:
         check_block_length(block_length)
         self.prepare()
-        if not stochasticity >= 0:
-            raise ValueError(f"`stochasticity` is {stochasticity}; it cannot be negative")
 
     def num_masks(self, index: int, length: int) -> int:
         """How many of L positions are masks after the call `index`: (1 - kappa) L, rounded down."""

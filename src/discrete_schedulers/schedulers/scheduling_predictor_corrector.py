@@ -32,7 +32,6 @@ from discrete_schedulers.schedulers.scheduling_utils import (
     FactorisedScheduler,
     Grid,
     ProcessName,
-    check_not_negative,
     euler_jumps,
     jump_share,
     leap_law,
@@ -63,7 +62,7 @@ class PredictorCorrectorScheduler(FactorisedScheduler):
     """
 
     order = 2  # at most, with one correction; each scheduler has its own number
-    learned_knobs = ("corrector_step",)
+    learned_knobs = {"corrector_step": "numbers of at least 0"}
     revises_tokens = True
     opens_by_chance = True
 
@@ -90,7 +89,6 @@ class PredictorCorrectorScheduler(FactorisedScheduler):
             raise ValueError(f"`corrector_entry_time` is {corrector_entry_time}; allowed are times in [0, 1]")
         self.order = 1 + num_corrector_steps
         self.prepare()
-        check_not_negative(self.config, "corrector_step")
 
     def calls_at(self, times: Tensor) -> Tensor:
         """Calls at each time of a grid but the last, (N,): the corrections, and the step that starts there."""

@@ -26,7 +26,6 @@ from discrete_schedulers.schedulers.scheduling_utils import (
     Grid,
     ProcessName,
     Tempered,
-    check_shares,
 )
 
 
@@ -52,7 +51,7 @@ class PsiScheduler(FactorisedScheduler):
     """
 
     processes = ("uniform",)
-    learned_knobs = ("kappa",)
+    learned_knobs = {"kappa": "numbers in [0, 1]"}
     noise_process: UniformProcess
 
     @register_to_config
@@ -72,7 +71,6 @@ class PsiScheduler(FactorisedScheduler):
         information_curve: list[float] | None = None,
     ) -> None:
         self.prepare()
-        check_shares(self.config, "kappa")
 
     def transition(self, model_output: Tensor, timestep: int | float | Tensor, sample: Tensor) -> Tensor:
         """The equation of this file. See [`FactorisedScheduler.transition`]."""

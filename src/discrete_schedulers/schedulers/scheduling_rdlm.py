@@ -20,18 +20,18 @@ Source: Jo and Hwang 2025 (RDLM, NeurIPS, arXiv 2502.11564) and its code's `samp
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from discrete_schedulers.sampling import Generators, RowLogits, draw_tokens
+from discrete_schedulers.schedulers.scheduling_utils import CheckedConfigMixin, call_named, number_of_steps
 from discrete_schedulers.sphere import BetaSchedule, LogarithmBridge, Prior, exp_map, mean_log_map, normals, to_tangent
 
 CHOICES = {"step_rule": ("bridge", "euler"), "last_step": ("draw", "walk")}
@@ -50,7 +50,7 @@ class RDLMSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
-class RDLMScheduler(SchedulerMixin, ConfigMixin):
+class RDLMScheduler(SchedulerMixin, CheckedConfigMixin):
     """Geodesic random walk to the tokens' corners of a sphere.
 
     Args:
@@ -112,12 +112,9 @@ class RDLMScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If N is not a positive integer.
         """
-        steps = num_inference_steps
-        if not isinstance(steps, numbers.Integral) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"`num_inference_steps` is {steps!r}; it must be an integer of at least 1")
-        self.times = torch.linspace(1, 0, int(steps) + 1, dtype=torch.float64)
+        self.num_inference_steps = number_of_steps(num_inference_steps)
+        self.times = torch.linspace(1, 0, self.num_inference_steps + 1, dtype=torch.float64)
         self.timesteps = self.times[:-1].to(device)
-        self.num_inference_steps = int(steps)
 
     def step_index(self, timestep: int | float | Tensor) -> int:
         """The place in `timesteps` that a time out of them, or an int index, names.
@@ -125,25 +122,20 @@ class RDLMScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If it names none.
         """
-        value = timestep.item() if isinstance(timestep, Tensor) else timestep
-        steps = len(self.times) - 1
-        index = int(value) if isinstance(value, numbers.Integral) else int((self.times[:-1] - value).abs().argmin())
-        if not 0 <= index < steps or (
-            not isinstance(value, numbers.Integral) and not abs(self.times[index] - value) < 1e-6
-        ):
-            raise ValueError(
-                f"`timestep` is {value}; allowed are indices 0 to {steps - 1}, or times out of `timesteps`"
-            )
-        return index
+        return call_named(timestep, self.times[:-1])
 
     def scale_model_input(self, sample: Tensor, timestep: int | float | Tensor | None = None) -> Tensor:
         """Returns `sample`: points of the sphere are not scaled."""
         return sample
 
     def sample_prior(
-        self, shape: tuple[int, int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        shape: tuple[int, int],
+        generator: Generators = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """States (B, L, V) at t = 1 for a `shape` (B, L): all in the same point, without a draw."""
+        """States (B, L, V) at t = 1 for a `shape` (B, L): all in the same point; `generator` is not asked."""
         start = self.bridge.start_points(torch.ones((), dtype=torch.float64))
         return start.to(device, dtype).expand(*shape, -1).clone()
 

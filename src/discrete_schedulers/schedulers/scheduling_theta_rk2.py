@@ -54,6 +54,7 @@ class ThetaRK2Scheduler(ThetaScheduler):
 
     revises_tokens = True  # the tokens of y
     restarts = True
+    learned_knobs = {"theta": "numbers in (0, 1]"}
 
     @register_to_config
     def __init__(
@@ -72,7 +73,6 @@ class ThetaRK2Scheduler(ThetaScheduler):
         information_curve: list[float] | None = None,
     ) -> None:
         self.prepare()
-        self.check_theta("(0, 1]")
 
     def second_law(self, p_0: Tensor, p_star: Tensor, step: int, x_t: Tensor, y: Tensor) -> Tensor:
         """See [`ThetaScheduler.second_law`]."""

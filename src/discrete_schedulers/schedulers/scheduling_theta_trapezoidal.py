@@ -73,7 +73,6 @@ class ThetaTrapezoidalScheduler(ThetaScheduler):
         information_curve: list[float] | None = None,
     ) -> None:
         self.prepare()
-        self.check_theta("(0, 1)")
 
     def weight(self, step: int) -> float:
         """a = 1 / (2 theta (1 - theta))."""

@@ -52,6 +52,8 @@ class ThresholdScheduler(OrderScheduler):
         information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
     """
 
+    learned_knobs = {"threshold": "any numbers", "factor": "positive numbers"}
+
     @register_to_config
     def __init__(
         self,
@@ -72,8 +74,6 @@ class ThresholdScheduler(OrderScheduler):
         information_curve: list[float] | None = None,
     ) -> None:
         self.prepare()
-        if not factor > 0:
-            raise ValueError(f"`factor` is {factor}; it must be positive")
 
     def choose(self, prediction: Prediction, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """The accepted masks, or the most confident ones where fewer than are due. See [`OrderScheduler.choose`]."""

@@ -46,6 +46,7 @@ class UniformEntropyBoundScheduler(DiscreteScheduler):
     """
 
     processes = ("uniform",)
+    learned_knobs = {"entropy_bound": "numbers of at least 0"}
 
     @register_to_config
     def __init__(
@@ -65,8 +66,6 @@ class UniformEntropyBoundScheduler(DiscreteScheduler):
         information_curve: list[float] | None = None,
     ) -> None:
         self.prepare()
-        if not entropy_bound >= 0:
-            raise ValueError(f"`entropy_bound` is {entropy_bound}; it cannot be negative")
         for name, value in (("first_temperature", first_temperature), ("last_temperature", last_temperature)):
             if not value > 0:
                 raise ValueError(f"`{name}` is {value}; it must be positive")

@@ -19,7 +19,7 @@ import numbers
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
@@ -30,6 +30,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from discrete_schedulers.bundled import bundled_folder, is_bundled
 from discrete_schedulers.information import InformationCurve, optimal_times
 from discrete_schedulers.patience import out_of_reach, patiently
 from discrete_schedulers.processes import AbsorbingProcess, Process, UniformProcess, check_tokens, indicator
@@ -85,33 +86,21 @@ KINDS: dict[str, tuple[type, str]] = {
     "float": (numbers.Real, "a finite number"),
     "bool": (bool, "True or False"),
 }
+ALLOWED: dict[str, Callable[[float], bool]] = {  # values of a knob; that they are finite is checked before
+    "any numbers": lambda value: True,
+    "numbers of at least 0": lambda value: value >= 0,
+    "positive numbers": lambda value: value > 0,
+    "numbers in [0, 1]": lambda value: 0 <= value <= 1,
+    "numbers in (0, 1)": lambda value: 0 < value < 1,
+    "numbers in (0, 1]": lambda value: 0 < value <= 1,
+}
 # learned blocks whose length is not that of the steps: a float for each position, component, or token at each position
 OTHER_LENGTHS = ("order", "mixture_weight", "mixture_shift")
-BLOCKS = (  # all learned blocks of all schedulers: another one is of a newer version, or misspelt
-    *(
-        "times",
-        "counts",
-        "events",
-        "scale",
-        "rate",
-        "inverse_temperature",
-        "top_p",
-        "gate_a",
-        "gate_b",
-        "remask",
-        *OTHER_LENGTHS,
-    ),
-    *(
-        "accept_threshold",
-        "choice_temperature",
-        "corrector_step",
-        "divergence_free",
-        "entropy_bound",
-        "factor",
-        "kappa",
-    ),
-    *("kl_threshold", "remask_mass", "remask_threshold", "score_temperature", "selection_temperature", "sigma_share"),
-    *("stochasticity", "theta", "threshold"),
+# all learned blocks of all schedulers: another one is of a newer version, or misspelt
+BLOCKS = tuple(
+    "times counts events scale rate contrast inverse_temperature top_p gate_a gate_b remask order mixture_weight mixture_shift "
+    "accept_threshold choice_temperature corrector_step divergence_free entropy_bound factor kappa kl_threshold "
+    "remask_mass remask_threshold score_temperature selection_temperature sigma_share stochasticity theta threshold".split()
 )
 
 
@@ -154,76 +143,8 @@ class LaterOutput(DiscreteSchedulerOutput):
         return value
 
 
-class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
-    """Abstract base. A concrete class has an `__init__` with `@register_to_config` that ends in `self.prepare()`, and
-    `positions`, `move_rows` and `move_all`: or is a [`FactorisedScheduler`], which needs `positions` and `transition`.
-
-    Class attributes:
-        order (`int`): Model calls for each step, and order of convergence where that is declared.
-        processes (`tuple[str, ...]`): The processes it is for.
-        revises_tokens (`bool`): Whether a token that is not a mask may become another one, or a mask, in absorbing noise.
-        chooses_by_logits (`bool`): Whether `positions` names those to choose from, and the logits decide which of them move.
-        opens_by_chance (`bool`): Whether it has `open_probability`: P(a mask opens in a call), which no logits are needed for.
-        needs_revealed_logits (`bool`): Whether it reads the law of revealed tokens given the others: see [`NetworkDenoiser`].
-        draws_latent (`bool`): Whether the tokens of a step depend on each other through a latent of the row.
-    """
-
-    order = 1
-    init_noise_sigma = 1.0  # discrete priors have no scale; diffusers' pipelines multiply by it
-    processes: tuple[str, ...] = ("absorbing", "uniform")
-    revises_tokens = False
-    needs_revealed_logits = False
-    chooses_by_logits = False
-    draws_latent = False
-    opens_by_chance = False
-    learned_block: str | None = None  # the block of `coefficients` without which a budget cannot be run
-    learned_knobs: tuple[str, ...] = ()  # numbers of the constructor that can be learned for each step
-
-    @classmethod
-    def _get_compatibles(cls) -> list[type[DiscreteScheduler]]:
-        # diffusers looks names up in its own package only
-        library = vars(sys.modules["discrete_schedulers.schedulers"]).values()
-        concrete = [c for c in library if isinstance(c, type) and issubclass(c, DiscreteScheduler)]
-        return [c for c in concrete if not inspect.isabstract(c)]
-
-    @property
-    def compatibles(self) -> list[type[DiscreteScheduler]]:
-        """The classes that `from_config` takes this scheduler's config for: those for its process."""
-        return [cls for cls in self._get_compatibles() if self.config.process in cls.processes]
-
-    @classmethod
-    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, which says of a Hub that cannot be reached that the repository does not have the file, and loads the
-        config of any class as one of this.
-
-        Raises:
-            OSError: If there is no config, or the Hub cannot be reached.
-            ValueError: If it is not the config of a scheduler that this version has.
-        """
-        try:
-            load = super().load_config
-            loaded = patiently(lambda: load(pretrained_model_name_or_path, *args, **kwargs))
-            cls.check_loaded(str(pretrained_model_name_or_path), loaded[0] if isinstance(loaded, tuple) else loaded)
-            return loaded
-        except OSError as error:
-            if isinstance(error.__context__, FileNotFoundError):  # huggingface_hub: not reached, and not in its cache
-                name = str(pretrained_model_name_or_path)
-                raise OSError(
-                    f"the Hub {out_of_reach(error)}, and the scheduler {name!r} is not in the local cache"
-                ) from error
-            raise
-
-    @classmethod
-    def check_loaded(cls, name: str, config: Any) -> None:
-        """Raises `ValueError` if this is no config, or that of a class which is not here: one of a newer version."""
-        if not isinstance(config, Mapping):
-            raise ValueError(f"scheduler_config.json of {name!r} holds {config!r}; it must be a JSON object")
-        kind, known = config.get("_class_name", cls.__name__), sorted(c.__name__ for c in cls._get_compatibles())
-        if kind not in (*known, cls.__name__):
-            raise ValueError(
-                f"scheduler_config.json of {name!r} is of {kind!r}, which this version of discrete_schedulers does not have; "
-                f"known: {', '.join(known)}"
-            )
+class CheckedConfigMixin(ConfigMixin, ABC):
+    """diffusers' config, checked: for every scheduler of this library."""
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -257,6 +178,81 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         if defaults and "_use_default_values" not in kwargs:
             super().register_to_config(_use_default_values=[key for key in defaults if key not in kwargs])
 
+
+class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
+    """Abstract base. A concrete class has an `__init__` with `@register_to_config` that ends in `self.prepare()`, and
+    `positions`, `move_rows` and `move_all`: or is a [`FactorisedScheduler`], which needs `positions` and `transition`.
+
+    Class attributes:
+        order (`int`): Model calls for each step, and order of convergence where that is declared.
+        processes (`tuple[str, ...]`): The processes it is for.
+        revises_tokens (`bool`): Whether a token that is not a mask may become another one, or a mask, in absorbing noise.
+        chooses_by_logits (`bool`): Whether `positions` names those to choose from, and the logits decide which of them move.
+        opens_by_chance (`bool`): Whether it has `open_probability`: P(a mask opens in a call), which no logits are needed for.
+        needs_revealed_logits (`bool`): Whether it reads the law of revealed tokens given the others: see [`NetworkDenoiser`].
+        draws_latent (`bool`): Whether the tokens of a step depend on each other through a latent of the row.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0  # discrete priors have no scale; diffusers' pipelines multiply by it
+    processes: tuple[str, ...] = ("absorbing", "uniform")
+    revises_tokens = False
+    needs_revealed_logits = False
+    chooses_by_logits = False
+    draws_latent = False
+    opens_by_chance = False
+    learned_block: str | None = None  # the block of `coefficients` without which a budget cannot be run
+    learned_knobs: Mapping[str, str] = {}  # numbers of the constructor that can be learned for each step: see `ALLOWED`
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type[DiscreteScheduler]]:
+        # diffusers looks names up in its own package only
+        library = vars(sys.modules["discrete_schedulers.schedulers"]).values()
+        concrete = [c for c in library if isinstance(c, type) and issubclass(c, DiscreteScheduler)]
+        return [c for c in concrete if not inspect.isabstract(c)]
+
+    @property
+    def compatibles(self) -> list[type[DiscreteScheduler]]:
+        """The classes that `from_config` takes this scheduler's config for: those for its process."""
+        return [cls for cls in self._get_compatibles() if self.config.process in cls.processes]
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, which says of a Hub that cannot be reached that the repository does not have the file, and loads the
+        config of any class as one of this; also of a bundled model, by its name.
+
+        Raises:
+            OSError: If there is no config, or the Hub cannot be reached.
+            ValueError: If it is not the config of a scheduler that this version has, or no such model is bundled.
+        """
+        if is_bundled(str(pretrained_model_name_or_path)):
+            with bundled_folder(str(pretrained_model_name_or_path)) as folder:
+                return cls.load_config(folder, *args, **kwargs)
+        try:
+            load = super().load_config
+            loaded = patiently(lambda: load(pretrained_model_name_or_path, *args, **kwargs))
+            cls.check_loaded(str(pretrained_model_name_or_path), loaded[0] if isinstance(loaded, tuple) else loaded)
+            return loaded
+        except OSError as error:
+            if isinstance(error.__context__, FileNotFoundError):  # huggingface_hub: not reached, and not in its cache
+                name = str(pretrained_model_name_or_path)
+                raise OSError(
+                    f"the Hub {out_of_reach(error)}, and the scheduler {name!r} is not in the local cache"
+                ) from error
+            raise
+
+    @classmethod
+    def check_loaded(cls, name: str, config: Any) -> None:
+        """Raises `ValueError` if this is no config, or that of a class which is not here: one of a newer version."""
+        if not isinstance(config, Mapping):
+            raise ValueError(f"scheduler_config.json of {name!r} holds {config!r}; it must be a JSON object")
+        kind, known = config.get("_class_name", cls.__name__), sorted(c.__name__ for c in cls._get_compatibles())
+        if kind not in (*known, cls.__name__):
+            raise ValueError(
+                f"scheduler_config.json of {name!r} is of {kind!r}, which this version of discrete_schedulers does not have; "
+                f"known: {', '.join(known)}"
+            )
+
     def prepare(self) -> None:
         """Check that the values of the config fit each other, and set the state that `step` reads.
 
@@ -286,6 +282,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.register_to_config(
             vocab_size=config.vocab_size, mask_token_id=config.mask_token_id, process=config.process
         )
+        for name, values in self.learned_knobs.items():
+            check_knob(config, name, values)
         learned = (config.learned_for or {}).get("vocab_size", config.vocab_size)
         if learned != config.vocab_size:
             raise ValueError(
@@ -328,16 +326,14 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         Raises:
             ValueError: If N is not a positive integer, or no coefficients are known for it.
         """
-        steps = num_inference_steps
-        if not isinstance(steps, numbers.Integral) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"`num_inference_steps` is {steps!r}; it must be an integer of at least 1")
+        steps = number_of_steps(num_inference_steps)
         if self.learned_block is not None and self.config.coefficients is not None:
-            self.learned(self.learned_block, int(steps))
+            self.learned(self.learned_block, steps)
         for name in self.learned_knobs:
             if self.is_learned(name):
-                self.learned(name, int(steps))
-        self.set_grid(self.time_grid(int(steps)), device)
-        self.num_inference_steps = int(steps)
+                self.learned(name, steps)
+        self.set_grid(self.time_grid(steps), device)
+        self.num_inference_steps = steps
         if self.opens_by_chance and isinstance(self.noise_process, AbsorbingProcess):
             self.chance(0)
         elif isinstance(self.noise_process, UniformProcess):
@@ -405,19 +401,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin, ABC):
         Raises:
             ValueError: If it names none.
         """
-        value = timestep.item() if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise ValueError(f"`timestep` is {value!r}; it must be one time out of `timesteps`, or a step index")
-        if isinstance(value, numbers.Integral):
-            if 0 <= value < len(self.calls):
-                return int(value)
-            raise ValueError(f"`timestep` is step index {value}; allowed are 0 to {len(self.calls) - 1}")
-        gap, nearest = (self.calls - value).abs().min(0)
-        if not gap <= 1e-6:  # room for times that went through float32; NaN is no time
-            raise ValueError(f"`timestep` is {value}, which is not in `timesteps`: {self.calls.tolist()}")
-        same = (self.calls == self.calls[nearest]).nonzero().flatten().tolist()
-        after = [index for index in same if self.last_call is not None and index > self.last_call]
-        return after[0] if after else same[0]
+        return call_named(timestep, self.calls, self.last_call)
 
     # diffusers' scheduler interface
 
@@ -778,6 +762,39 @@ class FactorisedScheduler(DiscreteScheduler):
         return draw_from_law(logits, generator, law)
 
 
+def number_of_steps(value: Any) -> int:
+    """`num_inference_steps` as Python's own.
+
+    Raises:
+        ValueError: If it is not an integer of at least 1.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1:
+        raise ValueError(f"`num_inference_steps` is {value!r}; it must be an integer of at least 1")
+    return int(value)
+
+
+def call_named(timestep: int | float | Tensor, calls: Tensor, last_call: int | None = None) -> int:
+    """The place in `calls` (N,) that a time out of them, or an int index, names. A time that stands there several times names
+    the first one after `last_call`.
+
+    Raises:
+        ValueError: If it names none.
+    """
+    value = timestep.item() if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"`timestep` is {value!r}; it must be one time out of `timesteps`, or a step index")
+    if isinstance(value, numbers.Integral):
+        if 0 <= value < len(calls):
+            return int(value)
+        raise ValueError(f"`timestep` is step index {value}; allowed are 0 to {len(calls) - 1}")
+    gap, nearest = (calls - value).abs().min(0)
+    if not gap <= 1e-6:  # room for times that went through float32; NaN is no time
+        raise ValueError(f"`timestep` is {value}, which is not in `timesteps`: {calls.tolist()}")
+    same = (calls == calls[nearest]).nonzero().flatten().tolist()
+    after = [index for index in same if last_call is not None and index > last_call]
+    return after[0] if after else same[0]
+
+
 def without_column_(logits: Tensor, column: int) -> Tensor:
     """Logits (..., V) with -inf in a column, in place."""
     logits.select(-1, column).fill_(-math.inf)
@@ -973,20 +990,13 @@ def check_grid_shape(grid_shape: Any) -> list[int]:
     return sides
 
 
-def check_shares(config: Any, name: str) -> None:
-    """Raises `ValueError` if the knob `name` lies outside [0, 1], as a constant or in the coefficients."""
-    learned = {f" for {n} steps": blocks.get(name, []) for n, blocks in (config.coefficients or {}).items()}
-    for where, values in ({"": [config[name]]} | learned).items():
-        if not all(0 <= value <= 1 for value in values):
-            raise ValueError(f"`{name}`{where} is {values}; allowed are numbers in [0, 1]")
-
-
-def check_not_negative(config: Any, name: str) -> None:
-    """Raises `ValueError` if the knob `name` is negative or not finite, as a constant or in the coefficients."""
-    learned = {f" for {n} steps": blocks.get(name, []) for n, blocks in (config.coefficients or {}).items()}
-    for where, values in ({"": [config[name]]} | learned).items():
-        if not all(0 <= value < math.inf for value in values):
-            raise ValueError(f"`{name}`{where} is {values}; allowed are numbers of at least 0")
+def check_knob(config: Any, name: str, allowed: str) -> None:
+    """Raises `ValueError` if the knob `name` is not what is `ALLOWED`, as a constant or in the coefficients."""
+    if not ALLOWED[allowed](config[name]):
+        raise ValueError(f"`{name}` is {config[name]}; allowed are {allowed}")
+    for budget, blocks in (config.coefficients or {}).items():
+        if not all(map(ALLOWED[allowed], blocks.get(name, []))):
+            raise ValueError(f"`{name}` for {budget} steps is {blocks[name]}; allowed are {allowed}")
 
 
 def check_corrections(config: Any) -> None:
@@ -995,7 +1005,6 @@ def check_corrections(config: Any) -> None:
         raise ValueError(f"`num_corrector_steps` is {config.num_corrector_steps}; it must be at least 0")
     if config.positions_per_correction < 1:
         raise ValueError(f"`positions_per_correction` is {config.positions_per_correction}; it must be at least 1")
-    check_not_negative(config, "selection_temperature")
 
 
 def selection_confidence(log_law: Tensor, tokens: Tensor, selection: Selection) -> Tensor:

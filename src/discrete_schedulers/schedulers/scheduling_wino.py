@@ -27,7 +27,7 @@ from torch import Tensor
 from discrete_schedulers.processes import NoiseSchedule
 from discrete_schedulers.sampling import Generators, RowLogits, top_subset
 from discrete_schedulers.schedulers.order_utils import OrderScheduler, Prediction, Rounding, token_probabilities
-from discrete_schedulers.schedulers.scheduling_utils import Coefficients, Grid, ProcessName, check_shares
+from discrete_schedulers.schedulers.scheduling_utils import Coefficients, Grid, ProcessName, check_knob
 
 FEWEST, MOST = 5, 20  # what the largest number of accepted tokens is kept between, whatever the share
 
@@ -67,7 +67,7 @@ class WINOScheduler(OrderScheduler):
 
     revises_tokens = True
     needs_revealed_logits = True
-    learned_knobs = ("accept_threshold", "remask_threshold")
+    learned_knobs = {"accept_threshold": "numbers in [0, 1]", "remask_threshold": "numbers in [0, 1]"}
 
     @register_to_config
     def __init__(
@@ -89,8 +89,7 @@ class WINOScheduler(OrderScheduler):
         information_curve: list[float] | None = None,
     ) -> None:
         self.prepare()
-        for name in ("accept_threshold", "remask_threshold", "accept_share"):
-            check_shares(self.config, name)
+        check_knob(self.config, "accept_share", "numbers in [0, 1]")
 
     def set_grid(self, times: Tensor, device: torch.device | str | None = None) -> None:
         """As in [`DiscreteScheduler`]; a new run has no memory."""

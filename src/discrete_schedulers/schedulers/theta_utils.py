@@ -56,15 +56,8 @@ class ThetaScheduler(DiscreteScheduler):
     """
 
     order = 2
-    learned_knobs = ("theta",)
+    learned_knobs = {"theta": "numbers in (0, 1)"}
     restarts: bool
-
-    def check_theta(self, allowed: str) -> None:
-        """Raises `ValueError` if a theta, constant or learned, is not in `allowed`: "(0, 1)" or "(0, 1]"."""
-        learned = {f" for {n} steps": blocks.get("theta", []) for n, blocks in (self.config.coefficients or {}).items()}
-        for where, values in ({"": [self.config.theta]} | learned).items():
-            if not all(0 < value < 1 or (value == 1 and allowed == "(0, 1]") for value in values):
-                raise ValueError(f"`theta`{where} is {values}; allowed are numbers in {allowed}")
 
     @abstractmethod
     def second_law(self, p_0: Tensor, p_star: Tensor, step: int, x_t: Tensor, y: Tensor) -> Tensor:
