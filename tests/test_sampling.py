@@ -24,6 +24,7 @@ from discrete_schedulers.sampling import (
     invert,
     nearest_on_ring,
     one_stage,
+    runs,
     spread_subset,
     top_subset,
     torus_distance,
@@ -307,14 +308,16 @@ def test_rows_are_the_same_wherever_they_stand(width: int, monkeypatch: pytest.M
             assert torch.equal(fixed.put(draw_tokens(fixed, seeded(2)), tokens), put)
 
 
-PLACES = {"at once": (2**19, True), "a few rows": (6, True), "device": (6, False)}
+PLACES = {"at once": (2**19, True), "a few rows": (6, True), "a few wide rows": (6, True), "device": (6, False)}
 
 
 def work(place: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All rows at once, or a few at a time (with their entropies, half as many) by small blocks, also where values cannot be
+    """All rows at once, or a few at a time by small blocks, also as those of a large vocabulary, and where values cannot be
     looked at."""
     rows, is_on_host = PLACES[place]
-    monkeypatch.setattr(sampling, "BLOCK", 128 if place == "at once" else 4)
+    for name in ("BLOCK", "WIDE_BLOCK"):
+        monkeypatch.setattr(sampling, name, 128 if place == "at once" else 4)
+    monkeypatch.setattr(sampling, "WIDE", 0 if "wide" in place else 2**14)
     monkeypatch.setattr(sampling, "CPU_CHUNK", rows * width)
     monkeypatch.setattr(sampling, "on_host", lambda _: is_on_host)
 
@@ -394,14 +397,33 @@ def test_tokens_beside_the_own_one(width: int, place: str, monkeypatch: pytest.M
         assert found[7] == 0
 
 
-@pytest.mark.parametrize("writable", [False, True])
-def test_rows_come_a_few_at_a_time(writable: bool) -> None:
-    """As many as the size has room for, and one at least."""
-    rows = RowLogits(torch.arange(40.0).view(10, 4), torch.ones(1, 10, dtype=torch.bool))
-    for size, lengths in ((8, [2] * 5), (15, [3, 3, 3, 1]), (1, [1] * 10), (1000, [10])):
-        parts = [(part, some.clone()) for part, some in rows.chunks(size, writable)]
-        assert [len(some) for _, some in parts] == lengths
-        assert all(torch.equal(some, rows.logits[part]) for part, some in parts)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("wide", [0, 1000])
+@pytest.mark.parametrize("factor", [None, 1.0, 1.7])
+def test_rows_come_a_few_at_a_time(
+    factor: float | None, wide: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as the size has room for, and one at least, from wherever they stand, times a factor that is not rounded to the
+    precision of logits in half precision; those that lie together are read together."""
+    monkeypatch.setattr(sampling, "WIDE", wide)
+    logits = torch.randn(2, 8, 4, generator=seeded()).to(dtype)
+    where = torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1], [1, 0, 1, 1, 1, 0, 0, 0]]).bool()
+    every = RowLogits.chosen(logits, where)
+    across = RowLogits.chosen(logits.transpose(0, 1).contiguous().transpose(0, 1), where)
+    given = RowLogits(logits[where], where)
+    for rows, number in ((every, 9), (across, 9), (given, 9), (every.some(torch.tensor([7, 2, 3, 8])), 4)):
+        expected = rows.logits if factor is None else rows.logits.to(torch.promote_types(dtype, torch.float32)) * factor
+        for size in (8, 15, 1, 1000):
+            each = max(size // 4, 1)
+            parts = [(part, some.clone()) for part, some in rows.chunks(size, factor)]
+            assert [len(some) for _, some in parts] == [min(each, number - k) for k in range(0, number, each)]
+            assert all(torch.equal(some, expected[part]) for part, some in parts)
+    assert torch.equal(given.source, logits[where])  # what is given is not written to
+
+
+def test_runs() -> None:
+    assert runs([3, 4, 5, 9, 10, 2, 3, 3]) == [(3, 3), (9, 2), (2, 2), (3, 1)]
+    assert runs([]) == []
 
 
 def test_no_rows_draw_nothing() -> None:

@@ -8,7 +8,7 @@ each of them takes, by inverting the cumulative law in float64 with one 53-bit u
 Uniforms are always drawn for the whole (B, L) sheet, so that the stream of a generator does not depend on what was drawn with
 it, and with one generator per row a row does not depend on its batch.
 
-Rows are read once, a few at a time, so that no copy of all logits is ever made: the sums of `BLOCK` neighbouring weights are
+Rows are read once, a few at a time, so that no copy of all logits is ever made: the sums of 128 or 256 neighbouring weights are
 kept, and the weights of the block that u falls into are read again (`RowWeights`). Weights are those of the logits' own
 precision (float32 for half precision); sums are float64, but for those of a block. For float64 logits the law is exact up to
 float64 rounding; for others each token's probability is within a few times 1e-6 of itself, which is what rounding the logits
@@ -40,11 +40,12 @@ Measure: TypeAlias = Callable[
     [Tensor, slice], Tensor
 ]  # of weights (r, V) and their places, what is to be known (r, ...)
 
-BLOCK = 128  # neighbouring weights that are summed as they are, before float64 takes over
+BLOCK, WIDE_BLOCK = 128, 256  # neighbouring weights that are summed as they are, before float64 takes over
 FLOAT32_ENTROPY = 2e-5  # nats; less cannot be told from 0 with weights in float32
 FLOAT64_ENTROPY = 1e-13  # nor this in float64: the logarithm of a row's sum is up to 44, and both terms are rounded
 # Rows whose weights sum to more than this, or to less than its inverse, are weighed from their largest logit.
 FAR = 2.0**64
+WIDE = 2**14  # rows from which on an operation for each of them costs little beside its work
 CPU_CHUNK = 2**19  # numbers that are worked on at once: 2 MB of float32 stay in the cache
 DEVICE_CHUNK = 2**23  # 34 MB on other devices, where each chunk costs the start of its kernels
 
@@ -121,35 +122,59 @@ class RowLogits:
             return torch.where(self.positions, values.view(sheet.shape), sheet)
         return sheet.masked_scatter(self.positions, values)
 
-    def chunks(self, size: int | None = None, writable: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    def chunks(self, size: int | None = None, factor: float | None = None) -> Iterator[tuple[slice, Tensor]]:
         """A few rows (r, V) at a time, without gradients, and their places among all.
 
         Args:
             size (`int`, *optional*): Numbers in each of them, about.
-            writable (`bool`, defaults to `False`): Whether they must be copies, in float32 or wider. The next rows take their
-                place: memory that is new is slower than the work that is done in it.
+            factor (`float`, *optional*): What they are multiplied by: then they are copies, in float32 or wider, and the next
+                rows take their place: memory that is new is slower than the work that is done in it.
         """
         source, width = self.source.detach(), self.source.shape[-1]
-        is_compiling = torch.compiler.is_compiling()
-        each = max((size or chunk_size(source)) // width, 1)
-        wide = torch.promote_types(source.dtype, torch.float32)
-        has_own = writable and not is_compiling
-        own = source.new_empty(min(each, len(self)) if has_own else 0, width, dtype=wide)
-        raw = own if wide == source.dtype else own.new_empty(own.shape, dtype=source.dtype)
+        each, dtype = max((size or chunk_size(source)) // width, 1), torch.promote_types(source.dtype, torch.float32)
+        if factor is None or torch.compiler.is_compiling():
+            for start in range(0, len(self), each):
+                part = slice(start, start + each)
+                some = source[part] if self.places is None else source[tuple(place[part] for place in self.places)]
+                yield part, some if factor is None else some.to(dtype) * factor
+            return
+        own = source.new_empty(min(each, len(self)), width, dtype=dtype)
+        by_runs = width >= WIDE and on_host(source)  # one reading of each row in place of two
+        raw = own if by_runs or own.dtype == source.dtype else own.new_empty(own.shape, dtype=source.dtype)
         for start in range(0, len(self), each):
-            part = slice(start, start + each)
-            copy = own[: len(self) - start]
+            part, copy = slice(start, start + each), own[: len(self) - start]
             if self.places is None:
-                some = source[part]
-            elif has_own and len(self.places) == 1:
-                some = torch.index_select(source, 0, self.places[0][part], out=raw[: len(copy)])
+                multiplied(source[part], factor, copy)
+            elif len(self.places) > 1:
+                multiplied(source[tuple(place[part] for place in self.places)], factor, copy)
+            elif not by_runs:
+                chosen = torch.index_select(source, 0, self.places[0][part], out=raw[: len(copy)])
+                multiplied(chosen, factor, copy)
             else:
-                some = source[tuple(place[part] for place in self.places)]
-            if has_own:
-                some = some if some.data_ptr() == copy.data_ptr() else copy.copy_(some)
-            elif writable:
-                some = some.to(wide, copy=True)
-            yield part, some
+                done = 0
+                for first, count in runs(self.places[0][part].tolist()):
+                    multiplied(source[first : first + count], factor, copy[done : done + count])
+                    done += count
+            yield part, copy
+
+
+def multiplied(values: Tensor, factor: float, out: Tensor) -> None:
+    """Values times a number, in the dtype of `out`."""
+    if values.dtype == out.dtype:
+        torch.mul(values, factor, out=out)
+    else:
+        out.copy_(values).mul_(factor)
+
+
+def runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Numbers that follow each other: the first one, and how many there are."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and number == sum(found[-1]):
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((number, 1))
+    return found
 
 
 def chunk_size(values: Tensor) -> int:
@@ -231,10 +256,16 @@ def check_finite(total: Tensor) -> None:
         )
 
 
+def block_size(width: int) -> int:
+    """Neighbours in a block of a row: a draw looks at the blocks, and then into one of them."""
+    return BLOCK if width < WIDE else WIDE_BLOCK
+
+
 def block_sums(weights: Tensor) -> Tensor:
-    """Sums of `BLOCK` neighbours, and of the rest, of each row (r, V): (r, blocks)."""
-    whole = weights.shape[1] // BLOCK * BLOCK
-    sums = [weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)] if whole else []
+    """Sums of `block_size` neighbours, and of the rest, of each row (r, V): (r, blocks)."""
+    block = block_size(weights.shape[1])
+    whole = weights.shape[1] // block * block
+    sums = [weights[:, :whole].unflatten(1, (-1, block)).sum(-1)] if whole else []
     sums += [weights[:, whole:].sum(-1, keepdim=True)] if whole < weights.shape[1] else []
     return torch.cat(sums, dim=1) if len(sums) > 1 else sums[0]
 
@@ -251,6 +282,7 @@ def invert_blocks(sums: Tensor, u: Tensor, width: int, weights_at: Callable[[Ten
     Returns:
         `torch.Tensor` of shape `(r,)`: Drawn states, int64. A state of weight 0 is passed over.
     """
+    size = block_size(width)
     upper = sums.cumsum(-1, dtype=torch.float64)  # (r, blocks); `sums` stay as they are
     target = u[:, None] * upper[:, -1:]
     # `right=True` finds the first entry *above* the target. Nothing is above it where a row has NaN or no weight at all.
@@ -258,10 +290,10 @@ def invert_blocks(sums: Tensor, u: Tensor, width: int, weights_at: Callable[[Ten
     lower = torch.where(block > 0, upper.gather(1, (block - 1).clamp_(min=0)), 0.0)
     # What is left of u in the block is a uniform number too. It is below 1 but for rounding.
     left = ((target - lower) / (upper.gather(1, block) - lower)).clamp_(max=1 - 2**-53)
-    place = block * BLOCK + torch.arange(min(BLOCK, width), device=u.device)  # (r, n)
+    place = block * size + torch.arange(min(size, width), device=u.device)  # (r, n)
     inside = weights_at(place.clamp(max=width - 1)).double().masked_fill_(place >= width, 0.0).cumsum_(-1)
     token = torch.searchsorted(inside, left * inside[:, -1:], right=True)
-    return (block * BLOCK + token).squeeze(-1).clamp_(max=width - 1)
+    return (block * size + token).squeeze(-1).clamp_(max=width - 1)
 
 
 def invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,6 +359,12 @@ class RowWeights:
         least = FLOAT64_ENTROPY if self.sums.dtype == torch.float64 else FLOAT32_ENTROPY
         return torch.where(entropy > least, entropy, 0.0)
 
+    def among(self, which: Tensor) -> RowWeights:
+        """Those of the rows with these numbers, int64 (r,), and nothing of what was found."""
+        without = self.without[which] if isinstance(self.without, Tensor) else self.without
+        rows, shift, sums = self.rows.some(which), self.shift[which], self.sums[which]
+        return RowWeights(rows, self.factor, without, shift, sums, self.total[which], {})
+
     def check(self) -> None:
         """Raises an error if a row has no law, see `check_finite`."""
         check_finite(torch.where(self.total > 0, self.total, math.nan))
@@ -334,7 +372,7 @@ class RowWeights:
     def draw(self, u: Tensor) -> Tensor:
         """A token for each row, (R,), int64, by inversion with uniforms u (R,) in [0, 1), float64."""
         number, width = len(self.sums), self.rows.source.shape[-1]
-        each = max(chunk_size(self.sums) // max(self.sums.shape[1], BLOCK), 1)
+        each = max(chunk_size(self.sums) // max(self.sums.shape[1], block_size(width)), 1)
         parts = [slice(start, start + each) for start in range(0, number, each)]
 
         def of(part: slice) -> Tensor:
@@ -399,8 +437,8 @@ def scanned(
     shifts, sums = [empty[:, :1]], [block_sums(empty)]
     found = {"power": [source.new_empty(0, dtype=torch.float64)]} if with_entropy else {}
     found |= {name: [measure(empty, slice(0, 0))] for name, measure in measures.items()}
-    size = chunk_size(source) // 2 if with_entropy else None  # logarithms and weights have to fit into the cache
-    for part, logits in rows.chunks(size, writable=True):
+    is_raw = shaped is not None or is_shifted  # the logits themselves are needed
+    for part, logits in rows.chunks(None, 1.0 if is_raw else factor):
         if isinstance(without, Tensor):
             logits.scatter_(1, without[part, None], -math.inf)
         elif without is not None:
@@ -411,10 +449,14 @@ def scanned(
         if is_shifted:  # a row without a finite logit has no weight, one with NaN or +inf comes to NaN
             shifts.append(logits.amax(-1, keepdim=True).nan_to_num_(0.0, math.inf, 0.0))
             logits.sub_(shifts[-1])
-        powers = logits.mul_(factor)
+        powers = logits.mul_(factor) if is_raw else logits
         if with_entropy:
             empty = torch.empty_like(powers) if len(empty) < len(powers) else empty  # the memory of the first is kept
             weights = torch.exp2(powers, out=empty[: len(powers)])
+            if isinstance(without, Tensor):  # 0 * -inf would cost two more passes
+                powers.scatter_(1, without[part, None], 0.0)
+            elif without is not None:
+                powers.select(-1, without).fill_(0.0)
             found["power"].append(mean_power(powers, weights))
         else:
             weights = powers.exp2_()
@@ -428,10 +470,11 @@ def scanned(
 
 
 def mean_power(powers: Tensor, weights: Tensor) -> Tensor:
-    """sum_v w(v) log2 w(v) of rows (r, V) of weights and their logarithms, which are overwritten; float64 (r,)."""
+    """sum_v w(v) log2 w(v) of rows (r, V) of weights and their logarithms, which are overwritten; float64 (r,). By blocks: the
+    bits of a sum over a whole row would depend on how many rows there are."""
     product = powers.mul_(weights)
     total = block_sums(product).sum(-1, dtype=torch.float64)
-    if on_host(total) and not total.isnan().any():
+    if on_host(total) and not math.isnan(total.sum()):
         return total
     return block_sums(product.nan_to_num_(0.0)).sum(-1, dtype=torch.float64)  # 0 * -inf
 

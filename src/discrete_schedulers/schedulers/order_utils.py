@@ -109,11 +109,12 @@ MEASURED: dict[str, Callable[[Tensor, slice], Tensor]] = {
 }
 
 
-def measured(weights: RowWeights, name: Measure, tokens: Tensor) -> Tensor:
-    """A measure of each row, from what was found of its weights and a token (R,)."""
+def measured(weights: RowWeights, name: Measure, tokens: Tensor | None) -> Tensor:
+    """A measure of each row, from what was found of its weights, and of its token (R,) for `"token_probability"`."""
     if name == "entropy":
         return weights.entropy()
     if name not in weights.found:
+        assert tokens is not None
         return weights.probability(tokens)
     found = weights.found[name]
     return found.div_(weights.total.to(found.dtype).view(-1, *[1] * (found.dim() - 1)))
@@ -129,13 +130,18 @@ class Prediction(NamedTuple):
 
     Args:
         is_eligible (`torch.Tensor` of shape `(B, L)`): Bool, with R entries true.
-        tokens (`torch.Tensor` of shape `(R,)`): A token drawn for each, int64.
+        draw (`Callable`): Some of these positions, bool (B, L), to a token for each, int64; a position's is always the same.
         measures (`dict[str, torch.Tensor]`): By their names, (R,), or (R, V) for the law itself; float32 or wider.
     """
 
     is_eligible: Tensor
-    tokens: Tensor
+    draw: Callable[[Tensor], Tensor]
     measures: Mapping[Measure, Tensor]
+
+    @property
+    def tokens(self) -> Tensor:
+        """A token drawn for each, (R,), int64."""
+        return self.draw(self.is_eligible)
 
     @property
     def token_probability(self) -> Tensor:
@@ -219,12 +225,11 @@ class OrderScheduler(DiscreteScheduler):
         is_eligible, opens_all = self.blocks_now(sample, index)
         if not torch.equal(rows.positions, is_eligible):
             raise ValueError("`model_output.positions` are not those that `positions` named for this step and sample")
-        prediction = self.predict(rows, () if index == len(self.calls) - 1 else self.reads(), generator)
-        filled = rows.put(prediction.tokens, sample)
-        if index == len(self.calls) - 1:
-            return filled
-        chosen = self.choose(prediction, index, sample, generator)
-        return torch.where(chosen | opens_all[:, None], filled, sample)  # the same as before where nothing is eligible
+        is_last = index == len(self.calls) - 1
+        prediction = self.predict(rows, () if is_last else self.reads(), generator)
+        chosen = is_eligible if is_last else self.choose(prediction, index, sample, generator)
+        opened = is_eligible & (chosen | opens_all[:, None])
+        return sample.masked_scatter(opened, prediction.draw(opened))
 
     def move_all(self, logits: Tensor, index: int, sample: Tensor, generator: Generators) -> Tensor:
         """As `move_rows`, see [`DiscreteScheduler.move_all`]."""
@@ -240,20 +245,37 @@ class OrderScheduler(DiscreteScheduler):
         return None
 
     def predict(self, rows: RowLogits, reads: tuple[Measure, ...], generator: Generators) -> Prediction:
-        """Tokens and measures in one pass where both laws are the network's, and one for each where they are not."""
+        """Measures in one pass; tokens come out of it too where their law is the same. They are drawn where they are asked for
+        only, unless `reads` has their probability."""
         u = rows.pick(uniforms(tuple(rows.positions.shape), generator, rows.positions.device))  # (R,)
         mask = self.absorbing_process.mask_token_id
-        asked: dict[str, Callable[[Tensor, slice], Tensor]] = {n: MEASURED[n] for n in reads if n in MEASURED}
         is_shaped = self.config.temperature != 1 or self.config.top_p != 1
         shaped = self.scored_logits() if is_shaped else None
-        if is_shaped:
-            tokens = draw_shaped(rows, u, lambda logits, _: self.token_logits(logits))
-            if not reads:
-                return Prediction(rows.positions, tokens, {})
-        if shaped is not None:  # logits that are shaped cannot be read again for one token
-            asked["token_probability"] = lambda weights, part: weights.gather(1, tokens[part, None]).squeeze(1)
+
+        def read_again(where: Tensor) -> Tensor:
+            which = rows.pick(where).nonzero().squeeze(1)
+            if is_shaped:
+                return draw_shaped(rows.some(which), u[which], lambda logits, _: self.token_logits(logits))
+            return drawn_from(weigh(rows.some(which), without=mask), u[which])
+
+        def as_weighed(where: Tensor) -> Tensor:
+            which = rows.pick(where).nonzero().squeeze(1)
+            return weights.among(which).draw(u[which])
+
+        if not reads:
+            return Prediction(rows.positions, read_again, {})
+        asked: dict[str, Callable[[Tensor, slice], Tensor]] = {n: MEASURED[n] for n in reads if n in MEASURED}
+        has_tokens, tokens = "token_probability" in reads, None
+        if has_tokens and is_shaped:
+            tokens = drawn = read_again(rows.positions)
+            if shaped is not None:  # logits that are shaped cannot be read again for one token
+                asked["token_probability"] = lambda weights, part: weights.gather(1, drawn[part, None]).squeeze(1)
         weights = weigh(rows, without=mask, measures=asked, shaped=shaped, with_entropy="entropy" in reads)
-        if not is_shaped:
-            tokens = drawn_from(weights, u)
+        weights.check()
+        if has_tokens and not is_shaped:
+            tokens = weights.draw(u)
         measures = {name: measured(weights, name, tokens) for name in reads}
-        return Prediction(rows.positions, tokens, measures)
+        if tokens is not None:
+            known = tokens
+            return Prediction(rows.positions, lambda where: known[rows.pick(where)], measures)
+        return Prediction(rows.positions, read_again if is_shaped else as_weighed, measures)

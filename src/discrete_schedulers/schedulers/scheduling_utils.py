@@ -643,7 +643,7 @@ class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
     def best_tokens(self, logits: Tensor) -> Tensor:
         """The most probable clean tokens, int64 (B, L), from logits (B, L, V)."""
         mask = self.config.mask_token_id
-        rows = RowLogits.everywhere(logits).chunks(writable=mask is not None)
+        rows = RowLogits.everywhere(logits).chunks(factor=None if mask is None else 1.0)
         best = [(some if mask is None else without_column_(some, mask)).argmax(-1) for _, some in rows]
         return torch.cat([logits.new_empty(0, dtype=torch.int64), *best]).view(logits.shape[:2])
 
