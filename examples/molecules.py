@@ -180,7 +180,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def draw(path: Path, pipe: ds.DiscreteDiffusionPipeline, base: Any, names: list[str], steps: int) -> None:
-    """A row of molecules for each sampler: its first valid ones of seed 0."""
+    """A row of molecules for each sampler that wrote any: its first valid ones of seed 0."""
     from rdkit import Chem
     from rdkit.Chem import Draw
 
@@ -192,9 +192,12 @@ def draw(path: Path, pipe: ds.DiscreteDiffusionPipeline, base: Any, names: list[
         texts = pipe(num_samples=8 * columns, num_inference_steps=steps, generator=generator).texts
         valid = [smiles for smiles in map(canonical_smiles, texts) if smiles is not None][:columns]
         row = [Chem.MolFromSmiles(smiles) for smiles in valid]
-        molecules += row + [None] * (columns - len(row))
-        legends += [f"{name}, {steps} steps", *[""] * (columns - 1)]
-    image = Draw.MolsToGridImage(molecules, molsPerRow=columns, subImgSize=(200, 150), legends=legends)
+        if row:  # RDKit writes no legend where there is no molecule
+            molecules += row + [None] * (columns - len(row))
+            legends += [f"{name}, {steps} steps", *[""] * (columns - 1)]
+    image = Draw.MolsToGridImage(
+        molecules or [None], molsPerRow=columns, subImgSize=(200, 150), legends=legends or ["none"]
+    )
     temporary = path.with_name(f".{path.name}")
     image.save(temporary, format="PNG")
     os.replace(temporary, path)

@@ -99,6 +99,12 @@ def as_dtype(dtype: Any) -> torch.dtype | None:
     raise ValueError(f"`torch_dtype` is {dtype!r}; allowed: torch.float32, torch.bfloat16, torch.float16, ..., or None")
 
 
+def with_dtypes(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` with the dtypes that are named in them: diffusers would take float32 for a name."""
+    named = {key: as_dtype(arguments[key]) for key in ("torch_dtype", "dtype") if isinstance(arguments.get(key), str)}
+    return arguments | named
+
+
 def check_index(cls: type[DiffusionPipeline], name: str, index: Path, given: Mapping[str, Any]) -> None:
     """Raises `ValueError` if a model_index.json is not one of this pipeline: before anything it names is loaded or imported.
 
@@ -124,6 +130,8 @@ def check_index(cls: type[DiffusionPipeline], name: str, index: Path, given: Map
             )
         if value == [None, None] and key in cls._optional_components:
             continue
+        if value == [None, None]:
+            raise ValueError(f"{index} has no {key!r}: diffusers could not save it with the pipeline; pass `{key}=...`")
         library = value[0].partition(".")[0] if is_part else None
         is_foreign = library not in sys.modules or library in sys.stdlib_module_names
         if not is_part or (library not in LIBRARIES and is_foreign):
@@ -178,24 +186,20 @@ def class_ids(class_labels: Any) -> Tensor:
         ) from error
 
 
-def returned_latents(returned: Any, latents: Tensor, vocab_size: int) -> Tensor:
-    """The tokens that a callback returned, or those that there were.
+def returned_latents(returned: Any, latents: Tensor) -> Tensor:
+    """What a callback returned for latents, or those that there were.
 
     Raises:
-        ValueError: If it did not return a dictionary, or other tokens than those of this run.
+        ValueError: If it did not return a dictionary, or latents of another shape.
     """
     if not isinstance(returned, dict):
         raise ValueError(
             f"`callback_on_step_end` returned {returned!r}; it must return a dict: the one it got, or {{}}"
         )
     new = returned.pop("latents", latents)
-    if new is not latents:
-        check_tokens("latents", new, vocab_size)
-        if new.shape != latents.shape:
-            shapes = tuple(new.shape), tuple(latents.shape)
-            raise ValueError(
-                f"`callback_on_step_end` returned latents of shape {shapes[0]}; they must keep {shapes[1]}"
-            )
+    if not isinstance(new, Tensor) or new.shape != latents.shape:
+        found = f"of shape {tuple(new.shape)}" if isinstance(new, Tensor) else repr(new)
+        raise ValueError(f"`callback_on_step_end` returned latents {found}; they must keep {tuple(latents.shape)}")
     return new
 
 
@@ -337,7 +341,8 @@ class DiscretePipeline(DiffusionPipeline):
                     for name in tensor_inputs or self._callback_tensor_inputs:
                         callback_kwargs[name] = locals()[name]
                     returned = callback_on_step_end(self, i, t, callback_kwargs)
-                    latents = returned_latents(returned, latents, denoiser.vocab_size)
+                    latents = returned_latents(returned, latents)
+                    check_tokens("latents", latents, denoiser.vocab_size)
                 progress_bar.update()
         return latents, num_model_calls
 

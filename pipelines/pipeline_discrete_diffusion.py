@@ -47,6 +47,7 @@ from discrete_schedulers.pipelines.pipeline_base import (
     network_facts,
     network_of,
     require_ours,
+    with_dtypes,
 )
 from discrete_schedulers.pipelines.text import (
     Frame,
@@ -171,7 +172,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
                 not fit the family.
             OSError: As `huggingface_hub` raises it: no such repository, no access, no connection.
         """
-        name = name_of(pretrained_model_name_or_path)
+        name, kwargs = name_of(pretrained_model_name_or_path), with_dtypes(kwargs)
         declared = {"family": family, "mask_token_id": mask_token_id, "shift": shift}
         declared = {key: value for key, value in declared.items() if value is not None}
         if not is_bundled(name):

@@ -46,6 +46,7 @@ from discrete_schedulers.pipelines.pipeline_base import (
     network_facts,
     one_device,
     require_ours,
+    with_dtypes,
 )
 from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import DiscreteScheduler, MaskGITScheduler, SpreadScheduler
@@ -164,7 +165,7 @@ class DiscreteImagePipeline(DiscretePipeline):
             ValueError: If a bundled id is not one of this package's, or a repository is of no known family or does not fit it.
             OSError: As `huggingface_hub` raises it: no such repository, no access, no connection.
         """
-        name = name_of(pretrained_model_name_or_path)
+        name, kwargs = name_of(pretrained_model_name_or_path), with_dtypes(kwargs)
         if not is_bundled(name):
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             index = first_file(name, ("model_index.json",), hub)

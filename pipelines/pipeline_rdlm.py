@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from discrete_schedulers.pipelines.pipeline_base import check_count, check_device
+from discrete_schedulers.pipelines.pipeline_base import check_count, check_device, returned_latents
 from discrete_schedulers.pipelines.pipeline_discrete_diffusion import DiscreteDiffusionPipelineOutput
 from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import RDLMScheduler
@@ -95,7 +95,7 @@ class RDLMPipeline(DiffusionPipeline):
                 logits = self.model(x.to(dtype), t.to(x.device).expand(len(x))).logits
                 x = self.scheduler.step(logits, t, x, generator=generator).prev_sample
                 if callback_on_step_end is not None:
-                    x = callback_on_step_end(self, i, t, dict.fromkeys(names, x)).pop("latents", x)
+                    x = returned_latents(callback_on_step_end(self, i, t, dict.fromkeys(names, x)), x)
                 progress_bar.update()
         self.maybe_free_model_hooks()
         tokens = self.scheduler.tokens(x)

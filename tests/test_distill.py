@@ -50,6 +50,7 @@ from discrete_schedulers.information import schedule_gain
 from discrete_schedulers.training import data, distill
 from discrete_schedulers.training.hub import Facts, write_card
 from discrete_schedulers.training.objectives import CoupledRoll, draw_noise, perturbed_start
+from discrete_schedulers.training.pictures import draw_block, pyplot
 from discrete_schedulers.training.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -688,7 +689,7 @@ def launch(given: list[str], processes: int, cwd: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "processes"),
-    [("lsd l2", 1), ("lsd l2", 2), ("lsd softmax", 2), ("optimal_grid", 2), ("marginal text", 2)],
+    [("lsd l2", 1), ("lsd l2", 2), ("lsd softmax", 2), ("lsd text", 2), ("optimal_grid", 2), ("marginal text", 2)],
 )
 def test_number_of_processes(finished: Callable, work: Path, tmp_path: Path, name: str, processes: int) -> None:
     metrics, folder = finished(name)
@@ -989,3 +990,17 @@ def test_card_of_a_bundled_model_has_no_link(finished: Callable, tmp_path: Path)
     assert "`discrete-schedulers/tiny-text` (bundled with discrete_schedulers)" in text
     assert "huggingface.co" not in text
     assert "| 12,346 | 4.000 |" in text
+
+
+def test_equal_coefficients_are_drawn_as_a_level_line() -> None:
+    """Their rounding does not fill the picture, and the axis has the numbers themselves."""
+    scale = [1.0, 1.0 - 1e-12, 1.0 + 1e-12, 1.0]
+    scheduler = LSDScheduler(vocab_size=5, mask_token_id=4, coefficients={"4": {"scale": scale}})
+    figure, axis = pyplot().subplots()
+    draw_block(axis, scheduler, [4], "scale")
+    low, high = axis.get_ylim()
+    assert high - low == pytest.approx(0.02)
+    assert low < 1 < high
+    figure.canvas.draw()
+    assert axis.yaxis.get_offset_text().get_text() == ""
+    pyplot().close(figure)

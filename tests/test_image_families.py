@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -660,6 +661,17 @@ def test_halton_facts(halton: DiscreteImagePipeline) -> None:
     assert (facts["vocab_size"], facts["mask_token_id"], facts["grid_shape"]) == (33, 32, [GRID, GRID])
     assert (type(halton.scheduler), halton.scheduler.config.pattern) == (SpreadScheduler, "halton")
     assert halton.config.signed_pixels is True
+
+
+def test_halton_weights_that_are_offloaded() -> None:
+    """accelerate brings each module's own weights in for its forward only."""
+    torch.manual_seed(0)
+    network = HaltonMaskGITModel(6, 16, 1, 2, 16, grid_size=2, num_classes=3).eval()
+    ids, labels = torch.tensor([[0, 5, 2, 3], [5, 5, 5, 5]]), torch.tensor([0, 3])
+    expected = network(ids, labels).logits
+    accelerate.cpu_offload(network, execution_device=torch.device("cpu"))
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+    assert torch.equal(network(ids, labels).logits, expected)
 
 
 def test_halton_guided_logits(halton: DiscreteImagePipeline) -> None:

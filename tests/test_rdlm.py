@@ -442,6 +442,11 @@ def test_pipeline_outputs_and_callback() -> None:
         ({"latents": torch.zeros(2, 3, 4)}, "latents"),
         ({"output_type": "pil"}, "output_type"),
         ({"callback_on_step_end_tensor_inputs": ["model"]}, "callback_on_step_end_tensor_inputs"),
+        ({"callback_on_step_end": lambda *_: None}, "`callback_on_step_end` returned None; it must return a dict"),
+        (
+            {"callback_on_step_end": lambda *_: {"latents": torch.ones(2)}},
+            r"returned latents of shape \(2,\); they must keep",
+        ),
     ],
 )
 def test_pipeline_says_no(arguments: dict[str, Any], message: str) -> None:

@@ -167,8 +167,7 @@ def load_data(run: Run) -> tuple[Texts | None, Tensor | None]:
         ValueError: If there are too few sequences for the method, or texts and no tokenizer.
     """
     args, pipe, device = run.args, run.pipe, run.accelerator.device
-    fits_on_data = args.method in FITS_ON_DATA
-    texts = load_texts(args) if run.accelerator.is_main_process or fits_on_data else None
+    texts = load_texts(args)  # on every process: all of them measure
     if texts is not None:
         if pipe.tokenizer is None:
             raise ValueError("texts need a tokenizer, which this model does not bring: leave out data arguments")

@@ -69,7 +69,7 @@ measuring the table took {measuring} s more.
 
 LEGEND = {  # what the columns of a table say
     "nll": "nll: bound on the negative log-likelihood of the data in nats per token, of the sampler itself at its number of "
-    "steps (lower is better).",
+    "steps (lower is better; none where the sampler looks at its predictions, or a top-p gives a true token no chance).",
     "calls": "calls: of the network, for a sample.",
     "entropy": "entropy: of the tokens within a sample, in nats; data has {data_entropy}.",
     "perplexity": "perplexity: under an in-domain n-gram judge, which copying can fool: read it beside the entropy only.",

@@ -44,10 +44,11 @@ def spread_grid(run: Run) -> DiscreteScheduler:
     if not found:
         data = run.data[: args.num_samples]
         ranks = spread_ranks((len(data), run.length), torch.Generator().manual_seed(args.seed))
-        own = list(run.share(len(data)))
-        asked = data[own], ranks[own], run.mask_token_id, args.train_batch_size
+        share = run.share(len(data))
+        asked = data[share.start :: share.step], ranks[share.start :: share.step], run.mask_token_id
         starts = measured_starts(run.length, max(args.num_inference_steps))
-        table = run.reduce(len(own) * ordered_information(run.pipe.denoiser, *asked, starts)) / len(data)
+        own = ordered_information(run.pipe.denoiser, *asked, args.train_batch_size, starts)
+        table = run.reduce(len(share) * own) / len(data)
         counts = optimal_ordered_counts(table, max(args.num_inference_steps))
         run.add_evaluations()
         found |= {str(steps): [float(count) for count in counts[steps - 1]] for steps in args.num_inference_steps}

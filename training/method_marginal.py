@@ -51,8 +51,9 @@ def marginal(run: Run) -> DiscreteScheduler:
 def prior_of(run: Run) -> list[float]:
     """The model's `token_prior`, asked once in a run."""
     if "token_prior" not in run.state:
-        run.state["token_prior"] = token_prior(run.pipe.denoiser, run.length, run.accelerator.device)
-        run.add_evaluations()
+        prior = token_prior(run.pipe.denoiser, run.length, run.accelerator.device)
+        run.add_evaluations()  # where processes meet a run may end: what goes together changes behind it
+        run.state["token_prior"] = prior
     return run.state["token_prior"]
 
 

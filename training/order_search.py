@@ -118,11 +118,13 @@ def group_nll(
         mask_token_id (`int`): The mask.
         batch_size (`int`, defaults to 64): Sequences in one call of the network.
     """
+    places = torch.zeros(2, data.shape[1], dtype=torch.bool)
+    places[0, list(known)], places[1, list(group)] = True, True
+    is_known, opens_now = places.to(data.device)
     totals = []
     for x_0 in data.split(batch_size):
-        x_t, opens = torch.full_like(x_0, mask_token_id), torch.zeros_like(x_0, dtype=torch.bool)
-        x_t[:, list(known)], opens[:, list(group)] = x_0[:, list(known)], True
-        rows = denoiser(x_t, float((x_t == mask_token_id).double().mean()), opens)
+        x_t, opens = torch.where(is_known, x_0, mask_token_id), opens_now.expand(x_0.shape)
+        rows = denoiser(x_t, 1 - len(known) / data.shape[1], opens)
         nats = token_nats(rows, x_0[opens], mask_token_id)  # row-major: as many of each sequence
         totals.append(nats.view(len(x_0), len(group)).sum(1))
     return torch.cat(totals)

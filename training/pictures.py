@@ -108,6 +108,11 @@ def draw_block(axis: Any, scheduler: DiscreteScheduler, budgets: list[int], name
             line = {"marker": "o", "color": f"C{number}", "label": f"{steps} steps"}
             axis.plot(scheduler.times[:-1].tolist(), values, **line)
     axis.set(xlabel="time t of the step (1 is noise)", ylabel=name.replace("_", " "))
+    low, high = axis.get_ylim()
+    room = 0.02 * max(1.0, abs(low), abs(high))
+    if high - low < room:  # equal numbers: their rounding is not to fill the picture
+        axis.set_ylim((low + high - room) / 2, (low + high + room) / 2)
+    axis.ticklabel_format(axis="y", useOffset=False)
     axis.invert_xaxis()
     axis.legend(fontsize=8)
 

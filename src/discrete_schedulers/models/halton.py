@@ -31,6 +31,11 @@ def over_rms(x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], eps=EPSILON).to(x.dtype)
 
 
+def whole(table: nn.Embedding, device: torch.device) -> Tensor:
+    """A table by a call of its module: weights that are offloaded are brought in for nothing else."""
+    return table(torch.arange(table.num_embeddings, device=device))
+
+
 class ScaleNorm(nn.Module):
     """RMS norm with a weight, and a bias where the checkpoints have one."""
 
@@ -174,15 +179,15 @@ class HaltonMaskGITModel(WholeModelMixin, ConfigMixin):
         Raises:
             ValueError: If the image has another size.
         """
-        batch, length = input_ids.shape
-        if length != len(self.pos_emb.weight):
-            raise ValueError(f"`input_ids` has {length} tokens; this model's images have {len(self.pos_emb.weight)}")
+        (batch, length), device = input_ids.shape, input_ids.device
+        if length != self.pos_emb.num_embeddings:
+            raise ValueError(f"`input_ids` has {length} tokens; this model's images have {self.pos_emb.num_embeddings}")
         condition = self.cls_emb(class_labels)  # (B, H)
-        x = self.tok_emb(input_ids) + self.pos_emb.weight
-        x = torch.cat([x, self.reg_tokens.weight.expand(batch, -1, -1)], dim=1)  # (B, L + R, H)
+        x = self.tok_emb(input_ids) + whole(self.pos_emb, device)
+        x = torch.cat([x, whole(self.reg_tokens, device).expand(batch, -1, -1)], dim=1)  # (B, L + R, H)
         for block in self.transformer.layers:
             x = block(x, condition)
         hidden = self.last_norm(x[:, :length], condition)
         rows = hidden if positions is None else hidden[positions]
-        output = DDiTOutput(logits=self.head(rows, self.tok_emb.weight))
+        output = DDiTOutput(logits=self.head(rows, whole(self.tok_emb, device)))
         return output if return_dict else output.to_tuple()

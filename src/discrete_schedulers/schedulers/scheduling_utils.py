@@ -789,7 +789,8 @@ def call_named(timestep: int | float | Tensor, calls: Tensor, last_call: int | N
         raise ValueError(f"`timestep` is step index {value}; allowed are 0 to {len(calls) - 1}")
     gap, nearest = (calls - value).abs().min(0)
     if not gap <= 1e-6:  # room for times that went through float32; NaN is no time
-        raise ValueError(f"`timestep` is {value}, which is not in `timesteps`: {calls.tolist()}")
+        held = f"{len(calls)} times from {float(calls[0])} to {float(calls[-1])}"
+        raise ValueError(f"`timestep` is {value}, which is not in `timesteps`: {held}")
     same = (calls == calls[nearest]).nonzero().flatten().tolist()
     after = [index for index in same if last_call is not None and index > last_call]
     return after[0] if after else same[0]
