@@ -9,7 +9,8 @@ the inverse temperatures of the first and last call, on a line between them, are
 `marginal.two_sample_statistic` on how rare the tokens are, hashed pairs, and the fluency under the frozen network
 (`temperatures.text_features`). All is learned anew for each seed, on data that the model was trained on: some to search,
 others to choose. `spread-grid` has the counts of the first seed without the floats; `spread-contrast` and `random-contrast`
-have a contrast that was set by hand, and nothing learned.
+have a contrast that was set by hand, and nothing learned. `shipped` is what a model brings: floats of `distill.py --method
+search`.
 
 Budgets are calls of the network. theta-trapezoidal makes two in a step; the entropy bound is tuned until its mean number of
 calls is the budget. JYS is its token part, found by its own search on the bundled information curve. LSD+ is the repaired
@@ -72,6 +73,7 @@ class Subject(Protocol):
         base (`dict`): What every scheduler needs to know.
         curve (`list[float]`): The bundled information curve.
         prior (`list[float]`): `temperatures.token_prior`.
+        shipped (`LearnedScheduler`, *optional*): What `distill.py` has learned for it, for all seeds the same.
         train (`torch.Tensor` of shape `(n, L)`): Data to learn on.
         entropy (`float`): Of real data.
     """
@@ -81,6 +83,7 @@ class Subject(Protocol):
     base: dict[str, Any]
     curve: list[float]
     prior: list[float]
+    shipped: ds.LearnedScheduler | None
     train: Tensor
     entropy: float
 
@@ -221,6 +224,11 @@ def learned_scheduler(
     return ds.LearnedScheduler(**subject.base, coefficients=coefficients, token_prior=subject.prior, **settings)
 
 
+def tempered(scheduler: ds.LearnedScheduler, temperature: float) -> ds.LearnedScheduler:
+    """The scheduler at another temperature, beside those it has learned."""
+    return ds.LearnedScheduler.from_config(scheduler.config, temperature=temperature)
+
+
 # The others
 
 
@@ -312,6 +320,8 @@ def run(subject: Subject, store: Store, lsd_plus: list[dict[str, Any]]) -> None:
     coefficients = [store.get("learned", str(seed))["coefficients"] for seed in seeds]
     for steps in settings["budgets"]:
         measure("learned", steps, [(partial(learned_scheduler, subject, one), steps) for one in coefficients])
+        if subject.shipped is not None:
+            measure("shipped", steps, [(partial(tempered, subject.shipped), steps)] * len(seeds))
         only_grid = {str(steps): {"counts": coefficients[0][str(steps)]["counts"]}}
         measure("spread-grid", steps, [(partial(learned_scheduler, subject, only_grid), steps)] * len(seeds))
         table = [samplers(subject, one, steps) for one in lsd_plus]
@@ -329,6 +339,7 @@ def run(subject: Subject, store: Store, lsd_plus: list[dict[str, Any]]) -> None:
 
 LABELS = {
     "learned": "**learned: spread order, counts, contrast, temperatures**",
+    "shipped": "the same by `distill.py --method search`, the bundled file",
     "spread-grid": "spread order, its counts only",
     "spread-contrast": f"spread order, equal counts, contrast {CONTRAST}",
     "spread-top-p": f"spread order, equal counts, top-p {TOP_P}",
@@ -365,6 +376,8 @@ def table(content: dict[str, Any], metrics: dict[str, tuple[str, int]], cell: Ca
     for number, (metric, (title, digits)) in enumerate(metrics.items()):
         lines = [["calls", *budgets], ["---", *["---:"] * len(budgets)]]
         for name, label in LABELS.items():
+            if name not in rows:
+                continue
             cells = []
             for steps in budgets:
                 text, mine = cell(rows[name][steps][metric], digits), rows["learned"][steps]

@@ -31,15 +31,15 @@ from discrete_schedulers.training.pretrain_images import is_heldout, read_digits
 from discrete_schedulers.training.temperatures import token_prior
 
 FULL = {
-    "budgets": [4, 8, 16],
-    "reference_budgets": [32, 196],  # of the plain sampler; 196 opens one token in a call
-    "samples": 128,  # for each seed
-    "calibration_samples": 48,
+    "budgets": [4, 8],
+    "reference_budgets": [32],  # of the plain sampler
+    "samples": 96,  # for each seed
+    "calibration_samples": 32,
     "curve_sequences": 32,
     "data_sequences": 512,  # to search on, and as many to choose on
-    "search_samples": 96,
-    "first_search": 28,  # candidates for the first budget; the others start where the one before ended
-    "next_search": 14,
+    "search_samples": 64,
+    "first_search": 14,  # candidates for the first budget; the others start where the one before ended
+    "next_search": 7,
     "learning_samples": 8,  # of LSD+
     "teacher_steps": 1024,
 }
@@ -82,6 +82,7 @@ class Digits:
         self.base = {name: facts[name] for name in ("vocab_size", "mask_token_id", "grid_shape")}
         self.curve = self.pipe.scheduler.config.information_curve
         height, width = facts["grid_shape"]
+        self.shipped = None
         self.prior = token_prior(self.denoiser, height * width)
         images, labels = read_digits()
         tokens = self.pipe.decoder.encode(images)

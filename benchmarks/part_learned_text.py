@@ -75,6 +75,7 @@ class Text:
         self.real = torch.cat([packed(read_split(name)) for name in ("validation", "test")])
         self.entropy = learned.mean_entropy(self.real)
         self.judge = NgramJudge(train)
+        self.shipped = ds.LearnedScheduler.from_pretrained(MODEL, subfolder="learned")
         self.prior = token_prior(self.denoiser, facts["max_length"])
         self.features = text_features(self.denoiser, self.prior, learned.BUCKETS, learned.BATCH)
         self.real_features, self.real_seen = self.features(self.real), self.seen(self.real)

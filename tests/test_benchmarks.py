@@ -406,11 +406,11 @@ class TestLearned:
         assert learned.calibrated(Subject(), lambda t: t, 4, 8) == pytest.approx(wanted, abs=0.02)
 
     def test_blocks(self):
-        floats = {"temperature": torch.tensor([0.0, math.log(4.0)]).double(), "top_p": torch.tensor([0.7]).double()}
+        floats = {"temperature": torch.tensor([0.0, math.log(4.0)]).double(), "contrast": torch.tensor([0.3]).double()}
         found = learned.blocks([1, 2, 5], floats)
         assert found["counts"] == [1.0, 2.0, 5.0]
         assert found["inverse_temperature"] == pytest.approx([1, 2, 4])
-        assert found["top_p"] == pytest.approx([0.7] * 3)
+        assert found["contrast"] == pytest.approx([0.3] * 3)
 
 
 class TestSpeed:

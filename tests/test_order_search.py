@@ -106,7 +106,7 @@ def test_the_ring_opens_every_second_position() -> None:
 
 def test_a_ring_of_eight_is_exact_in_four_calls() -> None:
     """From equal groups, sizes and members both learned: one position, the opposite one, those between, the rest. Most starts
-    end beside it (which of equal moves comes first depends on rounding), and all below the 0.0703 of random sets of equal sizes."""
+    end beside it, where depends on rounding, and all below the 0.0703 of random sets of equal sizes."""
     toy = Toy("ising", 8)
     found = []
     for seed in range(4, 8):

@@ -35,7 +35,7 @@ ONLY_FOR: dict[str, dict[str, Any]] = {  # who reads an argument, and what it is
     "block_length": {"learn2pd": None},
     "hidden_units": {"learn2pd": 32},
     "final_share": {"learn2pd": 0.95},
-    "num_epochs": dict.fromkeys(LSD, 20) | {"marginal": 100, "search": 100, "order": 400, "learn2pd": 500},
+    "num_epochs": dict.fromkeys(LSD, 20) | {"marginal": 100, "search": 60, "order": 400, "learn2pd": 500},
     "learning_rate": dict.fromkeys(LSD, 1e-3) | {"marginal": 0.05, "learn2pd": 0.01},
 }
 # What a run may change when it goes on
@@ -132,7 +132,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         type=int,
         default=None,
         help="Gradient steps of `--solver sgd` and of lsd_plus (20), marginal (100) and learn2pd (500); candidates of search "
-        "(100) and order (400).",
+        "(60) and order (400).",
     )
     parser.add_argument("--learning_rate", type=float, default=None, help="1e-3; marginal 0.05, learn2pd 0.01.")
     parser.add_argument(
