@@ -31,7 +31,7 @@ from discrete_schedulers.training.pretrain_images import is_heldout, read_digits
 from discrete_schedulers.training.temperatures import token_prior
 
 FULL = {
-    "budgets": [4, 8],
+    "budgets": [4, 8, 16],
     "reference_budgets": [32],  # of the plain sampler
     "samples": 96,  # for each seed
     "calibration_samples": 32,

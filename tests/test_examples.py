@@ -19,7 +19,7 @@ from datasets import Dataset
 from PIL import Image
 from test_image_pipeline import pipeline
 
-from discrete_schedulers import AncestralScheduler, LSDScheduler
+from discrete_schedulers import AncestralScheduler, DiscreteScheduler, LSDScheduler
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -92,7 +92,7 @@ def test_distill_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     assert printed.count("2 steps: {") == 1
     assert "uploads it without learning again" in printed
-    scheduler = example.load_scheduler(tmp_path / "out")
+    scheduler = DiscreteScheduler.from_pretrained(tmp_path / "out")
     assert len(scheduler.config.coefficients["2"]["order"]) == 64
     for name in ("plot.png", "coefficients.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -242,8 +243,11 @@ def test_sigterm(scripts: dict[str, Script], whole: Callable, tmp_path: Path, na
     """It comes to one process, where it opens, renames or removes a file: all end with 143 and a checkpoint, and go on."""
     script, reference = scripts[name], whole(name, processes)
     given = [*script.arguments, "--output_dir", str(tmp_path / "out"), *script.resume]
-    stopped = 0
-    for event in sorted(random.Random(f"{name} {processes}").sample(range(5, reference.ended.events), KILLS)):
+    stopped, chance, last = 0, random.Random(f"{name} {processes}"), reference.ended.events
+    edges = [
+        5 + (last - 5) * i // KILLS for i in range(KILLS + 1)
+    ]  # one moment in each part: the last files take many events
+    for event in (chance.randrange(*between) for between in itertools.pairwise(edges)):
         ended = start(processes)(script.main, given, tmp_path / "out", Moment(event, signal=signal.SIGTERM))
         require_whole(tmp_path / "out")
         if ended.code == 0:  # nothing but the last files was left to write

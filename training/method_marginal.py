@@ -49,9 +49,11 @@ def marginal(run: Run) -> DiscreteScheduler:
 
 
 def prior_of(run: Run) -> list[float]:
-    """The model's `token_prior`, asked once in a run."""
+    """The model's `token_prior`, asked once in a run: by each process, which counts as one call."""
     if "token_prior" not in run.state:
         prior = token_prior(run.pipe.denoiser, run.length, run.accelerator.device)
+        if not run.accelerator.is_main_process:
+            run.passed.clear()
         run.add_evaluations()  # where processes meet a run may end: what goes together changes behind it
         run.state["token_prior"] = prior
     return run.state["token_prior"]
