@@ -7,7 +7,7 @@ The learned scheduler opens positions in the spread order. How many in each call
 doubling ones, and the optimum of the path-wise bound for this order (`ordered_grid`). A contrast, the same in all calls, and
 the inverse temperatures of the first and last call, on a line between them, are found by CMA-ES. Both by
 `marginal.two_sample_statistic` on how rare the tokens are, hashed pairs, and the fluency under the frozen network
-(`temperatures.text_features`). All is learned anew for each seed, on data that the model was trained on: some to search,
+(`features.text_features`). All is learned anew for each seed, on data that the model was trained on: some to search,
 others to choose. `spread-grid` has the counts of the first seed without the floats; `spread-contrast` and `random-contrast`
 have a contrast that was set by hand, and nothing learned. `shipped` is what a model brings: floats of `distill.py --method
 search`.
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import discrete_schedulers as ds
 from discrete_schedulers.denoisers import Denoiser
 from discrete_schedulers.evaluation import unigram_entropy
+from discrete_schedulers.training.features import text_features
 from discrete_schedulers.training.jump_steps import jump_your_steps, share_cross_entropy, token_gain
 from discrete_schedulers.training.marginal import (
     Coefficients,
@@ -49,7 +50,6 @@ from discrete_schedulers.training.ordered_grid import (
     spread_ranks,
 )
 from discrete_schedulers.training.search import evolve, judged
-from discrete_schedulers.training.temperatures import text_features
 
 BATCH = 32  # sequences in one call of the network
 SEARCH_START = {"contrast": [0.2], "temperature": [0.0, 0.0]}  # logarithms of the first and last inverse temperature
@@ -72,7 +72,7 @@ class Subject(Protocol):
         denoiser (`Denoiser`): The network for `train`, without a class.
         base (`dict`): What every scheduler needs to know.
         curve (`list[float]`): The bundled information curve.
-        prior (`list[float]`): `temperatures.token_prior`.
+        prior (`list[float]`): `features.token_prior`.
         shipped (`LearnedScheduler`, *optional*): What `distill.py` has learned for it, for all seeds the same.
         train (`torch.Tensor` of shape `(n, L)`): Data to learn on.
         entropy (`float`): Of real data.

@@ -26,9 +26,9 @@ from torch import Tensor
 
 import discrete_schedulers as ds
 from discrete_schedulers import RowLogits
+from discrete_schedulers.training.features import token_prior
 from discrete_schedulers.training.marginal import ngram_features, two_sample_statistic
 from discrete_schedulers.training.pretrain_images import is_heldout, read_digits
-from discrete_schedulers.training.temperatures import token_prior
 
 FULL = {
     "budgets": [4, 8, 16],

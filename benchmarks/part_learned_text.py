@@ -26,8 +26,8 @@ from torch import Tensor
 import discrete_schedulers as ds
 from discrete_schedulers.evaluation import NgramJudge, generative_perplexity
 from discrete_schedulers.training.data import pack
+from discrete_schedulers.training.features import text_features, token_prior
 from discrete_schedulers.training.marginal import ngram_features, two_sample_statistic
-from discrete_schedulers.training.temperatures import text_features, token_prior
 
 FULL = {
     "budgets": [4, 8, 16],
