@@ -375,7 +375,8 @@ def test_the_order_and_the_plans_of_a_search_are_the_nearest_ones(
     assert method_marginal.best_plans(run, loss) == best
     expected = {"spread": {"2": [2, 6], "4": [2, 2, 2, 2]}, "random": {"2": [3, 5], "4": [1, 1, 2, 4]}}[best]
     assert run.state["plans"] == {"order": best, "counts": expected}
-    assert ([4, 4] in [counts for _, counts in tried]) and len(tried) == (12 if orders == "best" else 6)
+    assert [4, 4] in [counts for _, counts in tried]
+    assert len(tried) == (12 if orders == "best" else 6)
     assert method_marginal.best_plans(run, loss) == best  # remembered
     assert len(tried) == (12 if orders == "best" else 6)
 
