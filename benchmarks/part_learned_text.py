@@ -77,6 +77,7 @@ class Text:
         self.judge = NgramJudge(train)
         self.shipped = ds.LearnedScheduler.from_pretrained(MODEL, subfolder="learned")
         self.prior = token_prior(self.denoiser, facts["max_length"])
+        self.classes, self.orders = None, ("spread",)
         self.features = text_features(self.denoiser, self.prior, learned.BUCKETS, learned.BATCH)
         self.real_features, self.real_seen = self.features(self.real), self.seen(self.real)
 

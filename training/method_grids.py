@@ -20,7 +20,12 @@ from discrete_schedulers.training.jump_steps import (
     share_cross_entropy,
 )
 from discrete_schedulers.training.objectives import draw_noise
-from discrete_schedulers.training.ordered_grid import optimal_ordered_counts, ordered_information, spread_ranks
+from discrete_schedulers.training.ordered_grid import (
+    exchangeable,
+    optimal_ordered_counts,
+    ordered_information,
+    spread_ranks,
+)
 from discrete_schedulers.training.run import BETA_RANGE, Run, absorbing
 
 RESOLUTION = 1024  # points of a grid that JYS, the exact optimum and the Beta schedule are sought on
@@ -64,9 +69,7 @@ def ordered_counts(run: Run, data: Tensor, order: Order) -> dict[int, list[int]]
     asked = data[share.start :: share.step], ranks[share.start :: share.step], run.mask_token_id
     own = ordered_information(run.denoiser, *asked, run.args.train_batch_size, measured_starts(run.length, most))
     table = run.reduce(len(share) * own) / len(data)
-    if order == "random":  # what is known does not depend on which position is asked
-        table = (table.sum(1) / torch.arange(run.length, 0, -1))[:, None].expand_as(table).triu()
-    counts = optimal_ordered_counts(table, most)
+    counts = optimal_ordered_counts(exchangeable(table) if order == "random" else table, most)
     return {steps: counts[steps - 1] for steps in run.args.num_inference_steps}
 
 
