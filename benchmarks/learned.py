@@ -6,10 +6,10 @@ too, beside its own. The metrics of a seed's samples are the part's.
 The learned scheduler opens positions in the spread order, on images in that or the random one, whichever is better. How many in
 each call is chosen among three plans: equally many, doubling ones, and the optimum of the path-wise bound for this order
 (`ordered_grid`). A contrast, the same in all calls, and the inverse temperatures of the first and last call, on a line between
-them, are found by CMA-ES. All of it by `marginal.two_sample_statistic` on what `features.text_features` or `image_features` see;
-none of the metrics. All is learned anew for each seed, on data that the model was trained on: some to search, others to choose.
-`spread-grid` has the order and counts of the first seed without the floats; `spread-contrast` and `random-contrast` have a
-contrast that was set by hand, and nothing learned. `shipped` is what a model brings: floats of `distill.py --method
+them, are found by CMA-ES. All of it by `marginal.two_sample_statistic` on what `features.text_features` or `image_features`
+see, none of the metrics. All is learned anew for each seed, on data that the model was trained on: some to search, others to
+choose. `spread-grid` has the order and counts of the first seed without the floats; `spread-contrast` and `random-contrast`
+have a contrast that was set by hand, and nothing learned. `shipped` is what a model brings: floats of `distill.py --method
 search`.
 
 Budgets are calls of the network. theta-trapezoidal makes two in a step; the entropy bound is tuned until its mean number of
