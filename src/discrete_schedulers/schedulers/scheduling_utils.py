@@ -201,6 +201,7 @@ class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
     chooses_by_logits = False
     draws_latent = False
     opens_by_chance = False
+    grid_blocks: tuple[str, ...] = ("times",)  # of `coefficients`: those that can be its grid
     learned_block: str | None = None  # the block of `coefficients` without which a budget cannot be run
     learned_knobs: Mapping[str, str] = {}  # numbers of the constructor that can be learned for each step: see `ALLOWED`
 
@@ -214,12 +215,17 @@ class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in diffusers, which passes over an argument that the class does not have. Of [`DiscreteScheduler`] itself, as its
-        `from_pretrained`, it gives the class that the config names.
+        `from_pretrained`, it gives the class that the config names. A learned grid that only the other class has
+        ([`LearnedScheduler`]'s counts) stays behind, and is there again on the way back.
 
         Raises:
             ValueError: If there is such an argument, or the config names no scheduler of this version.
         """
         if not inspect.isabstract(cls):
+            if isinstance(config, Mapping) and config.get("_class_name") != cls.__name__ and "grid" not in kwargs:
+                blocks = {name for budget in (config.get("coefficients") or {}).values() for name in budget}
+                if "counts" in blocks and "times" not in blocks and config.get("grid") in ("learned", "uniform", None):
+                    config = {**config, "grid": "learned" if "counts" in cls.grid_blocks else "uniform"}
             return super().from_config(config, return_unused_kwargs, **kwargs)
         kind = config.get("_class_name") if isinstance(config, Mapping) else None
         known = {c.__name__: c for c in cls._get_compatibles()}
