@@ -219,9 +219,9 @@ def test_speeds_in_sentences() -> None:
         times = {name: result["reference"]["seconds"] / row["seconds"] for name, row in result["ours"].items()}
         fixed = ("ancestral, counts", "ancestral, bernoulli", "Euler", "tau-leaping", "LSD", "remasking")
         assert min(times[f"{name}; all"] for name in fixed) > 3000
-        assert all(170 < times[f"{name}; all"] < 250 for name in ("confidence", "threshold"))
+        assert min(times[f"{name}; all"] for name in ("confidence", "threshold")) > 180
     assert "less than 1/3,000 of the time of the usual dense draw where the plan is fixed" in SENTENCES
-    assert "about 1/200 where all masks are ranked" in SENTENCES
+    assert "about 1/200 or less where all masks are ranked by confidence" in SENTENCES
 
 
 def test_costs_in_sentences() -> None:
