@@ -503,9 +503,10 @@ def test_forms_that_name_no_scheduler(build: Callable[[dict[str, Any]], Any], na
 
 def test_a_pipeline_refuses_what_is_not_for_tokens() -> None:
     pipe = our_pipeline("absorbing")
-    pipe.scheduler = diffusers.DDIMScheduler()
+    before = pipe.scheduler
     with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler; it must be one of discrete_schedulers' own"):
-        pipe(length=LENGTH)
+        pipe.scheduler = diffusers.DDIMScheduler()
+    assert pipe.scheduler is before
     with pytest.raises(ValueError, match=r"of diffusers' for tokens as ForeignScheduler\(...\)"):
         DiscreteDiffusionPipeline(tiny_model(), diffusers.AmusedScheduler(MASK))
     with pytest.raises(ValueError, match="`process` is 'absorbing'; diffusers' DiscreteDDIMScheduler is for uniform"):
