@@ -65,6 +65,13 @@ def require_ours(scheduler: Any) -> None:
     )
 
 
+def for_this_model(scheduler: Any, facts: Any) -> Any:
+    """A scheduler; one of diffusers' for tokens as a [`ForeignScheduler`], where `facts` say enough of the model."""
+    if isinstance(scheduler, tuple(FOREIGN)) and isinstance(facts, Mapping) and {*SCHEDULER_FACTS} <= {*facts}:
+        return ForeignScheduler(scheduler, **{key: facts[key] for key in SCHEDULER_FACTS})
+    return scheduler
+
+
 def no_object(name: str, value: str) -> ValueError:
     """What to say of a component that is given by its name."""
     return ValueError(f"`{name}` is the text {value!r}; it must be the object, which its from_pretrained loads")
@@ -183,7 +190,11 @@ def check_count(name: str, value: Any, most: int | None = None) -> None:
 
 
 def check_device(device: torch.device) -> None:
-    """Raises `ValueError` if a device has no float64, which laws and draws are in."""
+    """Raises `ValueError` if a device has no values, or no float64, which laws and draws are in."""
+    if device.type == "meta":
+        raise ValueError(
+            "`pipe` is on 'meta', where weights have no values: it must be loaded anew, on 'cpu' or 'cuda'"
+        )
     if device.type == "mps":
         raise ValueError("`pipe` is on 'mps', which has no float64: laws and draws need it. Move it to 'cpu' or 'cuda'")
 
@@ -269,10 +280,8 @@ class DiscretePipeline(DiffusionPipeline):
         Raises:
             ValueError: If a scheduler is neither, or the name of a component is given in its place.
         """
-        if name == "scheduler" and isinstance(value, tuple(FOREIGN)):
-            facts = {key: self.config.denoiser[key] for key in SCHEDULER_FACTS}
-            value = ForeignScheduler(value, **facts)
         if name == "scheduler":
+            value = for_this_model(value, self.config.get("denoiser"))
             require_ours(value)
         elif name == "model":
             check_network(value, None)
@@ -290,6 +299,36 @@ class DiscretePipeline(DiffusionPipeline):
             if isinstance(value, str):
                 raise no_object(name, value)
         super().register_modules(**kwargs)
+
+    @classmethod
+    def from_saved(cls, name: str, index: Path, **kwargs: Any) -> Any:
+        """Load what `save_pretrained` has written, and keep what the model was called before: coefficients may be for that.
+
+        Args:
+            name (`str`): Folder or repository.
+            index (`Path`): Its model_index.json.
+            **kwargs: As in `diffusers.DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            ValueError: If model_index.json is not one of this pipeline, or a file is no JSON.
+        """
+        check_index(cls, name, index, kwargs)
+        with named_json_errors(name):
+            pipe = super().from_pretrained(name, **kwargs)
+        held = read_config(index)
+        pipe.register_to_config(_origin=held.get("_origin") or held.get("_name_or_path"))
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """As in diffusers, which leaves networks behind whose class is not named in the constructor."""
+        names = cls._get_signature_keys(cls)[0]
+        networks = {
+            name: part
+            for name, part in pipeline.components.items()
+            if name in names and isinstance(part, torch.nn.Module)
+        }
+        return super().from_pipe(pipeline, **(networks | kwargs))
 
     @classmethod
     def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:
@@ -442,7 +481,7 @@ class DiscretePipeline(DiffusionPipeline):
                 "denoiser={'revealed_logits': 'shadow'} where the network takes `attention_mask` and `position_ids`"
             )
         learned_for, name = self.scheduler.config.get("learned_for"), self.config.get("_name_or_path")
-        if learned_for and name and learned_for.get("base_model") not in (None, name):
+        if learned_for and name and learned_for.get("base_model") not in (None, name, self.config.get("_origin")):
             warnings.warn(
                 f"the scheduler's coefficients were learned for {learned_for['base_model']!r}, this model is {name!r}",
                 stacklevel=4,

@@ -39,11 +39,10 @@ from discrete_schedulers.pipelines.pipeline_base import (
     as_dtype,
     check_count,
     check_facts,
-    check_index,
     check_network,
     class_ids,
+    for_this_model,
     name_of,
-    named_json_errors,
     network_facts,
     network_of,
     require_ours,
@@ -133,6 +132,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         eos_token_id: int | list[int] | None = None,
     ) -> None:
         super().__init__()
+        scheduler = for_this_model(scheduler, denoiser)
         require_ours(scheduler)
         check_network(model, denoiser)
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
@@ -191,9 +191,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
                 raise ValueError(
                     f"{name!r} is of {kind}, for images: load it with DiscreteImagePipeline.from_pretrained"
                 )
-            check_index(cls, name, first, kwargs)
-            with named_json_errors(name):
-                return super().from_pretrained(name, **kwargs)
+            return cls.from_saved(name, first, **kwargs)
         with bundled_folder(name) as folder:
             kind = read_config(Path(folder) / "model_index.json").get("_class_name")
             if kind in IMAGE_PIPELINES:

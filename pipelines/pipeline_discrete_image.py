@@ -38,11 +38,10 @@ from discrete_schedulers.pipelines.pipeline_base import (
     StepCallback,
     as_dtype,
     check_count,
-    check_index,
     check_network,
     class_ids,
+    for_this_model,
     name_of,
-    named_json_errors,
     network_facts,
     one_device,
     require_ours,
@@ -123,6 +122,7 @@ class DiscreteImagePipeline(DiscretePipeline):
         signed_pixels: bool = False,
     ) -> None:
         super().__init__()
+        scheduler = for_this_model(scheduler, denoiser)
         require_ours(scheduler)
         check_network(model, denoiser)
         facts = network_facts(model, scheduler) | dict(denoiser or {})
@@ -172,9 +172,7 @@ class DiscreteImagePipeline(DiscretePipeline):
             if held.get("_class_name") not in (cls.__name__, "DiscreteImagePipeline"):
                 return cls.from_published(name, held, weight_name, **kwargs)
             assert index is not None
-            check_index(cls, name, index, kwargs)
-            with named_json_errors(name):
-                return super().from_pretrained(name, **kwargs)
+            return cls.from_saved(name, index, **kwargs)
         with bundled_folder(name) as folder:
             refuse_texts(name, read_config(Path(folder) / "model_index.json"))
             pipe = super().from_pretrained(folder, **kwargs)
