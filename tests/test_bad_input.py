@@ -44,6 +44,7 @@ from discrete_schedulers import (
     LSDScheduler,
     NetworkDenoiser,
     PatchCodebook,
+    RDLMScheduler,
     RowLogits,
     SpreadScheduler,
     UniformProcess,
@@ -719,6 +720,19 @@ TEXT: dict[str, tuple[dict[str, Any], str]] = {
     "NaN guidance": ({"prompt": "a", "guidance_scale": NAN}, "`guidance_scale` is nan; it must be a finite number"),
     "guidance as text": ({"prompt": "a", "guidance_scale": "x"}, "`guidance_scale` is 'x'; it must be a finite"),
     "no guidance scale": ({"prompt": "a", "guidance_scale": None}, "`guidance_scale` is None; it must be"),
+    "NaN guidance by nothing": ({"guidance_scale": NAN}, "`guidance_scale` is nan; it must be a finite number"),
+    "a schedule of none": (
+        {"prompt": "a", "guidance_schedule": "square"},
+        "`guidance_schedule` is 'square'; allowed: 'constant', 'linear', 'cosine'",
+    ),
+    "a function for a schedule": (
+        {"prompt": "a", "guidance_scale": 2.0, "guidance_schedule": lambda t: t},
+        "`guidance_schedule` is <function .*; a function of t is a `guidance_scale`",
+    ),
+    "two schedules": (
+        {"prompt": "a", "guidance_scale": lambda t: 2.0, "guidance_schedule": "linear"},
+        "`guidance_scale` is a function of t and `guidance_schedule` is 'linear': they cannot both say",
+    ),
     "guidance by nothing": ({"guidance_scale": 2.0}, "`guidance_scale` needs something to be guided by"),
     "classes of none": ({"class_labels": 1}, "`class_labels` were passed, but this model has no classes"),
     "samples as text": ({"num_samples": "2"}, f"`num_samples` is '2'; {COUNT}"),
@@ -841,6 +855,36 @@ PARTS: dict[str, tuple[Callable[[], Any], str, int]] = {
         0,
     ),
     "no scheduler": (lambda: DiscreteDiffusionPipeline(tiny_model(), None), "`scheduler` is a NoneType; .*must be", 0),
+    "a scheduler by its name": (
+        lambda: setattr(tiny_pipeline(), "scheduler", "ddim"),
+        "`scheduler` is the text 'ddim'; it must be one of .*AncestralScheduler.from_config",
+        0,
+    ),
+    "the class of a scheduler": (
+        lambda: setattr(tiny_pipeline(), "scheduler", AncestralScheduler),
+        "`scheduler` is the class AncestralScheduler, not an object of it; it must be",
+        0,
+    ),
+    "a scheduler of points": (
+        lambda: setattr(tiny_pipeline(), "scheduler", RDLMScheduler(4, 3)),
+        "`scheduler` is a RDLMScheduler, whose states are no tokens and which is for RDLMPipeline",
+        0,
+    ),
+    "another model by its name": (
+        lambda: setattr(tiny_pipeline(), "model", "gpt2"),
+        "`model` is 'gpt2'; it must be a torch.nn.Module",
+        0,
+    ),
+    "a tokenizer by its name": (
+        lambda: setattr(tiny_pipeline(), "tokenizer", "gpt2"),
+        "`tokenizer` is the text 'gpt2'; it must be the object, which its from_pretrained loads",
+        0,
+    ),
+    "a tokenizer by its name, from the start": (
+        lambda: DiscreteDiffusionPipeline(tiny_model(), AncestralScheduler(**FACTS), "gpt2"),
+        "`tokenizer` is the text 'gpt2'; it must be the object",
+        0,
+    ),
     "no tokenizer for a prompt": (
         lambda: tiny_pipeline(tokenizer=None)(prompt="the", **RUN),
         "`prompt` or `template` is text, but this pipeline has no tokenizer",
@@ -937,16 +981,20 @@ IMAGES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "0 steps": ({"num_inference_steps": 0}, f"`num_inference_steps` is 0; {COUNT}"),
     "steps as text": ({"num_inference_steps": "4"}, f"`num_inference_steps` is '4'; {COUNT}"),
-    "NaN guidance": ({"guidance_scale": NAN, "class_labels": 1}, r"`guidance_scale` is \[nan\]; allowed are finite"),
+    "NaN guidance": ({"guidance_scale": NAN, "class_labels": 1}, "`guidance_scale` is nan; it must be a finite"),
     "infinite guidance": (
         {"guidance_scale": INF, "class_labels": 1},
-        r"`guidance_scale` is \[inf\]; allowed are finite",
+        "`guidance_scale` is inf; it must be a finite",
     ),
     "guidance as text": (
         {"guidance_scale": "2", "class_labels": 1},
-        r"`guidance_scale` is \['2'\]; allowed are finite",
+        "`guidance_scale` is '2'; it must be a finite",
     ),
     "a schedule of none": ({"guidance_schedule": "square"}, "`guidance_schedule` is 'square'; allowed: 'constant'"),
+    "two schedules": (
+        {"class_labels": 1, "guidance_scale": lambda t: 2.0, "guidance_schedule": "linear"},
+        "`guidance_scale` is a function of t and `guidance_schedule` is 'linear': they cannot both say",
+    ),
     "a picture by its name": (painted(image="cat.png"), "`image` has 'cat.png'; allowed are PIL pictures"),
     "a number for a picture": (painted(image=5), "`image` has 5; allowed are PIL pictures"),
     "no pictures": (painted(image=[]), "`image` has no entries; allowed are PIL pictures"),
@@ -1439,7 +1487,7 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "a dtype that is none, of a pipeline": ("pipe", {"dtype": "float33"}, "`torch_dtype` is 'float33'; allowed: torch"),
     "whole numbers": ("family", {"torch_dtype": torch.int64}, "`torch_dtype` is torch.int64; allowed: torch.float32"),
     "a device that is none": ("family", {"device_map": "tpu9"}, "`device_map` is 'tpu9'; allowed: a device"),
-    "a name for a scheduler": ("family", {"scheduler": "x"}, "`scheduler` is a str; it must be"),
+    "a name for a scheduler": ("family", {"scheduler": "x"}, "`scheduler` is the text 'x'; it must be"),
     "a list of facts": ("family", {"denoiser": [1]}, r"`denoiser` has \[1\]; it must be a dict"),
 }
 

@@ -567,9 +567,8 @@ def test_length_must_be_known() -> None:
             AncestralScheduler(**FACTS, noise_schedule="cosine"),
             "noise_schedule 'cosine', but the model has 'loglinear'",
         ),
-        (DDIMScheduler(), "`scheduler` is a DDIMScheduler"),
     ],
-    ids=["vocabulary", "mask", "process", "noise", "foreign"],
+    ids=["vocabulary", "mask", "process", "noise"],
 )
 def test_scheduler_that_does_not_fit(scheduler: Any, message: str) -> None:
     pipe = tiny_pipeline()
@@ -585,7 +584,9 @@ def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         pipe(length=4, num_inference_steps=1)
 
 
-def test_foreign_scheduler_at_construction() -> None:
+def test_a_scheduler_of_numbers_is_refused() -> None:
+    with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler"):
+        tiny_pipeline().scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler"):
         DiscreteDiffusionPipeline(tiny_model(), DDIMScheduler())
 
@@ -613,6 +614,37 @@ def test_coefficients_of_another_model(tmp_path: Path) -> None:
             pipe(**arguments)
         unnamed = tiny_pipeline(LSDScheduler(**FACTS, **learned, learned_for={"base_model": "someone/else"}))
         unnamed(**arguments)
+
+
+def test_coefficients_move_with_their_model(tmp_path: Path) -> None:
+    """A saved pipeline is the model it was: no warning in its copy, nor in that one's. Another model warns."""
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    pipe = DiscreteDiffusionPipeline.from_pretrained(tmp_path / "base")
+    learned = {"coefficients": {"2": {"scale": [1.0, 1.0]}}, "learned_for": {"base_model": str(tmp_path / "base")}}
+    pipe.scheduler = LSDScheduler(**FACTS, **learned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for name in ("copy", "copy of the copy"):
+            pipe.save_pretrained(tmp_path / name)
+            pipe = DiscreteDiffusionPipeline.from_pretrained(tmp_path / name)
+            pipe.set_progress_bar_config(disable=True)
+            pipe(length=4, num_inference_steps=2)
+    tiny_pipeline(LSDScheduler(**FACTS, **learned)).save_pretrained(tmp_path / "other")
+    other = DiscreteDiffusionPipeline.from_pretrained(tmp_path / "other")
+    with pytest.warns(UserWarning, match="learned for .*base', this model is"):
+        other(length=4, num_inference_steps=2)
+
+
+def test_from_pipe_takes_the_network_along() -> None:
+    pipe = tiny_pipeline()
+    again = DiscreteDiffusionPipeline.from_pipe(pipe)
+    assert again.model is pipe.model
+    assert again.config.denoiser == pipe.config.denoiser
+
+
+def test_a_device_without_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="`pipe` is on 'meta', where weights have no values: it must be loaded anew"):
+        tiny_pipeline().to("meta")(length=4, num_inference_steps=2)
 
 
 def test_step_budget_that_was_not_learned() -> None:

@@ -318,8 +318,13 @@ def test_schedulers_load_by_the_name_of_a_bundled_model() -> None:
     assert dict(own.config) == dict(AncestralScheduler.from_pretrained(folder).config)
     with pytest.raises(ValueError, match=r"'discrete-schedulers/huge-text' is not bundled; bundled: .*tiny-text"):
         AncestralScheduler.from_pretrained("discrete-schedulers/huge-text")
-    with pytest.raises(OSError, match=r"no file named scheduler_config\.json"):
+    where = "in the subfolder 'other' of 'discrete-schedulers/tiny-text'; pass `subfolder`: 'learned' or 'scheduler'"
+    with pytest.raises(OSError, match=rf"no file named scheduler_config\.json {where}$"):
         AncestralScheduler.from_pretrained("discrete-schedulers/tiny-text", subfolder="other")
+    with pytest.raises(
+        OSError, match=r"json in 'discrete-schedulers/tiny-text'; pass `subfolder`: 'learned' or 'scheduler'$"
+    ):
+        AncestralScheduler.from_pretrained("discrete-schedulers/tiny-text")
 
 
 @pytest.fixture(scope="module")

@@ -627,7 +627,8 @@ def test_from_config_goes_through_every_class_and_back(case: SchedulerCase) -> N
             continue
         other = other_class.from_config(scheduler.config)
         for name in set(inspect.signature(other_class.__init__).parameters) & set(own_config(scheduler)):
-            assert other.config[name] == scheduler.config[name], name
+            stays_behind = name == "grid" and case.name == "learned-counts" and other_class is not case.cls
+            assert other.config[name] == ("uniform" if stays_behind else scheduler.config[name]), name
         assert own_config(case.cls.from_config(other.config)) == own_config(scheduler)
 
 
