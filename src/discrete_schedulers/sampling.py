@@ -223,7 +223,7 @@ def uniforms(
     if len(generator) != shape[0]:
         raise ValueError(f"`generator` is a list of {len(generator)}, but the batch has {shape[0]} rows: one per row")
     rows = [torch.rand(shape[1:], generator=g, device=g.device, dtype=dtype).to(device) for g in generator]
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.empty(shape, dtype=dtype, device=device)
 
 
 def gumbels(shape: tuple[int, ...], generator: Generators, device: torch.device | str) -> Tensor:
