@@ -339,6 +339,10 @@ CONSTRUCTORS: dict[str, tuple[dict[str, Any], str]] = {
         {"coefficients": {"2": {"times": [1, 1, 0]}}},
         f"{LEARNED}: 'times' must fall strictly from 1 to 0",
     ),
+    "a time without noise": (
+        {"coefficients": {"3": {"times": [1, 0.5, 1e-17, 0]}}},
+        "for 3 steps: 'times' has 1e-17; before the 0 at its end allowed are numbers from 9e-16",
+    ),
     "rising times": ({"coefficients": {"3": {"times": [1, 0.2, 0.5, 0]}}}, "for 3 steps: 'times' must fall strictly"),
     "times that start late": (
         {"coefficients": {"2": {"times": [0.9, 0.5, 0]}}},
@@ -442,6 +446,10 @@ OWN: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: learned_step({"counts": [1e300, 1e-300]}, grid="learned"),
         "'counts' that give times .*must fall strictly",
     ),
+    "counts that leave no noise": (
+        lambda: learned_step({"counts": [1, 2.5e-16]}, grid="learned"),
+        "'counts' that give times .*must fall strictly, to 0 from 9e-16 or more",
+    ),
     "learned for masks": (
         lambda: LearnedScheduler(V, process="uniform", coefficients={"2": {"rate": [1.0, 1.0]}}),
         "'rate' is for masks; with uniform noise there are allowed|with uniform noise allowed are",
@@ -528,7 +536,11 @@ PROCESSES: dict[str, tuple[Callable[[AbsorbingProcess | UniformProcess], Any], s
         lambda p: p.posterior(IDS, LAW, 0.3, 0.6),
         "`t` is 0.3 and `s` is 0.6; .*needs 0 <= s <= t",
     ),
-    "a posterior from 0": (lambda p: p.posterior(IDS, LAW, 0.0, 0.0), "`t` is 0.0 and `s` is 0.0; .*needs .*t > 0"),
+    "a posterior from 0": (
+        lambda p: p.posterior(IDS, LAW, 0.0, 0.0),
+        "`t` is 0.0 and `s` is 0.0; .*needs .*t >= 9e-16",
+    ),
+    "a posterior from no noise": (lambda p: p.posterior(IDS, LAW, 1e-17, 0.0), "`t` is 1e-17 and .*needs .*t >= 9e-16"),
     "a posterior to -1": (lambda p: p.posterior(IDS, LAW, 0.5, -1.0), "`t` is -1.0; a time is a number"),
     "a posterior of another V": (
         lambda p: p.posterior(IDS, LAW[..., 1:], 0.6, 0.3),
@@ -539,7 +551,7 @@ PROCESSES: dict[str, tuple[Callable[[AbsorbingProcess | UniformProcess], Any], s
         r"`p_0` has shape \(2, 7, 6\); it must",
     ),
     "a posterior of wrong ids": (lambda p: p.posterior(IDS - 1, LAW, 0.6, 0.3), "`x_t` has ids from -1 to -1; allowed"),
-    "a rate at 0": (lambda p: p.reverse_rate(IDS, LAW, 0.0), "`t` is 0.0 and `s` is 0.0; .*needs .*t > 0"),
+    "a rate at 0": (lambda p: p.reverse_rate(IDS, LAW, 0.0), "`t` is 0.0 and `s` is 0.0; .*needs .*t >= 9e-16"),
     "a rate of another V": (lambda p: p.reverse_rate(IDS, LAW[..., 1:], 0.5), r"`p_0` has shape \(2, 8, 5\); it must"),
     "a rate of wrong ids": (lambda p: p.reverse_rate(IDS + 9, LAW, 0.5), "`x_t` has ids from 9 to 9; allowed"),
 }
