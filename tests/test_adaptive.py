@@ -333,6 +333,11 @@ def test_pc_sampler_by_hand() -> None:
     assert first([rare, common, rarest], token_frequencies=None, position_decay=0.0) == [1]  # confidence alone
     assert first([rare, common, rarest], token_frequencies=None) == [1]  # 0.7, 0.763, 0.582
     assert first([rare, common, rarest], token_frequencies=None, position_decay=0.4) == [0]  # 0.7, 0.657
+    known = build(
+        PCSamplerScheduler, 3, temperature=0.0, token_frequencies=[1.0] * 4
+    )  # all scores are 0: from the left
+    x = torch.tensor([[0, MASK, MASK, MASK]])
+    assert opened(known, logits_of(torch.tensor([[common] * 4])), 0, x)[0] == [1]
 
 
 @pytest.mark.parametrize("block_length", [None, 4])

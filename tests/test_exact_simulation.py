@@ -507,6 +507,16 @@ def test_the_bound_holds_for_every_network(noise_schedule: str) -> None:
     assert (rate.sum(-1) > 0.9 * bound[:, None]).any()  # and is not a loose one
 
 
+def test_laws_of_a_jump_are_those_of_float64() -> None:
+    """Of float32 logits too: the rates of five masks add up to five, as the bound that is asserted wants it."""
+    process, x = AbsorbingProcess(4, 3, "linear"), torch.full((50, 5), 3)
+    logits = torch.randn(50, 5, 4, generator=seeded())
+    moved = exact.jump(
+        process, logits, x, torch.full((50,), 0.5).double(), torch.ones(50).double(), torch.rand(50).double()
+    )
+    assert ((moved != 3).sum(1) == 1).all()
+
+
 def test_number_of_calls() -> None:
     """Poisson with mean L log((1 - alpha_1) / (1 - alpha_delta)) on masks."""
     process = AbsorbingProcess(4, 3, "linear")

@@ -465,6 +465,8 @@ def test_levels_and_interpolation() -> None:
     assert curve.values.tolist() == pytest.approx(expected, abs=1e-12)
     assert curve.standard_error.abs().max() < 1e-12
     assert curve.num_evaluations == 12
+    ends = information_curve(TableDenoiser(table), torch.zeros(3, 11, dtype=torch.int64), 5, num_levels=2)
+    assert ends.values.tolist() == pytest.approx([3.0 - 0.23 * i for i in range(11)], abs=1e-12)
 
 
 def test_all_levels_can_be_asked_for_by_number() -> None:

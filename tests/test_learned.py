@@ -30,6 +30,7 @@ from torch import Tensor
 from discrete_schedulers import (
     AbsorbingProcess,
     AncestralScheduler,
+    ConfidenceScheduler,
     DiscreteScheduler,
     LearnedScheduler,
     LSDScheduler,
@@ -373,11 +374,22 @@ def test_one_token_for_each_step_is_exact_with_a_gate() -> None:
     assert chi_square_z(torch.bincount(state_index(x, 2), minlength=4), joint.p) < 4.5
 
 
+# gate_a, gate_b, and the chance to open: of one half, with 40 for the log-odds of what is certain
+EVEN = (0.0, -0.05, 1 / (1 + math.exp(2)))
+
+
 def test_a_certain_network_opens_at_once_and_extremes_are_finite() -> None:
     logits = torch.full((1, 2, V), -math.inf, dtype=torch.float64)
     logits[..., 0] = 0.0
     masks = torch.full((1, 2), V - 1)
-    for a, b, opens in [(0.0, 100.0, 1.0), (0.0, -100.0, 0.0), (1e6, 0.0, 1.0), (-1e6, 0.0, 0.0), (1e300, 1e300, 1.0)]:
+    for a, b, opens in [
+        (0.0, 100.0, 1.0),
+        (0.0, -100.0, 0.0),
+        (1e6, 0.0, 1.0),
+        (-1e6, 0.0, 0.0),
+        (1e300, 1e300, 1.0),
+        EVEN,
+    ]:
         gate = LearnedScheduler(**FACTS, unmasking="bernoulli", **learned(2, gate_a=[a, a], gate_b=[b, b]))
         gate.set_timesteps(2)
         assert 1 - float(gate.transition(logits, 0, masks)[0, 0, -1]) == pytest.approx(opens, abs=1e-12)
@@ -395,6 +407,8 @@ def test_a_gate_reads_all_masks() -> None:
         gate.step(rows, 0, masks, generator=seeded())
     with pytest.raises(ValueError, match="chooses positions by their logits"):
         sampler_nll_bound(random_denoiser(V), gate, torch.zeros(2, 4, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match="chooses positions by their logits"):
+        sampler_nll_bound(random_denoiser(V), ConfidenceScheduler(**FACTS), torch.zeros(2, 4, dtype=torch.int64), 2)
 
 
 def test_a_bound_is_for_tokens_drawn_once() -> None:

@@ -221,6 +221,13 @@ def test_logits_of_minus_infinity_have_no_gradient() -> None:
     )
     for name, block in expected.items():
         assert torch.allclose(found[name], block, rtol=0, atol=1e-12)
+
+    def steep(coefficients: Coefficients, index: int, logits: Tensor, x_t: Tensor) -> StepLaw:
+        here = (coefficients["log_tau"][0] - given["log_tau"][0].detach()).sqrt()  # 0, with an infinite slope
+        return kernel(coefficients | {"log_tau": coefficients["log_tau"] + here}, index, logits, x_t)
+
+    with pytest.raises(ValueError, match="the gradient is not finite"):
+        score_function_gradient(steep, given, toy.denoiser, paths, times_of(2), weights)
     still = paths[:, :2].clone()
     still[-1] = MASK  # the last step opens all
     with pytest.raises(ValueError, match="a path of probability 0"):

@@ -201,6 +201,9 @@ def test_halves_of_rk2_by_hand() -> None:
     assert second(late[0], 0) == pytest.approx(poisson(rates, 3), abs=1e-12)
     assert second(late[0], 0, TOKEN) == pytest.approx(poisson([0.125, 0.075, 0.05, 0], 3), abs=1e-12)
     assert second(late[1], 0) == pytest.approx([0.275, 0.1, 0.125, 0.5], abs=1e-12)
+    assert late[0].second_chance(0) == pytest.approx(
+        1 - math.exp(-0.5 * (1 + 0.5)), abs=1e-12
+    )  # hazards 2 and 1, halved
 
 
 def bridge(law: Tensor, alpha: dict[str, float], x: int, start: str, end: str) -> Tensor:
