@@ -255,6 +255,7 @@ def test_optimal_counts_ignore_offset_and_scale() -> None:
     values = cubic_curve(64).values
     expected = optimal_counts(curve_of(values), 8)
     assert optimal_counts(curve_of(1e-6 * values + 20), 8) == expected
+    assert optimal_counts(curve_of(1e-12 * values), 8) == expected
 
 
 def test_flat_and_linear_curves_have_even_counts() -> None:

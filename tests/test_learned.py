@@ -246,6 +246,15 @@ def test_top_p_is_one_for_each_step(process: str) -> None:
     ours = LearnedScheduler(**kwargs, top_p=0.5, **learned(top_p=kept))  # the block takes the place of the 0.5
     of_step = [AncestralScheduler(**kwargs, top_p=value) for value in kept]
     assert_equal(ours, of_step[0], change=of_step.__getitem__)
+    assert_equal(LearnedScheduler(**kwargs, **learned(top_p=kept)), of_step[0], change=of_step.__getitem__)
+
+
+def test_a_latent_for_networks_that_read_one() -> None:
+    x = torch.full((3, 4), V - 1)
+    assert LearnedScheduler(**FACTS).model_inputs(0, x, None, seeded()) == {}
+    told = LearnedScheduler(**FACTS, network_latent=True).model_inputs(0, x, None, seeded())
+    assert list(told) == ["latent"]
+    assert torch.equal(told["latent"], torch.rand(3, generator=seeded(), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("noise_schedule", ["loglinear", "linear", "cosine"])
@@ -652,6 +661,7 @@ def test_only_the_blocks_of_a_budget_are_read(tmp_path: Path) -> None:
         (learned(2, remask=[0.0, 1.1]), "'remask' must have fractions"),
         (learned(2, inverse_temperature=[0.0, 1.0]), "'inverse_temperature' must be positive"),
         (learned(2, top_p=[0.0, 1.0]), r"'top_p' has masses of most probable tokens, in \(0, 1\], not \[0.0, 1.0\]"),
+        (learned(2, top_p=[0.5, 1.1]), r"'top_p' has masses of most probable tokens, in \(0, 1\], not \[0.5, 1.1\]"),
         (learned(2, counts=[0.0, 1.0]), "'counts' must be positive"),
         (learned(2, gate_a=[1.0]), "'gate_a' has 1 values, needs 2"),
         (learned(2, order=[]), "'order' has 0 values, needs 1"),

@@ -26,7 +26,7 @@ from discrete_schedulers import (
     SCUDScheduler,
     UniformProcess,
 )
-from discrete_schedulers.scud import EventOrder, JumpKernel, MatrixKernel, poisson_cdf
+from discrete_schedulers.scud import EventOrder, JumpKernel, MatrixKernel, inverse_cdf, poisson_cdf
 
 V, L, MASK = 3, 3, 3
 
@@ -673,12 +673,21 @@ def test_arguments_that_are_refused(kwargs: dict[str, Any], message: str) -> Non
 
 def test_what_a_kernel_remembers() -> None:
     """Of x_0 after the events of t = 1, at least one: by the sum over their number."""
-    process, mean = ordinal(), 4.0 * math.log(1000)
-    matrix, law = dense(process), torch.zeros(V, V, dtype=torch.float64)
-    for count in range(1, 120):
-        law += poisson.pmf(count, mean) / -math.expm1(-mean) * torch.linalg.matrix_power(matrix, count)
-    furthest = max(total_variation(row, process.kernel.prior_law) for row in law)
-    assert process.remembered() == pytest.approx(furthest, rel=1e-6)
+    process = ordinal()
+    matrix, furthest = dense(process), []
+    for mean in (4.0 * math.log(1000), 0.5 * math.log(1000)):
+        law = torch.zeros(V, V, dtype=torch.float64)
+        for count in range(1, 120):
+            law += poisson.pmf(count, mean) / -math.expm1(-mean) * torch.linalg.matrix_power(matrix, count)
+        furthest.append(max(total_variation(row, process.kernel.prior_law) for row in law))
+    assert process.remembered() == pytest.approx(furthest[0], rel=1e-6)
+    with pytest.raises(ValueError, match=f"total variation to the prior {furthest[1]:.2g};"):  # also after few events
+        ordinal(0.5)
+
+
+def test_kernels_and_cumulative_laws_in_float64() -> None:
+    assert MatrixKernel(neighbours(4).float()).prior_law.dtype == torch.float64
+    assert inverse_cdf(torch.tensor([1.0, 2.0]), torch.tensor([0.4, 0.6])).tolist() == [0, 1]  # whatever its sum
 
 
 def test_cumulative_law_of_counts() -> None:

@@ -120,8 +120,11 @@ def test_descent_reaches_the_optimum() -> None:
 def test_a_row_pulls_as_far_as_its_slope() -> None:
     """Two rows that pull in two ways: the steeper one wins. The first step of Adam is the learning rate, whatever the slope."""
     x_0, pulls, slopes = torch.zeros(2, 1), torch.tensor([1.0, -1.0]), torch.tensor([[1.0], [2.0]], dtype=torch.float64)
-    first = next(descend_temperatures(lambda *_: (x_0, slopes), lambda _: pulls.double(), 1, 5, 0.05))
+    first, second = descend_temperatures(lambda *_: (x_0, slopes), lambda _: pulls.double(), 1, 2, 0.05)
     assert first.tolist() == pytest.approx([0.05])
+    assert second.tolist() == pytest.approx([0.05 + 0.5 * 0.0275])  # the mean; halfway down to a tenth of the rate
+    cold = next(descend_temperatures(lambda *_: (x_0, slopes), lambda _: -pulls.double(), 1, 2, 0.05))
+    assert cold.tolist() == pytest.approx([-0.05])
 
 
 def test_fluency_by_hand() -> None:
@@ -142,6 +145,7 @@ def test_fluency_by_hand() -> None:
     certain = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])  # of token 0, whatever stands elsewhere
 
     def apart(x: Tensor, t: float, positions: Tensor) -> RowLogits:
+        assert t == 0.5  # half of the tokens are masked
         return RowLogits(
             torch.stack([certain, 1 - certain, 0 * certain], 1).log().expand(*x.shape, 3)[positions], positions
         )
