@@ -392,6 +392,7 @@ def test_a_number_that_is_none_is_refused(case: SchedulerCase, refuses: Callable
         for shape in ([4], "4x2", [4, -2], 8, [2.0, 4.0]):
             message = rf"`grid_shape` is {re.escape(repr(shape))}; it must be \[height, width\]"
             refuses(lambda shape=shape: case.build(V, grid_shape=shape), message)
+        assert case.build(V, grid_shape=[1, 1]).config.grid_shape == [1, 1]  # the smallest
 
 
 def test_every_block_that_is_read_is_known() -> None:

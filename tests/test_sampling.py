@@ -59,6 +59,14 @@ def subset_counts(subsets: Tensor, allowed: list[frozenset[int]]) -> Tensor:
     return torch.bincount(torch.tensor(rows), minlength=len(allowed))
 
 
+def test_chunks_are_scaled_alike_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = RowLogits.everywhere(torch.randn(2, 3, 5, generator=seeded()))
+    eager = torch.cat([some.clone() for _, some in rows.chunks(None, 2.0)])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(torch.cat([some for _, some in rows.chunks(None, 2.0)]), eager)
+    assert torch.equal(eager, 2 * rows.logits)
+
+
 # Uniforms
 
 
