@@ -152,7 +152,10 @@ def test_amused_in_distillation(pipe: DiscreteImagePipeline) -> None:
     told = pipe.text_conditions(["a hill"], 2, (height, width), 0.0, 0.0, 6.0)
     assert not torch.equal(pipe.denoiser(masked, 0.5, hidden, **told).logits, plain)
     assert torch.isfinite(frozen.features([], 2)(x)).all()
-    assert frozen.example(4) == "pipe('a red boat', guidance_scale=3.0, num_inference_steps=4).images[0].save(\"sample.png\")"
+    assert (
+        frozen.example(4)
+        == "pipe('a red boat', guidance_scale=3.0, num_inference_steps=4).images[0].save(\"sample.png\")"
+    )
 
 
 def test_amused_guided_logits(pipe: DiscreteImagePipeline, amused: AmusedPipeline) -> None:

@@ -3,8 +3,8 @@ r"""Learn the coefficients of a scheduler for a frozen discrete diffusion model,
     accelerate launch training/distill.py --pretrained_model_name_or_path discrete-schedulers/tiny-text \
         --method lsd --num_inference_steps 4 8 16 --output_dir tiny-text-lsd
 
-Methods, each learning floats for every step budget, on the texts that are given (or that the bundled model brings), else on the
-model's own samples:
+Methods, each learning floats for every step budget, on the texts or pictures that are given (or that the bundled model brings),
+else on the model's own samples:
 
     lsd, lsd_plus   a factor on the score for each step; step sizes as well (`--repaired`: an objective whose optimum samples)
     optimal_grid    time grid by dynamic programming on the model's information curve: any number of steps; or that of the
@@ -12,7 +12,8 @@ model's own samples:
     jys             time grid of Jump Your Steps; `--unbiased`: the exact optimum of the part that ancestral steps pay
     beta            a and b of a Beta schedule, by the bound on the information curve
     marginal        an inverse temperature for each step, by gradients on the law of the last samples
-    search          a few floats (`--blocks`) and a plan of counts, without gradients, on the law of the last samples
+    search          an order, a plan of counts and a few floats (`--blocks`), without gradients, on the law of the last samples;
+                    also for uniform noise, with `--plan even --blocks grid temperature_line`
     order           which positions open in which step, by the exact likelihood of the data
     learn2pd        a filter that says which predictions are final: fewer calls than steps
 
