@@ -19,6 +19,7 @@ from discrete_schedulers.bundled import bundled_folder, is_bundled
 from discrete_schedulers.denoisers import Denoiser
 from discrete_schedulers.models.loading import first_file, read_config
 from discrete_schedulers.pipelines.images import decode
+from discrete_schedulers.pipelines.pipeline_base import name_of
 from discrete_schedulers.pipelines.pipeline_discrete_diffusion import IMAGE_PIPELINES
 from discrete_schedulers.training.features import IMAGE_FEATURES, Features, image_features, text_features
 
@@ -65,7 +66,7 @@ class FrozenTexts:
 
     pipe: DiscreteDiffusionPipeline
     length: int
-    noun = "texts"
+    noun = "text"
     num_features = TEXT_FEATURES
 
     @cached_property
@@ -181,6 +182,7 @@ def without_class(pipe: DiscreteDiffusionPipeline | DiscreteImagePipeline) -> De
 
 def is_image_model(name: str, revision: str | None) -> bool:
     """Whether a folder, repository or bundled model is of [`DiscreteImagePipeline`], or of one that it reads."""
+    name = name_of(name)
     if is_bundled(name):
         with bundled_folder(name) as folder:
             index = read_config(Path(folder) / "model_index.json")
