@@ -26,6 +26,7 @@ import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from discrete_schedulers.bundled import is_bundled
 from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
@@ -34,7 +35,7 @@ from discrete_schedulers.guidance import guidance_schedule as scale_over_time
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
 from discrete_schedulers.models import DDiTModel, HollowTransformerModel, LatentModel
 from discrete_schedulers.models.diffusion_gemma import PromptAndCanvas, canvas_length
-from discrete_schedulers.models.loading import check_repo_id, read_config
+from discrete_schedulers.models.loading import check_repo_id, longest_sequence, read_config
 from discrete_schedulers.patience import check_download, patiently
 from discrete_schedulers.processes import check_tokens
 from discrete_schedulers.sampling import Generators
@@ -237,8 +238,20 @@ def network_of(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def network_facts(model: torch.nn.Module, scheduler: DiscreteScheduler) -> dict[str, Any]:
-    """Arguments of [`NetworkDenoiser`] that the scheduler's config and the network's class say."""
+    """Arguments of [`NetworkDenoiser`] that the scheduler's config and the network's class say.
+
+    Raises:
+        ValueError: If a network of transformers cannot read all tokens of the scheduler.
+    """
     facts, model = {name: scheduler.config[name] for name in SCHEDULER_FACTS}, network_of(model)
+    if isinstance(model, PreTrainedModel):
+        facts["max_length"] = longest_sequence(model)
+        embedded = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        if embedded is not None and embedded < facts["vocab_size"]:
+            raise ValueError(
+                f"`scheduler` has vocab_size {facts['vocab_size']}, but the {type(model).__name__} reads {embedded} tokens: it "
+                "must have as many, the mask included (model.resize_token_embeddings)"
+            )
     if isinstance(model, DDiTModel):
         timed = model.config.cond_dim is not None and model.config.time_conditioning
         facts |= {
@@ -347,6 +360,37 @@ class DiscretePipeline(DiffusionPipeline):
             return folder
 
         return patiently(once)
+
+    @property
+    def networks(self) -> list[torch.nn.Module]:
+        """The components that have weights."""
+        return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+
+    @property
+    def device(self) -> torch.device:
+        """As in diffusers, which asks modules for a `device`; plain ones have none, but their tensors do."""
+        if all(hasattr(network, "device") for network in self.networks):
+            return super().device
+        tensors = [tensor for network in self.networks for tensor in (*network.parameters(), *network.buffers())]
+        places = [tensor.device for tensor in tensors] or [torch.device("cpu")]
+        return next((place for place in places if place.type not in ("cpu", "meta")), places[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the first floating weight."""
+        weights = [tensor for network in self.networks for tensor in network.parameters()]
+        return next((tensor.dtype for tensor in weights if tensor.is_floating_point()), torch.float32)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, which asks modules for a `dtype`: it is lent to plain ones, which have none."""
+        plain = [network for network in self.networks if not hasattr(network, "dtype")]
+        try:
+            for network in plain:
+                network.dtype = torch.float32  # type: ignore[assignment]
+            return super().to(*args, **kwargs)
+        finally:
+            for network in plain:
+                del network.dtype
 
     @property
     def denoiser(self) -> NetworkDenoiser:

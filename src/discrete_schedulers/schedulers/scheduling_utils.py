@@ -18,6 +18,7 @@ import math
 import numbers
 import os
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -271,16 +272,16 @@ class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
             OSError: If there is no config, or the Hub cannot be reached.
             ValueError: If it is not the config of a scheduler that this version has, or no such model is bundled.
         """
-        name = str(pretrained_model_name_or_path)
-        if is_bundled(name):
-            with bundled_folder(name) as folder:
-                check_folder(name, Path(folder), kwargs.get("subfolder"))
-                return cls.load_config(folder, *args, **kwargs)
+        name, load = str(pretrained_model_name_or_path), super().load_config
         if Path(name).is_dir():
             check_folder(name, Path(name), kwargs.get("subfolder"))
         try:
-            load = super().load_config
-            loaded = patiently(lambda: load(pretrained_model_name_or_path, *args, **kwargs))
+            if is_bundled(name):
+                with bundled_folder(name) as folder:
+                    check_folder(name, Path(folder), kwargs.get("subfolder"))
+                    loaded = load(folder, *args, **kwargs)
+            else:
+                loaded = patiently(lambda: load(pretrained_model_name_or_path, *args, **kwargs))
             cls.check_loaded(name, loaded[0] if isinstance(loaded, tuple) else loaded)
             return loaded
         except OSError as error:
@@ -292,7 +293,8 @@ class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
 
     @classmethod
     def check_loaded(cls, name: str, config: Any) -> None:
-        """Raises `ValueError` if this is no config, or that of a class which is not here: one of a newer version."""
+        """Raises `ValueError` if this is no config, or that of a class which is not here: one of a newer version. Warns where
+        learned floats are another class's, which may read none of them."""
         if not isinstance(config, Mapping):
             raise ValueError(f"scheduler_config.json of {name!r} holds {config!r}; it must be a JSON object")
         kind, known = config.get("_class_name", cls.__name__), sorted(c.__name__ for c in cls.loadable())
@@ -300,6 +302,12 @@ class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
             raise ValueError(
                 f"scheduler_config.json of {name!r} is of {kind!r}, which this version of discrete_schedulers does not have; "
                 f"known: {', '.join(known)}"
+            )
+        if kind != cls.__name__ and not inspect.isabstract(cls) and config.get("coefficients"):
+            warnings.warn(
+                f"scheduler_config.json of {name!r} holds learned floats of {kind}, of which {cls.__name__} reads those that "
+                "it has too, perhaps none; DiscreteScheduler.from_pretrained gives the class that was saved",
+                stacklevel=5,  # the line that calls from_pretrained
             )
 
     def prepare(self) -> None:
