@@ -645,6 +645,37 @@ def test_values_registered_after_init_survive_from_config(other_class: type[Disc
     assert LSDScheduler.from_config(copied.config).phi(0) == SCALE["1"]["scale"][0]
 
 
+def test_outputs_have_values_as_a_dict_too() -> None:
+    """Also what is worked out only when it is asked for."""
+    scheduler = AncestralScheduler(vocab_size=5, mask_token_id=4, temperature=0.5)
+    scheduler.set_timesteps(2)
+    x = torch.full((1, 3), 4)
+    for read in (lambda output: [value for _, value in output.items()], lambda output: list(output.values())):
+        output = scheduler.step(random_denoiser(5)(x, 1.0), 0, x, generator=seeded())
+        assert [type(value) for value in read(output)] == [
+            Tensor
+        ] * 2  # the sample and the logits that it was drawn with
+
+
+LEAPING = (EulerScheduler, TauLeapingScheduler, LSDScheduler)
+
+
+@pytest.mark.parametrize("cls", LEAPING)
+def test_tables_are_there_before_the_first_step(cls: type[DiscreteScheduler]) -> None:
+    """A compiled step reads them, and has no time to make them."""
+    masked, uniform = cls(vocab_size=5, mask_token_id=4), cls(vocab_size=5, process="uniform")
+    for scheduler in (masked, uniform):
+        scheduler.set_timesteps(3)
+    assert masked.openings.shape == (3,)
+    assert uniform.jumps.shape == (3, 3)
+
+
+def test_no_mask_opens_with_more_than_certainty() -> None:
+    scheduler = LSDScheduler(vocab_size=5, mask_token_id=4, coefficients={"2": {"scale": [3.0, 1.0]}})
+    scheduler.set_timesteps(2)
+    assert scheduler.open_probability(0) == 1  # 3 (1 - 1/2) at the hazard 1
+
+
 def test_the_config_is_detached_from_the_callers_lists() -> None:
     coefficients, curve = copy.deepcopy(SCALE), list(INFORMATION_CURVE)
     scheduler = LSDScheduler(vocab_size=5, mask_token_id=4, coefficients=coefficients, information_curve=curve)
@@ -975,7 +1006,6 @@ def completed(jumps: Tensor, x: Tensor) -> Tensor:
     return jumps / total.clamp(min=1) + own * (1 - total).clamp(min=0)
 
 
-LEAPING = (EulerScheduler, TauLeapingScheduler, LSDScheduler)
 LEAPS = [case for case in CASES if case.cls in LEAPING and case.kwargs.get("noise_schedule") != "cosine"]
 
 
