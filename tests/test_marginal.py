@@ -359,7 +359,7 @@ def test_logistic_regression_is_the_log_ratio_where_features_are_saturated() -> 
     assert torch.allclose(w[0] + features @ w[1:], expected.double(), atol=1e-6)
     separated = fit_logistic(features[:4], features[4:], 1e-2, start)
     assert separated.isfinite().all()
-    some, others = torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[1.0], [1.0], [3.0]])
+    some, others = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[1.0], [1.0], [3.0]])
     w = fit_logistic(
         some, others, 0.5, torch.zeros(2, dtype=torch.float64)
     )  # its slopes are 0, with a penalty on w_1 alone

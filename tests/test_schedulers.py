@@ -676,6 +676,18 @@ def test_no_mask_opens_with_more_than_certainty() -> None:
     assert scheduler.open_probability(0) == 1  # 3 (1 - 1/2) at the hazard 1
 
 
+def test_infinite_rates_are_1e9() -> None:
+    """Linear noise has alpha_1 = 0; and a high power of the score has no other end."""
+    p_0, start = torch.tensor([[[0.25, 0.75, 0.0]]], dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    masked = LSDScheduler(vocab_size=3, mask_token_id=2, noise_schedule="linear")
+    rate = masked.power_rate(torch.tensor([[2]]), p_0, start, 0.5)
+    assert rate.flatten().tolist() == pytest.approx([0.5e9, math.sqrt(0.75) * 1e9, 0.0], rel=1e-12)
+    uniform = LSDScheduler(vocab_size=3, process="uniform", noise_schedule="linear")
+    rate = uniform.power_rate(torch.tensor([[2]]), p_0, 1e-9 * start, 40.0)
+    assert rate.flatten().tolist() == [1e9, 1e9, 0.0]
+    assert float(uniform.noise_process.jump_speed(1.0)) == 1e9
+
+
 def test_the_config_is_detached_from_the_callers_lists() -> None:
     coefficients, curve = copy.deepcopy(SCALE), list(INFORMATION_CURVE)
     scheduler = LSDScheduler(vocab_size=5, mask_token_id=4, coefficients=coefficients, information_curve=curve)

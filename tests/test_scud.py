@@ -687,7 +687,7 @@ def test_what_a_kernel_remembers() -> None:
 def test_kernels_and_cumulative_laws() -> None:
     with pytest.raises(ValueError, match=r"`event_kernel` has shape \(2, 3\); it must be square"):
         MatrixKernel(torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]))
-    assert MatrixKernel(neighbours(4).float()).prior_law.dtype == torch.float64
+    assert MatrixKernel(neighbours(4).float()).squares[0].dtype == torch.float64
     assert inverse_cdf(torch.tensor([1.0, 2.0]), torch.tensor([0.4, 0.6])).tolist() == [0, 1]  # whatever its sum
 
 
