@@ -337,7 +337,8 @@ class Forks:
 def choose(mutant: dict[str, Any], record: dict[str, Any], results: dict[str, Any], cap: float) -> list[str]:
     """Tests that run the mutant's lines, up to `cap` seconds: the quick ones first. The k-th case of a test function counts as
     k times as slow, those in a file named like the module as four times as quick, those that killed mutants of the same
-    module, or even function, as quicker by each. After the first seconds tests run by file, whose fixtures they share."""
+    module, or even function, as quicker by each. After the first seconds tests run by file, whose fixtures they share. What is
+    in no function is near to many tests: it gets four times as many seconds."""
     (first, last), seconds, of_line = mutant["lines"], record["seconds"], record["lines"][mutant["source"]]
     names = {name for line, some in of_line.items() if first <= line <= last for name in some}
     stem = Path(mutant["source"]).stem.removeprefix("scheduling_")
@@ -357,6 +358,7 @@ def choose(mutant: dict[str, Any], record: dict[str, Any], results: dict[str, An
         cases[case] += 1
         cost = cases[case] * seconds[name] / (1 + kills[name]) / (4 if stem in file else 1)
         ranked.append((cost, file, name))
+    cap *= 1 if mutant["is_inside"] else 4
     chosen: list[tuple[str, str]] = []
     total = 0.0
     for _, file, name in sorted(ranked):

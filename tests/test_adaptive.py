@@ -160,6 +160,17 @@ def test_fast_dllm_by_hand(kwargs: dict[str, Any], confidence: list[float], expe
     assert opened(scheduler, confident(confidence), 0, masks(len(confidence))) == [expected]
 
 
+def test_the_last_call_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, asked = build(ThresholdScheduler, 2), []
+    predict = scheduler.predict
+    monkeypatch.setattr(
+        scheduler, "predict", lambda rows, reads, source: asked.append(reads) or predict(rows, reads, source)
+    )
+    for index in (0, 1):
+        scheduler.step(confident([0.5, 0.6]), index, masks(2), generator=seeded())
+    assert asked == [("token_probability",), ()]
+
+
 @pytest.mark.parametrize("rule", ["threshold", "factor"])
 @pytest.mark.parametrize("seed", range(5))
 def test_fast_dllm_by_brute_force(rule: str, seed: int) -> None:

@@ -307,7 +307,7 @@ CONSTRUCTORS: dict[str, tuple[dict[str, Any], str]] = {
     "a curve as text": ({"information_curve": "abc"}, "`information_curve` is 'abc'; it must be a list of numbers"),
     "a curve as a table": ({"information_curve": {"a": 1}}, "`information_curve` is {'a': 1}; it must be a list"),
     "a curve with None": ({"information_curve": [1, None]}, r"`information_curve` is \[1, None\]; it must be a list"),
-    "coefficients as a list": ({"coefficients": [1, 2]}, r"`coefficients` is \[1, 2\]; it must be a dict"),
+    "coefficients as a list": ({"coefficients": [1, 2]}, r"`coefficients` is \[1, 2\]; .* such as {'2': {'times': "),
     "coefficients as text": ({"coefficients": "x"}, "`coefficients` is 'x'; it must be a dict"),
     "a budget that is no number": (
         {"coefficients": {"a": {"times": [1, 0]}}},
@@ -468,7 +468,7 @@ OWN: dict[str, tuple[Callable[[], Any], str]] = {
     "no vocabulary": (lambda: AncestralScheduler(), "`vocab_size` is missing; it must be an integer"),
     "no such argument in a swap": (
         lambda: AncestralScheduler.from_config(AncestralScheduler(V, V - 1).config, temprature=0.5),
-        "`temprature` is no argument of AncestralScheduler; allowed: .*'temperature'",
+        "`temprature` is no argument of AncestralScheduler; allowed: 'vocab_size', 'mask_token_id', .*'temperature'",
     ),
     "no config": (lambda: AncestralScheduler.from_config({}), "`vocab_size` is missing"),
     "a process without a mask": (

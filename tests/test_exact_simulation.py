@@ -515,14 +515,20 @@ def test_the_bound_holds_for_every_network(noise_schedule: str) -> None:
     assert (rate.sum(-1) > 0.9 * bound[:, None]).any()  # and is not a loose one
 
 
-def test_laws_of_a_jump_are_those_of_float64() -> None:
-    """Of float32 logits too: the rates of five masks add up to five, as the bound that is asserted wants it."""
-    process, x = AbsorbingProcess(4, 3, "linear"), torch.full((50, 5), 3)
-    logits = torch.randn(50, 5, 4, generator=seeded())
-    moved = exact.jump(
-        process, logits, x, torch.full((50,), 0.5).double(), torch.ones(50).double(), torch.rand(50).double()
+@pytest.mark.parametrize("process", [AbsorbingProcess(4, 3, "linear"), UniformProcess(4)], ids=["absorbing", "uniform"])
+def test_laws_of_a_jump_are_those_of_float64(
+    process: AbsorbingProcess | UniformProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of logits of any precision."""
+    laws: list[Tensor] = []
+    monkeypatch.setattr(
+        exact, "categorical", lambda logits, u: laws.append(logits.softmax(-1)) or torch.zeros_like(u).long()
     )
-    assert ((moved != 3).sum(1) == 1).all()
+    x, half, bound = torch.tensor([[3, 1, 3]] * 20), torch.full((20,), 0.5).double(), torch.full((20,), 1e3).double()
+    logits = torch.randn(20, 3, 4, generator=seeded())
+    for some in (logits, logits.double()):
+        exact.jump(process, some, x, half, bound, half)
+    torch.testing.assert_close(*laws, rtol=1e-13, atol=0)
 
 
 def test_number_of_calls() -> None:

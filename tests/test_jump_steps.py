@@ -188,6 +188,9 @@ def test_search_inserts_where_a_grid_search_does() -> None:
     jump_your_steps(lambda *times: asked.append(times) or times[1], 4, margin=0.02, resolution=64)
     jump_your_steps(lambda *times: asked.append(times) or -times[1], 4, margin=0.02, resolution=64)
     assert all(t3 + 0.02 <= t2 <= t1 - 0.02 or t1 - t3 < 0.08 for t1, t2, t3 in asked)
+    narrow: list[tuple[float, float, float]] = []
+    jump_your_steps(lambda *times: narrow.append(times) or times[1], 4, margin=0.2)
+    assert all(min(t2 - t3, t1 - t2) > (t1 - t3) / 4 - 1e-12 for t1, t2, t3 in narrow if t1 - t3 < 0.8)
     crowded = jump_your_steps(lambda a, b, d: b, 64, resolution=64)
     assert crowded == grid.flip(0).tolist()
     for wrong in (0, 3, 128):

@@ -340,6 +340,23 @@ def test_what_is_certain_has_no_entropy(dtype: torch.dtype) -> None:
     assert torch.equal(found.probability(torch.ones(401, dtype=torch.int64)), torch.ones(401, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("without", [2, torch.tensor([0, 4])], ids=["a column", "one of each row"])
+def test_what_is_left_out_costs_no_second_look(without: int | Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weight 0 times a logarithm of -inf would be mended, in two more passes."""
+    seen: list[Tensor] = []
+    mean_power = sampling.mean_power
+
+    def noted(powers: Tensor, weights: Tensor) -> Tensor:
+        seen.append(powers.clone())
+        return mean_power(powers, weights)
+
+    monkeypatch.setattr(sampling, "mean_power", noted)
+    rows = RowLogits(torch.randn(2, 5, generator=seeded()), torch.ones(1, 2, dtype=torch.bool))
+    weigh(rows, 1.0, without, with_entropy=True)
+    assert len(seen) == 1
+    assert seen[-1].isfinite().all()
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("width", [5, 700])

@@ -642,7 +642,6 @@ def test_runs_begin_anew() -> None:
     [
         ({"event_kernel": [[0.5, 0.5], [0.5, 0.5]]}, r"`event_kernel` has shape \(2, 2\).*here \(4, 4\)"),
         ({"event_kernel": [0.5, 0.5]}, r"`event_kernel` has shape \(2,\)"),
-        ({"event_kernel": [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]}, r"`event_kernel` has shape \(2, 3\)"),
         ({"event_kernel": (neighbours(4) * 1.01).tolist()}, "`event_kernel` is not stochastic.*1.01"),
         (
             {"event_kernel": (2 * neighbours(4) - torch.eye(4)).tolist()},
@@ -685,8 +684,10 @@ def test_what_a_kernel_remembers() -> None:
         ordinal(0.5)
 
 
-def test_kernels_and_cumulative_laws_in_float64() -> None:
-    assert MatrixKernel(neighbours(4).float()).prior_law.dtype == torch.float64
+def test_kernels_and_cumulative_laws() -> None:
+    with pytest.raises(ValueError, match=r"`event_kernel` has shape \(2, 3\); it must be square"):
+        MatrixKernel(torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]))
+    assert MatrixKernel(neighbours(4).float()).squares[0].dtype == torch.float64
     assert inverse_cdf(torch.tensor([1.0, 2.0]), torch.tensor([0.4, 0.6])).tolist() == [0, 1]  # whatever its sum
 
 
