@@ -41,8 +41,8 @@ from discrete_schedulers.training.features import (
 from discrete_schedulers.training.frozen import FrozenImages, is_image_model, without_class
 
 HEIGHT, WIDTH = 2 * GRID[0], 2 * GRID[1]  # pixels
-PICTURES = 80  # of each class
-SMALL = ["--num_inference_steps", "2", "4", "--num_eval_samples", "24", "--train_batch_size", "32"]
+PICTURES = 150  # of each class
+SMALL = ["--num_inference_steps", "2", "4", "--num_eval_samples", "44", "--train_batch_size", "32"]
 FEW = ["--max_data_samples", "48", "--num_samples", "24", "--num_epochs", "2"]
 METHODS = {
     "search": ["--method", "search", *FEW],
