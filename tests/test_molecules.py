@@ -221,7 +221,9 @@ def bundled() -> DiscreteDiffusionPipeline:
 
 def test_a_prompt_that_is_no_molecule(bundled: DiscreteDiffusionPipeline) -> None:
     """The tokenizer has no token for what is unknown."""
-    with pytest.raises(ValueError, match=r"`prompt` is 'hello', which this model's tokenizer cannot read: .*vocabulary"):
+    with pytest.raises(
+        ValueError, match=r"`prompt` is 'hello', which this model's tokenizer cannot read: .*vocabulary"
+    ):
         bundled("hello", num_inference_steps=2)
 
 
