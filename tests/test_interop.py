@@ -406,6 +406,8 @@ def test_rows_of_theirs_with_generators_of_their_own(name: str) -> None:
     batch = sample([5, 6, 7])
     for row, seed in enumerate([5, 6, 7]):
         assert torch.equal(sample([seed])[0], batch[row])
+    nothing = pipe(template=torch.zeros(0, LENGTH, dtype=torch.int64), num_inference_steps=3, generator=[])
+    assert nothing.sequences.shape == (0, LENGTH)
 
 
 @every_foreign

@@ -54,7 +54,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule, UniformProcess
+from discrete_schedulers.processes import LEAST_TIME, AbsorbingProcess, NoiseSchedule, UniformProcess
 from discrete_schedulers.sampling import (
     Generators,
     RowLogits,
@@ -215,8 +215,11 @@ class LearnedScheduler(FactorisedScheduler):
         if grids != ["counts"]:
             return super().time_grid(num_inference_steps)
         times = times_from_counts(self.noise_process, torch.tensor(blocks["counts"], dtype=torch.float64))
-        if not (times.diff() < 0).all():
-            raise ValueError(f"{where} 'counts' that give times {times.tolist()}, which must fall strictly")
+        if not (times.diff() < 0).all() or times[-2] < LEAST_TIME:
+            raise ValueError(
+                f"{where} 'counts' that give times {times.tolist()}, which must fall strictly, to 0 from {LEAST_TIME:.1g} "
+                "or more"
+            )
         return times
 
     def set_grid(self, times: Tensor, device: torch.device | str | None = None) -> None:

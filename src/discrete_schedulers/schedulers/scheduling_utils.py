@@ -36,7 +36,14 @@ from torch import Tensor
 from discrete_schedulers.bundled import bundled_folder, is_bundled
 from discrete_schedulers.information import InformationCurve, optimal_times
 from discrete_schedulers.patience import out_of_reach, patiently
-from discrete_schedulers.processes import AbsorbingProcess, Process, UniformProcess, check_tokens, indicator
+from discrete_schedulers.processes import (
+    LEAST_TIME,
+    AbsorbingProcess,
+    Process,
+    UniformProcess,
+    check_tokens,
+    indicator,
+)
 from discrete_schedulers.sampling import (
     Generators,
     RowLogits,
@@ -972,6 +979,11 @@ def check_coefficients(coefficients: Coefficients) -> Coefficients:
         times = checked[str(budget)].get("times")
         if times and not (times[0] == 1 and times[-1] == 0 and all(a > b for a, b in pairwise(times))):
             raise ValueError(f"`coefficients` for {budget} steps: 'times' must fall strictly from 1 to 0, not {times}")
+        if times and times[-2] < LEAST_TIME:
+            raise ValueError(
+                f"`coefficients` for {budget} steps: 'times' has {times[-2]}; before the 0 at its end allowed are numbers from "
+                f"{LEAST_TIME:.1g}"
+            )
     return checked
 
 
