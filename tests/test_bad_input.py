@@ -44,12 +44,14 @@ from discrete_schedulers import (
     LSDScheduler,
     NetworkDenoiser,
     PatchCodebook,
+    RDLMScheduler,
     RowLogits,
     SpreadScheduler,
     UniformProcess,
     optimal_counts,
     optimal_times,
 )
+from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers.scheduling_utils import BLOCKS, KINDS, kinds_of_arguments
 from discrete_schedulers.training import distill, pretrain, pretrain_images
 
@@ -244,9 +246,11 @@ STEPS: dict[str, tuple[Callable[[DiscreteScheduler], Any], str]] = {
 }
 
 
-def whole_run(scheduler: DiscreteScheduler, model_output: Any, shape: tuple[int, int] = (B, L)) -> Tensor:
+def whole_run(
+    scheduler: DiscreteScheduler, model_output: Any, shape: tuple[int, int] = (B, L), generator: Generators = None
+) -> Tensor:
     """A run from the prior in which the network always says the same."""
-    generator = seeded()
+    generator = seeded() if generator is None else generator
     x = scheduler.sample_prior(shape, generator)
     for t in scheduler.timesteps:
         scheduler.model_inputs(t, x, None, generator)
@@ -335,6 +339,10 @@ CONSTRUCTORS: dict[str, tuple[dict[str, Any], str]] = {
     "equal times": (
         {"coefficients": {"2": {"times": [1, 1, 0]}}},
         f"{LEARNED}: 'times' must fall strictly from 1 to 0",
+    ),
+    "a time without noise": (
+        {"coefficients": {"3": {"times": [1, 0.5, 1e-17, 0]}}},
+        "for 3 steps: 'times' has 1e-17; before the 0 at its end allowed are numbers from 9e-16",
     ),
     "rising times": ({"coefficients": {"3": {"times": [1, 0.2, 0.5, 0]}}}, "for 3 steps: 'times' must fall strictly"),
     "times that start late": (
@@ -440,6 +448,10 @@ OWN: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: learned_step({"counts": [1e300, 1e-300]}, grid="learned"),
         "'counts' that give times .*must fall strictly",
     ),
+    "counts that leave no noise": (
+        lambda: learned_step({"counts": [1, 2.5e-16]}, grid="learned"),
+        "'counts' that give times .*must fall strictly, to 0 from 9e-16 or more",
+    ),
     "learned for masks": (
         lambda: LearnedScheduler(V, process="uniform", coefficients={"2": {"rate": [1.0, 1.0]}}),
         "'rate' is for masks; with uniform noise there are allowed|with uniform noise allowed are",
@@ -526,7 +538,11 @@ PROCESSES: dict[str, tuple[Callable[[AbsorbingProcess | UniformProcess], Any], s
         lambda p: p.posterior(IDS, LAW, 0.3, 0.6),
         "`t` is 0.3 and `s` is 0.6; .*needs 0 <= s <= t",
     ),
-    "a posterior from 0": (lambda p: p.posterior(IDS, LAW, 0.0, 0.0), "`t` is 0.0 and `s` is 0.0; .*needs .*t > 0"),
+    "a posterior from 0": (
+        lambda p: p.posterior(IDS, LAW, 0.0, 0.0),
+        "`t` is 0.0 and `s` is 0.0; .*needs .*t >= 9e-16",
+    ),
+    "a posterior from no noise": (lambda p: p.posterior(IDS, LAW, 1e-17, 0.0), "`t` is 1e-17 and .*needs .*t >= 9e-16"),
     "a posterior to -1": (lambda p: p.posterior(IDS, LAW, 0.5, -1.0), "`t` is -1.0; a time is a number"),
     "a posterior of another V": (
         lambda p: p.posterior(IDS, LAW[..., 1:], 0.6, 0.3),
@@ -537,7 +553,7 @@ PROCESSES: dict[str, tuple[Callable[[AbsorbingProcess | UniformProcess], Any], s
         r"`p_0` has shape \(2, 7, 6\); it must",
     ),
     "a posterior of wrong ids": (lambda p: p.posterior(IDS - 1, LAW, 0.6, 0.3), "`x_t` has ids from -1 to -1; allowed"),
-    "a rate at 0": (lambda p: p.reverse_rate(IDS, LAW, 0.0), "`t` is 0.0 and `s` is 0.0; .*needs .*t > 0"),
+    "a rate at 0": (lambda p: p.reverse_rate(IDS, LAW, 0.0), "`t` is 0.0 and `s` is 0.0; .*needs .*t >= 9e-16"),
     "a rate of another V": (lambda p: p.reverse_rate(IDS, LAW[..., 1:], 0.5), r"`p_0` has shape \(2, 8, 5\); it must"),
     "a rate of wrong ids": (lambda p: p.reverse_rate(IDS + 9, LAW, 0.5), "`x_t` has ids from 9 to 9; allowed"),
 }
@@ -610,13 +626,17 @@ ODD = {
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_odd_sizes_work(case: SchedulerCase) -> None:
-    """Whole runs end in (B, L) tokens without a mask; with one token beside the mask it is that one everywhere."""
+    """Whole runs end in (B, L) tokens without a mask; with one token beside the mask it is that one everywhere. With a
+    generator for each row as with one."""
     for name, odd in ODD.items():
         changes = {"grid_shape": None} if case.kwargs.get("grid_shape") else {}
         scheduler = stepped(case.build(odd.vocab_size, **changes), odd.steps)
         logits = torch.randn(odd.batch, odd.length, odd.vocab_size, generator=seeded(2), dtype=torch.float64)
-        x = whole_run(scheduler, logits, (odd.batch, odd.length))
-        assert (x.shape, x.dtype) == ((odd.batch, odd.length), torch.int64), name
+        shape = (odd.batch, odd.length)
+        x = whole_run(scheduler, logits, shape)
+        assert (x.shape, x.dtype) == (shape, torch.int64), name
+        each = whole_run(scheduler, logits, shape, [seeded(row) for row in range(odd.batch)])
+        assert (each.shape, each.dtype) == (shape, torch.int64), name
         if case.is_absorbing:
             assert (x != odd.vocab_size - 1).all(), name
         if odd.vocab_size == 2 and case.is_absorbing:
@@ -720,6 +740,19 @@ TEXT: dict[str, tuple[dict[str, Any], str]] = {
     "NaN guidance": ({"prompt": "a", "guidance_scale": NAN}, "`guidance_scale` is nan; it must be a finite number"),
     "guidance as text": ({"prompt": "a", "guidance_scale": "x"}, "`guidance_scale` is 'x'; it must be a finite"),
     "no guidance scale": ({"prompt": "a", "guidance_scale": None}, "`guidance_scale` is None; it must be"),
+    "NaN guidance by nothing": ({"guidance_scale": NAN}, "`guidance_scale` is nan; it must be a finite number"),
+    "a schedule of none": (
+        {"prompt": "a", "guidance_schedule": "square"},
+        "`guidance_schedule` is 'square'; allowed: 'constant', 'linear', 'cosine'",
+    ),
+    "a function for a schedule": (
+        {"prompt": "a", "guidance_scale": 2.0, "guidance_schedule": lambda t: t},
+        "`guidance_schedule` is <function .*; a function of t is a `guidance_scale`",
+    ),
+    "two schedules": (
+        {"prompt": "a", "guidance_scale": lambda t: 2.0, "guidance_schedule": "linear"},
+        "`guidance_scale` is a function of t and `guidance_schedule` is 'linear': they cannot both say",
+    ),
     "guidance by nothing": ({"guidance_scale": 2.0}, "`guidance_scale` needs something to be guided by"),
     "classes of none": ({"class_labels": 1}, "`class_labels` were passed, but this model has no classes"),
     "samples as text": ({"num_samples": "2"}, f"`num_samples` is '2'; {COUNT}"),
@@ -728,6 +761,11 @@ TEXT: dict[str, tuple[dict[str, Any], str]] = {
     "1.5 samples": ({"num_samples": 1.5}, f"`num_samples` is 1.5; {COUNT}"),
     "True samples": ({"num_samples": True}, f"`num_samples` is True; {COUNT}"),
     "no samples": ({"num_samples": None}, f"`num_samples` is None; {COUNT}"),
+    "no templates": ({"template": []}, r"`template` is \[\]; it must be a text or a list of texts, at least one"),
+    "latents of no rows": (
+        {"latents": torch.zeros(0, 4, dtype=INT)},
+        r"`latents` has shape \(0, 4\); it must have one",
+    ),
     "length of 0": ({"length": 0}, "`length` is 0; allowed are 1 to 32"),
     "length below 0": ({"length": -3}, "`length` is -3; allowed are 1 to 32"),
     "length of the model and one": ({"length": 33}, "`length` is 33; allowed are 1 to 32"),
@@ -842,6 +880,36 @@ PARTS: dict[str, tuple[Callable[[], Any], str, int]] = {
         0,
     ),
     "no scheduler": (lambda: DiscreteDiffusionPipeline(tiny_model(), None), "`scheduler` is a NoneType; .*must be", 0),
+    "a scheduler by its name": (
+        lambda: setattr(tiny_pipeline(), "scheduler", "ddim"),
+        "`scheduler` is the text 'ddim'; it must be one of .*AncestralScheduler.from_config",
+        0,
+    ),
+    "the class of a scheduler": (
+        lambda: setattr(tiny_pipeline(), "scheduler", AncestralScheduler),
+        "`scheduler` is the class AncestralScheduler, not an object of it; it must be",
+        0,
+    ),
+    "a scheduler of points": (
+        lambda: setattr(tiny_pipeline(), "scheduler", RDLMScheduler(4, 3)),
+        "`scheduler` is a RDLMScheduler, whose states are no tokens and which is for RDLMPipeline",
+        0,
+    ),
+    "another model by its name": (
+        lambda: setattr(tiny_pipeline(), "model", "gpt2"),
+        "`model` is 'gpt2'; it must be a torch.nn.Module",
+        0,
+    ),
+    "a tokenizer by its name": (
+        lambda: setattr(tiny_pipeline(), "tokenizer", "gpt2"),
+        "`tokenizer` is the text 'gpt2'; it must be the object, which its from_pretrained loads",
+        0,
+    ),
+    "a tokenizer by its name, from the start": (
+        lambda: DiscreteDiffusionPipeline(tiny_model(), AncestralScheduler(**FACTS), "gpt2"),
+        "`tokenizer` is the text 'gpt2'; it must be the object",
+        0,
+    ),
     "no tokenizer for a prompt": (
         lambda: tiny_pipeline(tokenizer=None)(prompt="the", **RUN),
         "`prompt` or `template` is text, but this pipeline has no tokenizer",
@@ -886,6 +954,7 @@ FINE: dict[str, tuple[dict[str, Any], Tensor | None, int]] = {
     "all frozen": ({"template": ALL_FROZEN}, ALL_FROZEN, 0),
     "a template of no positions": ({"template": ALL_FROZEN[:, :0]}, ALL_FROZEN[:, :0], 0),
     "a template of no rows": ({"template": ALL_FROZEN[:0]}, ALL_FROZEN[:0], 0),
+    "a generator for each of no rows": ({"template": ALL_FROZEN[:0], "generator": []}, ALL_FROZEN[:0], 0),
     "one position": ({"length": 1}, None, 1),
     "more steps than positions": ({"length": 3, "num_inference_steps": 40}, None, 3),
     "an empty prompt": ({"prompt": "", "length": 4, "num_inference_steps": 1}, None, 1),
@@ -901,7 +970,7 @@ FINE: dict[str, tuple[dict[str, Any], Tensor | None, int]] = {
 def test_the_text_pipeline_accepts(name: str, network_calls: NetworkCalls) -> None:
     """What comes out, and after how many calls of the network at most."""
     arguments, expected, calls = FINE[name]
-    output = tiny_pipeline()(**({"num_inference_steps": 2} | arguments), generator=seeded())
+    output = tiny_pipeline()(**({"num_inference_steps": 2, "generator": seeded()} | arguments))
     assert network_calls.number == output.num_model_calls <= calls
     assert expected is None or torch.equal(output.sequences, expected)
     assert (output.sequences != MASK).all()
@@ -925,6 +994,7 @@ IMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "no class in a list": ({"class_labels": [None]}, r"`class_labels` is \[None\]; allowed are an integer"),
     "classes in uneven lists": ({"class_labels": [[0], [1, 2]]}, r"`class_labels` is \[\[0\], \[1, 2\]\]; allowed are"),
     "no classes": ({"class_labels": torch.zeros(0, dtype=INT)}, "'classes' .*allowed: one, or all as many"),
+    "0 images": ({"num_images_per_prompt": 0}, f"`num_images_per_prompt` is 0; {COUNT}"),
     "-1 images": ({"num_images_per_prompt": -1}, f"`num_images_per_prompt` is -1; {COUNT}"),
     "1.5 images": ({"num_images_per_prompt": 1.5}, f"`num_images_per_prompt` is 1.5; {COUNT}"),
     "height as text": ({"height": "8"}, "`height` is '8'; it must be a multiple of 2"),
@@ -938,16 +1008,20 @@ IMAGES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "0 steps": ({"num_inference_steps": 0}, f"`num_inference_steps` is 0; {COUNT}"),
     "steps as text": ({"num_inference_steps": "4"}, f"`num_inference_steps` is '4'; {COUNT}"),
-    "NaN guidance": ({"guidance_scale": NAN, "class_labels": 1}, r"`guidance_scale` is \[nan\]; allowed are finite"),
+    "NaN guidance": ({"guidance_scale": NAN, "class_labels": 1}, "`guidance_scale` is nan; it must be a finite"),
     "infinite guidance": (
         {"guidance_scale": INF, "class_labels": 1},
-        r"`guidance_scale` is \[inf\]; allowed are finite",
+        "`guidance_scale` is inf; it must be a finite",
     ),
     "guidance as text": (
         {"guidance_scale": "2", "class_labels": 1},
-        r"`guidance_scale` is \['2'\]; allowed are finite",
+        "`guidance_scale` is '2'; it must be a finite",
     ),
     "a schedule of none": ({"guidance_schedule": "square"}, "`guidance_schedule` is 'square'; allowed: 'constant'"),
+    "two schedules": (
+        {"class_labels": 1, "guidance_scale": lambda t: 2.0, "guidance_schedule": "linear"},
+        "`guidance_scale` is a function of t and `guidance_schedule` is 'linear': they cannot both say",
+    ),
     "a picture by its name": (painted(image="cat.png"), "`image` has 'cat.png'; allowed are PIL pictures"),
     "a number for a picture": (painted(image=5), "`image` has 5; allowed are PIL pictures"),
     "no pictures": (painted(image=[]), "`image` has no entries; allowed are PIL pictures"),
@@ -1440,7 +1514,7 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "a dtype that is none, of a pipeline": ("pipe", {"dtype": "float33"}, "`torch_dtype` is 'float33'; allowed: torch"),
     "whole numbers": ("family", {"torch_dtype": torch.int64}, "`torch_dtype` is torch.int64; allowed: torch.float32"),
     "a device that is none": ("family", {"device_map": "tpu9"}, "`device_map` is 'tpu9'; allowed: a device"),
-    "a name for a scheduler": ("family", {"scheduler": "x"}, "`scheduler` is a str; it must be"),
+    "a name for a scheduler": ("family", {"scheduler": "x"}, "`scheduler` is the text 'x'; it must be"),
     "a list of facts": ("family", {"denoiser": [1]}, r"`denoiser` has \[1\]; it must be a dict"),
 }
 
@@ -1566,8 +1640,8 @@ LINES: dict[str, dict[str, str]] = {
         "--resume_from_checkpoint checkpoint": "checkpoint checkpoint is damaged .*delete it",
         "--output_dir file": "--output_dir file is a file; it must be a folder",
         "--pretrained_model_name_or_path no/where/at": "is 'no/where/at'; there is no such folder",
-        "--pretrained_model_name_or_path u": "`--pretrained_model_name_or_path` is a uniform-noise model; .* are for masked",
-        "--pretrained_model_name_or_path discrete-schedulers/tiny-image": "tiny-image' is of .*, for images: load it",
+        "--pretrained_model_name_or_path u": "`--pretrained_model_name_or_path` 'u' has uniform noise, .*--method search",
+        "--pretrained_model_name_or_path discrete-schedulers/tiny-x": "'discrete-schedulers/tiny-x' is not bundled; ",
         "--push_to_hub --hub_model_id a/b/c": "--hub_model_id: .*'a/b/c'",
         "--wobble": "unrecognized arguments: --wobble",
     },

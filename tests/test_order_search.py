@@ -106,18 +106,23 @@ def test_the_ring_opens_every_second_position() -> None:
 
 def test_a_ring_of_eight_is_exact_in_four_calls() -> None:
     """From equal groups, sizes and members both learned: one position, the opposite one, those between, the rest. Most starts
-    end beside it, where depends on rounding, and all below the 0.0703 of random sets of equal sizes."""
+    end beside it, and all below the 0.0703 of random sets of equal sizes. The ring has many orders of one score: equal ones are
+    rounded to be equal, or where a search ends would depend on the version of torch."""
     toy = Toy("ising", 8)
-    found = []
+    exact, found = exact_score(toy), []
+
+    def score(groups: Groups) -> float:
+        return round(exact(groups), 12)
+
     for seed in range(4, 8):
         start = groups_of(torch.rand(8, generator=seeded(seed)).tolist(), [2, 2, 2, 2])
-        found.append(list(search_order(exact_score(toy), start, 150, seeded(seed)))[-1])
+        found.append(list(search_order(score, start, 150, seeded(seed)))[-1])
     best, value = min(found, key=lambda pair: pair[1])
     assert value < 1e-9
-    assert max(score for _, score in found) < 0.0703
+    assert max(found_score for _, found_score in found) < 0.0703
     assert [len(group) for group in best] == [1, 1, 2, 4]
     assert (best[1][0] - best[0][0]) % 8 == 4
-    scores = [score for _, score in search_order(exact_score(toy), start, 60, seeded(9))]
+    scores = [value for _, value in search_order(score, start, 60, seeded(9))]
     assert scores == sorted(scores, reverse=True)
 
 

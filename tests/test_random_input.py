@@ -200,7 +200,9 @@ def test_any_grid(curve: list[float], steps: int, noise_schedule: str, grid: str
     assert (shares.diff() < 0).all()
 
 
-TIMES = st.one_of(st.floats(allow_nan=True), st.floats(0, 1), st.sampled_from([0.0, 1.0, "x", None]))
+TIMES = st.one_of(
+    st.floats(allow_nan=True), st.floats(0, 1), st.sampled_from([0.0, 1e-17, 2.0**-51, 2.0**-50, 1.0, "x", None])
+)
 
 
 @examples(200)

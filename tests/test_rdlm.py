@@ -461,7 +461,7 @@ def test_pipeline_says_no(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_pipeline_wants_its_scheduler_and_sizes() -> None:
-    with pytest.raises(ValueError, match="needs an RDLMScheduler"):
+    with pytest.raises(ValueError, match="`scheduler` is a AncestralScheduler; this pipeline needs an RDLMScheduler"):
         pipeline(scheduler=AncestralScheduler(5, 4))
     with pytest.raises(ValueError, match="vocab_size 6, but the model has 5"):
         pipeline(scheduler=RDLMScheduler(6, 5))(num_samples=1)

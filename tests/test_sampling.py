@@ -454,6 +454,8 @@ def test_runs() -> None:
 def test_no_rows_draw_nothing() -> None:
     rows = RowLogits(torch.empty(0, 5), torch.zeros(2, 3, dtype=torch.bool))
     assert draw_tokens(rows, seeded()).shape == (0,)
+    nothing = uniforms((0, 3), [], "cpu", torch.float32)
+    assert (nothing.shape, nothing.dtype) == ((0, 3), torch.float32)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -602,7 +602,7 @@ def test_save_and_load_bit_for_bit(case: SchedulerCase, tmp_path: Path) -> None:
 
 def test_odd_floats_survive(tmp_path: Path) -> None:
     n = len(ODD_FLOATS)
-    times = [1.0, *sorted(ODD_FLOATS[:3] + [1 - 2**-53, 0.7], reverse=True), 0.0]
+    times = [1.0, *sorted([0.1, 1 / 3, 2**-50, 1 - 2**-53, 0.7], reverse=True), 0.0]
     coefficients = {str(n): {"scale": ODD_FLOATS, "times": times}}
     scheduler = LSDScheduler(
         vocab_size=5, mask_token_id=4, grid="learned", coefficients=coefficients, information_curve=ODD_FLOATS
@@ -627,7 +627,8 @@ def test_from_config_goes_through_every_class_and_back(case: SchedulerCase) -> N
             continue
         other = other_class.from_config(scheduler.config)
         for name in set(inspect.signature(other_class.__init__).parameters) & set(own_config(scheduler)):
-            assert other.config[name] == scheduler.config[name], name
+            stays_behind = name == "grid" and case.name == "learned-counts" and other_class is not case.cls
+            assert other.config[name] == ("uniform" if stays_behind else scheduler.config[name]), name
         assert own_config(case.cls.from_config(other.config)) == own_config(scheduler)
 
 

@@ -14,16 +14,13 @@ from toys import toy_joint
 
 from discrete_schedulers import AbsorbingProcess, LearnedScheduler
 from discrete_schedulers.sampling import RowLogits
+from discrete_schedulers.training.features import fluency, rarity, text_features, token_prior
 from discrete_schedulers.training.marginal import centred, divergence_weights
 from discrete_schedulers.training.temperatures import (
     BETA_RANGE,
     Rolled,
     descend_temperatures,
-    fluency,
-    rarity,
     roll,
-    text_features,
-    token_prior,
     token_slopes,
     with_temperatures,
 )

@@ -310,8 +310,8 @@ class ForeignScheduler(DiscreteScheduler):
             raise ValueError(
                 f"`generator` is a list of {len(generator)}, but the batch has {len(sample)} rows: one per row"
             )
-        rows = range(len(sample))
-        return torch.cat([self.their_step(b, logits[b, None], index, sample[b, None], generator[b]) for b in rows])
+        moved = [self.their_step(b, logits[b, None], index, sample[b, None], generator[b]) for b in range(len(sample))]
+        return torch.cat([sample[:0], *moved])
 
     def their_step(
         self, number: int, logits: Tensor, index: int, sample: Tensor, generator: torch.Generator | None

@@ -29,6 +29,9 @@ NoiseSchedule: TypeAlias = Literal["loglinear", "linear", "cosine", "geometric"]
 
 LOGLINEAR_EPS = 1e-3  # SEDD, MDLM, RADD, DUO: alpha_1 = eps
 SIGMA_MIN, SIGMA_MAX = 1e-4, 20.0  # SEDD's geometric noise
+LEAST_TIME = (
+    2.0**-50
+)  # 9e-16, to step back from: below that float64 rounds alpha_t to 1, and no noise is left to take away
 
 
 def survival(t: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
@@ -85,8 +88,8 @@ def as_time(t: Tensor | float, device: torch.device | str = "cpu") -> Tensor:
 
 
 def check_step_back(t: Tensor | float, s: Tensor | float) -> None:
-    """Raises `ValueError` if a reverse step does not go from a time t > 0 to a time s <= t; not looked at where the host would
-    have to wait for it."""
+    """Raises `ValueError` if a reverse step does not go from a time t, `LEAST_TIME` or more, to a time s <= t; not looked at
+    where the host would have to wait for it."""
     for name, time in (("t", t), ("s", s)):
         if not isinstance(time, Tensor | numbers.Real):
             raise ValueError(
@@ -98,12 +101,14 @@ def check_step_back(t: Tensor | float, s: Tensor | float) -> None:
         return
     if any(time.dim() for time in times):
         t, s = torch.as_tensor(t, dtype=torch.float64), torch.as_tensor(s, dtype=torch.float64)
-        is_right = bool(((s <= t) & (t > 0)).all())
+        is_right = bool(((s <= t) & (t >= LEAST_TIME)).all())
     else:  # several times as fast
-        is_right = 0 < float(t) >= float(s)
+        is_right = LEAST_TIME <= float(t) >= float(s)
     if not is_right:
         wrong = [time.tolist() if isinstance(time, Tensor) else time for time in (t, s)]
-        raise ValueError(f"`t` is {wrong[0]} and `s` is {wrong[1]}; a reverse step needs 0 <= s <= t and t > 0")
+        raise ValueError(
+            f"`t` is {wrong[0]} and `s` is {wrong[1]}; a reverse step needs 0 <= s <= t and t >= {LEAST_TIME:.1g}"
+        )
 
 
 def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
@@ -221,7 +226,7 @@ class Process(ABC):
         Args:
             x_t (`torch.Tensor` of shape `(B, L)`): Tokens now, int64.
             p_0 (`torch.Tensor` of shape `(B, L, V)`): p(x_0 | x_t) of each position.
-            t (`float` or `torch.Tensor`): Time now, in (0, 1].
+            t (`float` or `torch.Tensor`): Time now, in [2^-50, 1]: before that float64 has no noise to take away.
             s (`float` or `torch.Tensor`): Time next, in [0, t].
 
         Raises:

@@ -223,7 +223,7 @@ def uniforms(
     if len(generator) != shape[0]:
         raise ValueError(f"`generator` is a list of {len(generator)}, but the batch has {shape[0]} rows: one per row")
     rows = [torch.rand(shape[1:], generator=g, device=g.device, dtype=dtype).to(device) for g in generator]
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.empty(shape, dtype=dtype, device=device)
 
 
 def gumbels(shape: tuple[int, ...], generator: Generators, device: torch.device | str) -> Tensor:
@@ -337,8 +337,9 @@ class RowWeights:
     total: Tensor
     found: dict[str, Tensor]
 
-    def at(self, columns: Tensor, part: slice = slice(None), is_raw: bool = False) -> Tensor:
+    def at(self, columns: Tensor, part: slice | None = None, is_raw: bool = False) -> Tensor:
         """The weights in these columns (r, n) of some of the rows, (r, n), from their logits; with `is_raw` of any."""
+        part = slice(None) if part is None else part  # torch 2.6 compiles no function whose default is a slice
         logits = self.rows.entries(columns, part).to(self.shift.dtype)  # a copy, whatever the dtype
         weights = logits.sub_(self.shift[part]).mul_(self.factor).exp2_()
         if self.without is None or is_raw:
@@ -436,7 +437,7 @@ def scanned(
     empty = source.new_empty(0, width, dtype=torch.promote_types(source.dtype, torch.float32))
     shifts, sums = [empty[:, :1]], [block_sums(empty)]
     found = {"power": [source.new_empty(0, dtype=torch.float64)]} if with_entropy else {}
-    found |= {name: [measure(empty, slice(0, 0))] for name, measure in measures.items()}
+    found.update({name: [measure(empty, slice(0, 0))] for name, measure in measures.items()})
     is_raw = shaped is not None or is_shifted  # the logits themselves are needed
     for part, logits in rows.chunks(None, 1.0 if is_raw else factor):
         if isinstance(without, Tensor):

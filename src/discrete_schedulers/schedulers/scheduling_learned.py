@@ -54,7 +54,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from discrete_schedulers.processes import AbsorbingProcess, NoiseSchedule, UniformProcess
+from discrete_schedulers.processes import LEAST_TIME, AbsorbingProcess, NoiseSchedule, UniformProcess
 from discrete_schedulers.sampling import (
     Generators,
     RowLogits,
@@ -122,6 +122,7 @@ class LearnedScheduler(FactorisedScheduler):
     """
 
     revises_tokens = True  # with remasking
+    grid_blocks = ("times", "counts")
 
     @register_to_config
     def __init__(
@@ -204,7 +205,7 @@ class LearnedScheduler(FactorisedScheduler):
         blocks, where = self.blocks(num_inference_steps), f"coefficients for {num_inference_steps} steps have"
         if blocks and not set(blocks) & set(BLOCKS):
             raise ValueError(f"{where} no block of {type(self).__name__}; they have: {sorted(blocks)}")
-        grids = [name for name in ("times", "counts") if name in blocks]
+        grids = [name for name in self.grid_blocks if name in blocks]
         if grids and self.config.grid != "learned":
             raise ValueError(
                 f"{where} '{grids[0]}', which `grid='learned'` reads, but `grid` is {self.config.grid!r}; they must go together"
@@ -214,8 +215,11 @@ class LearnedScheduler(FactorisedScheduler):
         if grids != ["counts"]:
             return super().time_grid(num_inference_steps)
         times = times_from_counts(self.noise_process, torch.tensor(blocks["counts"], dtype=torch.float64))
-        if not (times.diff() < 0).all():
-            raise ValueError(f"{where} 'counts' that give times {times.tolist()}, which must fall strictly")
+        if not (times.diff() < 0).all() or times[-2] < LEAST_TIME:
+            raise ValueError(
+                f"{where} 'counts' that give times {times.tolist()}, which must fall strictly, to 0 from {LEAST_TIME:.1g} "
+                "or more"
+            )
         return times
 
     def set_grid(self, times: Tensor, device: torch.device | str | None = None) -> None:
