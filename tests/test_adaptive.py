@@ -160,6 +160,12 @@ def test_fast_dllm_by_hand(kwargs: dict[str, Any], confidence: list[float], expe
     assert opened(scheduler, confident(confidence), 0, masks(len(confidence))) == [expected]
 
 
+def test_as_sure_as_the_threshold_is_not_enough() -> None:
+    scheduler = build(ThresholdScheduler, 20, temperature=0.0, threshold=0.5)
+    even = [0.5, 0.5, 0.0]
+    assert opened(scheduler, logits_of(torch.tensor([[[0.75, 0.25, 0.0], even, even]])), 0, masks(3)) == [[0]]
+
+
 def test_the_last_call_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, asked = build(ThresholdScheduler, 2), []
     predict = scheduler.predict

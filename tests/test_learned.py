@@ -663,6 +663,7 @@ def test_only_the_blocks_of_a_budget_are_read(tmp_path: Path) -> None:
         (learned(2, top_p=[0.0, 1.0]), r"'top_p' has masses of most probable tokens, in \(0, 1\], not \[0.0, 1.0\]"),
         (learned(2, top_p=[0.5, 1.1]), r"'top_p' has masses of most probable tokens, in \(0, 1\], not \[0.5, 1.1\]"),
         (learned(2, counts=[0.0, 1.0]), "'counts' must be positive"),
+        ({"network_latent": "yes"}, "`network_latent` is 'yes'; it must be True or False"),
         (learned(2, gate_a=[1.0]), "'gate_a' has 1 values, needs 2"),
         (learned(2, order=[]), "'order' has 0 values, needs 1"),
         (learned(2, order=[1.0, math.nan]), "'order' has a value that is not finite"),
