@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from other_device import CAN_RUN, ELSEWHERE, held, with_another_device
+from test_image_pipeline import CLASSES, CODES, FACTS, pipeline
 from tiny import MASK, WORDS, seeded, tiny_model, tiny_pipeline
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from discrete_schedulers import AbsorbingProcess, AncestralScheduler, RowLogits
 from discrete_schedulers.training import distill
 from discrete_schedulers.training.conditional_matching import matching_loss, teacher_draws
 from discrete_schedulers.training.di4c import clean_log_p, di4c_losses, mixture_nll_bound
-from discrete_schedulers.training.frozen import FrozenTexts
+from discrete_schedulers.training.frozen import Frozen, FrozenImages, FrozenTexts
 from discrete_schedulers.training.mdns import denoising_cross_entropy, weighted_samples
 from discrete_schedulers.training.methods import METHODS
 from discrete_schedulers.training.run import Run
@@ -35,8 +36,9 @@ SMALL = {
     "jys": "",
     "marginal": "--num_samples 24 --num_epochs 2 --buckets 3",
     "search": "--num_samples 24 --num_epochs 2",
+    "search images": "--num_samples 24 --num_epochs 2 --guidance_scale 2 --plan even",
 }
-SLOW = ("jys", "marginal", "search")
+SLOW = ("jys", "marginal", "search", "search images")
 
 
 def learned(name: str, device: str) -> Any:
@@ -44,8 +46,15 @@ def learned(name: str, device: str) -> Any:
     given = f"--pretrained_model_name_or_path m --output_dir o --method {name.split()[0]} --num_inference_steps 2 "
     given += f"--train_batch_size 16 {SMALL[name]} " + ("" if "num_samples" in SMALL[name] else "--num_samples 6")
     args = distill.parse_args(given.split())
-    pipe = tiny_pipeline(model=tiny_model(max_length=LENGTH, cond_dim=None)).to(device)
-    pipe.model.requires_grad_(False)
+    base, data, classes = dict(AncestralScheduler(len(WORDS), MASK).config), DATA, None
+    frozen: Frozen
+    if "images" in name:
+        base, classes = dict(AncestralScheduler(**FACTS).config), torch.arange(ROWS) % CLASSES  # as they are loaded
+        frozen = FrozenImages(pipeline().to(device), 24, [], 2.0)
+        data = torch.randint(CODES, (ROWS, frozen.length), generator=seeded(5))
+    else:
+        frozen = FrozenTexts(tiny_pipeline(model=tiny_model(max_length=LENGTH, cond_dim=None)).to(device), LENGTH)
+    frozen.pipe.model.requires_grad_(False)
 
     def alone(x: Tensor, how: str = "") -> Tensor:
         assert x.device.type == torch.device(device).type  # where the process group works
@@ -56,10 +65,7 @@ def learned(name: str, device: str) -> Any:
         **facts, is_main_process=True, reduce=alone, gather=alone, print=lambda told: None
     )
     state: dict[str, Any] = {"coefficients": {}, "evaluations": 0}
-    base = dict(AncestralScheduler(len(WORDS), MASK).config)
-    run = Run(
-        args, accelerator, FrozenTexts(pipe, LENGTH), base, DATA.to(device), state, {}, lambda scheduler: None, {}
-    )
+    run = Run(args, accelerator, frozen, base, data.to(device), state, {}, lambda scheduler: None, {}, classes)
     with torch.enable_grad():
         config = dict(METHODS[args.method](run).config)
     return {key: config.get(key) for key in ("coefficients", "information_curve", "filter", "threshold")}

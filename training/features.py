@@ -80,7 +80,7 @@ def fluency(
     found = []
     for start in range(0, len(x), batch_size):
         part = slice(start, start + batch_size)
-        told = {} if classes is None else {"class_labels": classes[part]}
+        told = {} if classes is None else {"class_labels": classes[part].to(x.device)}
         means = []
         for j in (0, 1):
             hidden = (half == j).expand(x[part].shape)
