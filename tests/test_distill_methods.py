@@ -29,6 +29,7 @@ from discrete_schedulers import (
 from discrete_schedulers.evaluation import sampler_nll_bound
 from discrete_schedulers.information import curve_of, expected_nll, optimal_counts
 from discrete_schedulers.processes import AbsorbingProcess
+from discrete_schedulers.sampling import RowLogits
 from discrete_schedulers.training import arguments, distill, method_marginal
 from discrete_schedulers.training.data import Texts, load_texts, pack
 from discrete_schedulers.training.frozen import FrozenTexts
@@ -379,6 +380,11 @@ def test_the_order_and_the_plans_of_a_search_are_the_nearest_ones(
     assert len(tried) == (12 if orders == "best" else 6)
     assert method_marginal.best_plans(run, loss) == best  # remembered
     assert len(tried) == (12 if orders == "best" else 6)
+    optimal = {order: {str(steps): plan for steps, plan in plans.items()} for order, plans in bound.items()}
+    run.state = {"optimal": optimal}  # of a run that was killed among the plans: the bound is not measured again
+    monkeypatch.setattr(method_marginal, "ordered_counts", None)
+    assert method_marginal.best_plans(run, loss) == best
+    assert run.state == {"plans": {"order": best, "counts": expected}}
 
 
 def test_the_counts_of_the_smallest_bound_for_an_order() -> None:
@@ -404,6 +410,35 @@ def test_the_counts_of_the_smallest_bound_for_an_order() -> None:
     for steps in BUDGETS:
         plans = [p for p in itertools.product(range(1, LENGTH), repeat=steps) if sum(p) == LENGTH]
         assert price(tuple(found[steps])) == pytest.approx(min(map(price, plans)), abs=1e-9)
+
+
+def test_a_process_without_sequences_changes_no_counts() -> None:
+    """With more processes than sequences, where not all of the bound is measured."""
+    length = 72
+
+    def denoiser(x: torch.Tensor, t: float, positions: torch.Tensor) -> RowLogits:
+        likely = torch.tensor([3.0 * (1 - t), 0.0, 0.0])  # what is known helps
+        return RowLogits(likely.expand(int(positions.sum()), 3), positions)
+
+    shares: list[torch.Tensor] = []
+
+    def found(rank: int, processes: int) -> dict[int, list[int]]:
+        args = SimpleNamespace(seed=3, num_inference_steps=[4], train_batch_size=4)
+        run: Any = SimpleNamespace(args=args, base={}, length=length, mask_token_id=2, denoiser=denoiser)
+        run.share = lambda count: range(rank, count, processes)
+
+        def reduce(own: torch.Tensor) -> torch.Tensor:
+            shares.append(own)
+            return sum(shares[-processes:], torch.zeros_like(own))
+
+        run.reduce = reduce
+        return ordered_counts(run, torch.zeros(1, length, dtype=torch.int64), "spread")
+
+    alone = found(0, 1)
+    shares.clear()
+    found(0, 2)
+    assert found(1, 2) == alone
+    assert len(alone[4]) == 4
 
 
 @pytest.mark.slow

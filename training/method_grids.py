@@ -68,7 +68,8 @@ def ordered_counts(run: Run, data: Tensor, order: Order) -> dict[int, list[int]]
     share, most = run.share(len(data)), max(run.args.num_inference_steps)
     asked = data[share.start :: share.step], ranks[share.start :: share.step], run.mask_token_id
     own = ordered_information(run.denoiser, *asked, run.args.train_batch_size, measured_starts(run.length, most))
-    table = run.reduce(len(share) * own) / len(data)
+    own = len(share) * own if share else torch.zeros_like(own)  # not 0 * inf, where a process has nothing
+    table = run.reduce(own) / len(data)
     counts = optimal_ordered_counts(exchangeable(table) if order == "random" else table, most)
     return {steps: counts[steps - 1] for steps in run.args.num_inference_steps}
 

@@ -133,7 +133,11 @@ def search(run: Run) -> DiscreteScheduler:
     settings = search_settings(run, prior)
     process = AncestralScheduler.from_config(run.base).noise_process
     judges = [sample_judge(run, prior, purpose, half) for half, purpose in enumerate((SEARCHED, CHOSEN))]
-    count_once(run, "judged")
+    if "judged" in run.state:
+        run.passed.clear()  # counted before the run was killed
+    else:
+        run.add_evaluations()
+        run.state["judged"] = True
 
     def verdicts(steps: int, key: str, which: int, settings: dict[str, Any]) -> Callable[[Coefficients], Verdict]:
         """What the judge of half of the data says of floats in these steps, remembered under a key."""
@@ -210,32 +214,25 @@ def best_plans(run: Run, loss: Callable[[Order, int, int, list[int]], float]) ->
     if "plans" not in run.state:
         orders: list[Order] = ["spread", "random"] if args.order == "best" else [args.order]
         found: dict[Order, tuple[float, dict[str, list[int]]]] = {}
+        optimal = run.state.setdefault("optimal", {})  # by order and steps
         for order in orders:
-            optimal = ordered_counts(run, run.data[::2][:CURVE_SEQUENCES], order)
-            count_once(run, f"counts {order}")
+            if order not in optimal:
+                of_bound = ordered_counts(run, run.data[::2][:CURVE_SEQUENCES], order)
+                run.add_evaluations()
+                optimal[order] = {str(steps): plan for steps, plan in of_bound.items()}
             total, counts = 0.0, {}
             for steps in args.num_inference_steps:
-                plans = [*(make(run.length, steps) for make in PLANS), optimal[steps]]
+                plans = [*(make(run.length, steps) for make in PLANS), optimal[order][str(steps)]]
                 losses = [loss(order, steps, number, plan) for number, plan in enumerate(plans)]
                 total += min(losses)
                 counts[str(steps)] = plans[losses.index(min(losses))]
             found[order] = total, counts
         best = min(found, key=lambda order: found[order][0])
         run.state["plans"] = {"order": best, "counts": found[best][1]}
+        del run.state["optimal"]
         run.accelerator.print(f"order: {best}, " + ", ".join(f"{k} {total:.3f}" for k, (total, _) in found.items()))
         run.save(None)
     return run.state["plans"]["order"]
-
-
-def count_once(run: Run, key: str) -> None:
-    """Count the calls of the network since the last time as evaluations, but for those that the same run, before it was killed,
-    has made and counted."""
-    counted = run.state.setdefault("counted", [])
-    if key in counted:
-        run.passed.clear()
-    else:
-        run.add_evaluations()
-        counted.append(key)
 
 
 def sample_judge(run: Run, prior: list[float], purpose: int, half: int) -> Callable[[DiscreteScheduler, int], Verdict]:

@@ -165,12 +165,9 @@ class Run:
     def numbers(self, key: str) -> Callable[[Callable[[], list[float]]], list[float]]:
         """A memory of what a search measures, for a run that was killed: a function that runs the work it is given and keeps
         the numbers, or returns those that the same search has had in this place before. All processes have to give the same.
-
-        Calls of the network between the last `add_evaluations` and this one are counted with the first numbers.
         """
-        kept = self.state.setdefault("numbers", {}).setdefault(key, [])
-        if kept:
-            self.passed.clear()
+        every = self.state.setdefault("numbers", {})
+        kept = every.setdefault(key, [])
         asked = itertools.count()
 
         def measured(work: Callable[[], list[float]]) -> list[float]:
@@ -179,7 +176,7 @@ class Run:
                 found = work()
                 self.add_evaluations()
                 kept.append(found)  # no call and no meeting of processes in between: SIGTERM would part them
-                if len(kept) % NUMBERS_BETWEEN_CHECKPOINTS == 0:
+                if sum(map(len, every.values())) % NUMBERS_BETWEEN_CHECKPOINTS == 0:
                     self.save(None)
             return kept[place]
 
