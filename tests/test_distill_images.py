@@ -5,18 +5,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from huggingface_hub import ModelCard
 from PIL import Image
 from scipy.fft import dctn
 from test_distill import FINISHED, do_not_draw, interrupt, launch
-from test_image_pipeline import CLASSES, FACTS, GRID, LENGTH, MASK, shades, tiny_network
+from test_image_pipeline import CLASSES, FACTS, GRID, LENGTH, MASK, shades, tiny_network, tiny_vq
 from tiny import WORDS, tiny_model, tiny_pipeline
 from torch import Tensor
 
@@ -29,6 +34,7 @@ from discrete_schedulers import (
 )
 from discrete_schedulers.sampling import RowLogits
 from discrete_schedulers.training import distill
+from discrete_schedulers.training.data import load_pictures, middle_of, tokens_of
 from discrete_schedulers.training.features import (
     IMAGE_FEATURES,
     LOWEST,
@@ -39,6 +45,7 @@ from discrete_schedulers.training.features import (
     without,
 )
 from discrete_schedulers.training.frozen import FrozenImages, is_image_model, without_class
+from discrete_schedulers.training.run import Run
 
 HEIGHT, WIDTH = 2 * GRID[0], 2 * GRID[1]  # pixels
 PICTURES = 150  # of each class
@@ -159,9 +166,9 @@ def test_noise_in_the_place_of_masks() -> None:
 # Whole runs
 
 
-def tiny_images(num_classes: int | None = CLASSES) -> DiscreteImagePipeline:
+def tiny_images(num_classes: int | None = CLASSES, decoder: Any = None) -> DiscreteImagePipeline:
     pipe = DiscreteImagePipeline(
-        tiny_network(num_classes), AncestralScheduler(**FACTS), shades(), denoiser={"grid_shape": GRID}
+        tiny_network(num_classes), AncestralScheduler(**FACTS), decoder or shades(), denoiser={"grid_shape": GRID}
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -273,6 +280,56 @@ def test_stopped_and_resumed(
     }
 
 
+def test_drawn_data_are_counted_once(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM while the samples to measure on are drawn: those to fit on are drawn again, and count once."""
+    seen: list[int] = []
+
+    def stop(run: Run) -> None:
+        seen.append(run.state["evaluations"])
+        raise KeyboardInterrupt
+
+    def asked_to_stop(run: Run, purpose: int, numbers: range, steps: int) -> tuple[Tensor, Tensor]:
+        if numbers.start == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return samples(run, purpose, numbers, steps)
+
+    samples = Run.samples
+    monkeypatch.setitem(distill.METHODS, "optimal_grid", stop)
+    given = ["--pretrained_model_name_or_path", str(work / "model"), "--output_dir", str(tmp_path / "out")]
+    given += ["--method", "optimal_grid", "--num_samples", "3", "--num_eval_samples", "2"]
+    given += ["--resume_from_checkpoint", "latest"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "samples", asked_to_stop)
+        with pytest.raises(SystemExit):
+            distill.main(given)
+    assert list((tmp_path / "out").glob("checkpoint-*"))
+    with pytest.raises(KeyboardInterrupt):
+        distill.main(given)
+    assert seen == [3 * LENGTH]  # one token a call
+
+
+def test_every_sixteen_numbers_are_kept_whatever_they_are_of() -> None:
+    accelerator: Any = SimpleNamespace(num_processes=1, device="cpu", reduce=lambda own, how: own)
+    saved: list[int] = []
+    frozen: Any = None
+    args: Any = None
+    run = Run(
+        args,
+        accelerator,
+        frozen,
+        {},
+        None,
+        {"evaluations": 0},
+        {},
+        lambda _: saved.append(len(run.state["numbers"])),
+        {},
+    )
+    for number in range(35):
+        assert run.numbers(f"plan {number}")(lambda number=number: [number]) == [number]
+    assert saved == [16, 32]
+    assert run.numbers("plan 3")(lambda: [-1.0]) == [3]  # remembered
+
+
 @pytest.mark.slow
 def test_two_processes_learn_the_same(finished: Callable, work: Path, tmp_path: Path) -> None:
     metrics, _ = finished("search")
@@ -339,6 +396,7 @@ def test_search_on_uniform_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             "times": int(steps) + 1,
         }
     assert all("nll" not in row for row in metrics["table"])
+    assert [row["sampler"] for row in metrics["table"]] == ["ancestral", "search"] * 2
     pipe = DiscreteDiffusionPipeline.from_pretrained(tmp_path / "model")
     pipe.scheduler = scheduler
     assert pipe(num_samples=2, num_inference_steps=4, output_type="pt").sequences.shape == (2, 6)
@@ -350,7 +408,9 @@ def test_search_on_uniform_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_uniform_noise_has_no_masks_to_plan(tmp_path: Path) -> None:
     uniform_texts(6).save_pretrained(tmp_path / "model")
     model = ["--pretrained_model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
-    for wrong in (["--method", "optimal_grid"], ["--method", "search"], ["--method", "search", "--plan", "even"]):
+    search = ["--method", "search"]
+    even = [*search, "--plan", "even"]
+    for wrong in (["--method", "optimal_grid"], search, even, [*even, "--blocks", "grid", "--order", "random"]):
         with pytest.raises(ValueError, match=r"has uniform noise.* --plan even --blocks inverse_temperature") as error:
             distill.main([*model, *wrong])
         assert "contrast" not in str(error.value)
@@ -369,7 +429,8 @@ def test_uniform_noise_has_no_masks_to_plan(tmp_path: Path) -> None:
             ["--train_data_dir", "pictures", "--image_column", "label"],
             "`--image_column` 'label' has int; it must be pic",
         ),
-        (["--train_data_dir", "four", "--class_column", "label"], "has classes from 0 to 3; this model has 3"),
+        (["--train_data_dir", "four", "--class_column", "label"], "'label' has 3; allowed are integers from 0 to 2"),
+        (["--sequence_length", "1"], "`--sequence_length` is for models of texts"),
     ],
 )
 def test_arguments_that_are_not_for_this_model(work: Path, tmp_path: Path, change: list[str], told: str) -> None:
@@ -410,6 +471,154 @@ def test_arguments_that_contradict_each_other(
     with pytest.raises(SystemExit):
         distill.parse_args(["--pretrained_model_name_or_path", "m", "--output_dir", str(tmp_path / "out"), *change])
     assert told in capsys.readouterr().err
+
+
+def test_guidance_needs_something_to_guide_by(tmp_path: Path) -> None:
+    tiny_images(None).save_pretrained(tmp_path / "model")
+    args = loading(tmp_path / "model", "--method", "search", "--guidance_scale", "2")
+    with pytest.raises(ValueError, match=r"`--guidance_scale` is 2.0; .* has neither classes nor a text encoder"):
+        distill.load_model(args, Accelerator())
+
+
+def loading(model: Path, *given: str) -> Any:
+    return distill.parse_args(["--pretrained_model_name_or_path", str(model), "--output_dir", "out", *given])
+
+
+def test_a_scale_of_zero_and_half_precision(tmp_path: Path) -> None:
+    """No guidance is 1, and 0 leaves out the class; the network alone is in half precision."""
+    tiny_images(decoder=tiny_vq()).save_pretrained(tmp_path / "model")
+    args = loading(tmp_path / "model", "--method", "search", "--guidance_scale", "0", "--mixed_precision", "bf16")
+    frozen = distill.load_model(args, Accelerator())
+    assert isinstance(frozen, FrozenImages)
+    assert frozen.guidance_scale == 0
+    assert {value.dtype for value in frozen.pipe.model.parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in frozen.pipe.decoder.parameters()} == {torch.float32}
+    x, _ = frozen.draw(range(3), 2, numbered(3))
+    assert frozen.pixels(x).dtype == torch.float32
+    seen = frozen.features([], 2)(x, frozen.classes_of(range(3)))
+    assert seen.shape == (3, IMAGE_FEATURES)
+    assert seen.dtype == torch.float64
+    assert seen.isfinite().all()
+    plain = distill.load_model(loading(tmp_path / "model", "--method", "search"), Accelerator())
+    assert isinstance(plain, FrozenImages)
+    assert plain.guidance_scale == 1
+
+
+# Pictures as they come
+
+
+def reading(**changes: Any) -> Any:
+    """Arguments of `load_pictures` and `tokens_of`."""
+    none = dict.fromkeys(["train_data_dir", "dataset_name", "dataset_config", "class_column"])
+    sizes = {"max_data_samples": 50, "num_eval_samples": 10, "train_batch_size": 4}
+    return SimpleNamespace(**(none | sizes | {"image_column": "image"} | changes))
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({}, "could not be read as a folder of pictures"),
+        ({"notes.txt": b"x"}, "could not be read as a folder of pictures"),
+        ({"test/a.png": None, "test/b.png": None}, r"has the splits \['test'\]; it needs 'train'"),
+        ({"a.png": None}, "none to measure on: ten or more are needed"),
+        ({f"{i}.png": b"no picture" for i in range(12)}, "could not be read: cannot identify"),
+    ],
+)
+def test_folders_without_enough_pictures(tmp_path: Path, files: dict[str, bytes | None], told: str) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        if content is None:
+            Image.new("L", (WIDTH, HEIGHT)).save(folder / name)
+        else:
+            (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=told) as error:
+        load_pictures(reading(train_data_dir=str(folder)), tiny_images())
+    assert "dataset_name" not in str(error.value)
+
+
+def split_of(pictures: list[Any], **columns: Any) -> Any:
+    return datasets.Dataset.from_dict({"image": pictures} | columns).cast_column("image", datasets.Image())
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (list("abcd"), "has 'a'; allowed are integers from 0 to 2"),
+        ([0, None, 1, 2], "has None; allowed"),
+        ([[0, 1]] * 4, r"has \[0, 1\]; allowed"),
+        ([0.0, 1.0, 2.0, 0.0], "has 0.0; allowed"),
+        ([0, 1, -1, 2], "has -1; allowed"),
+    ],
+)
+def test_classes_that_are_none(values: list[Any], told: str) -> None:
+    split = split_of([Image.new("L", (WIDTH, HEIGHT))] * 4, kind=values)
+    with pytest.raises(ValueError, match=f"`--class_column` 'kind' {told}"):
+        tokens_of(split, reading(class_column="kind"), tiny_images(), 4)
+    with pytest.raises(ValueError, match=r"`--class_column` is 'kind'; this model has no classes"):
+        tokens_of(split, reading(class_column="kind"), tiny_images(None), 4)
+
+
+def test_classes_of_a_class_label() -> None:
+    split = split_of([Image.new("L", (WIDTH, HEIGHT))] * 3, kind=["c", "a", "b"])
+    split = split.cast_column("kind", datasets.ClassLabel(names=["a", "b", "c"]))
+    _, classes = tokens_of(split, reading(class_column="kind"), tiny_images(), 3)
+    assert classes is not None
+    assert classes.tolist() == [2, 0, 1]
+    assert classes.dtype == torch.int64
+    switches = split_of([Image.new("L", (WIDTH, HEIGHT))] * 2, kind=[False, True])
+    assert tokens_of(switches, reading(class_column="kind"), tiny_images(), 2)[1].dtype == torch.int64
+
+
+def test_pictures_of_any_size_and_kind() -> None:
+    """White is the last code, whatever the picture is made of."""
+    grey = [Image.new("L", (WIDTH, HEIGHT), 255), Image.new("1", (7, 31), 1), Image.new("L", (1, 90), 255)]
+    colour = [Image.new("RGB", (50, 9), "white"), Image.new("RGBA", (5, 5), "white"), Image.new("CMYK", (9, 9), 0)]
+    palette = Image.new("RGB", (12, 40), "white").convert("P")
+    x, classes = tokens_of(split_of([*grey, *colour, palette]), reading(), tiny_images(), 50)
+    assert classes is None
+    assert x.tolist() == [[MASK - 1] * LENGTH] * 7
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"), [(None, "has NoneType; it must be pictures"), (Image.new("F", (WIDTH, HEIGHT)), "of mode 'F'")]
+)
+def test_the_picture_that_is_wrong_is_named(wrong: Any, told: str) -> None:
+    pictures = [Image.new("L", (WIDTH, HEIGHT))] * 2
+    split = [{"image": one} for one in (*pictures, wrong)]
+    with pytest.raises(ValueError, match=f"`--image_column` 'image' has .*{told}|{told}"):
+        tokens_of(Rows(split), reading(), tiny_images(), 3)
+
+
+class Rows(list):
+    """A split whose pictures are as they are given."""
+
+    column_names = ("image",)
+
+    def select(self, places: list[int]) -> Rows:
+        return Rows(self[place] for place in places)
+
+    def __getitem__(self, key: Any) -> Any:
+        return {"image": [self[place]["image"] for place in key]} if isinstance(key, list) else super().__getitem__(key)
+
+
+@pytest.mark.parametrize(
+    ("size", "aspect", "expected"),
+    [
+        ((1, 100), 1.0, (1, 1)),
+        ((100, 1), 1.0, (1, 1)),
+        ((7, 10), 1.0, (7, 7)),
+        ((10, 10), 1.5, (10, 7)),
+        ((1, 9), 3, (1, 1)),
+    ],
+)
+def test_the_middle_has_the_size_it_should(size: tuple[int, int], aspect: float, expected: tuple[int, int]) -> None:
+    picture = Image.new("L", size)
+    picture.putpixel(((size[0] - 1) // 2, (size[1] - 1) // 2), 255)
+    middle = middle_of(picture, aspect)
+    assert middle.size == expected
+    assert middle.getextrema()[1] == 255
 
 
 def test_pictures_are_not_for_a_model_of_texts(tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         "--order",
         choices=["random", "spread", "best"],
         default=None,
-        help="marginal (spread), jys, beta, optimal_grid (random), search: best is that of both whose samples are nearer.",
+        help="In which positions open; marginal: spread; jys, beta, optimal_grid: random; search: best, that of both whose "
+        "samples are nearer, and with --plan even spread.",
     )
     parser.add_argument(
         "--blocks",

@@ -102,18 +102,24 @@ def load_pictures(args: argparse.Namespace, pipe: DiscreteImagePipeline) -> Pict
     to measure on are of the split `validation` or `test`; without either, every tenth one.
 
     Raises:
-        ValueError: If the dataset lacks a named column or a split `train`, or a class is none of the model's.
+        ValueError: If the folder has no pictures, or the dataset lacks a named column or a split `train`, or a class is none
+            of the model's.
     """
     from datasets import load_dataset
 
+    named = f"`--dataset_name` {args.dataset_name!r}"
     if args.train_data_dir is not None:
-        data = load_dataset("imagefolder", data_dir=args.train_data_dir)
+        named = f"`--train_data_dir` {args.train_data_dir!r}"
+        try:
+            data = load_dataset("imagefolder", data_dir=args.train_data_dir)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{named} could not be read as a folder of pictures: {error}") from error
     elif args.dataset_name is not None:
         data = load_dataset(args.dataset_name, args.dataset_config)
     else:
         return None
     if "train" not in data:
-        raise ValueError(f"`--dataset_name` {args.dataset_name!r} has the splits {list(data)}; it needs 'train'")
+        raise ValueError(f"{named} has the splits {list(data)}; it needs 'train'")
     train, count = data["train"], len(data["train"])
     heldout = next((data[name] for name in ("validation", "test") if name in data and len(data[name])), None)
     if heldout is None:
@@ -129,7 +135,7 @@ def tokens_of(
     """The pictures of a split of a dataset as tokens (n, L), evenly thinned to at most `limit`, and their classes (n,).
 
     Raises:
-        ValueError: If there is no picture, no such column, or a class that the model does not have.
+        ValueError: If there is no picture, one that cannot be read, no such column, or a class that the model does not have.
     """
     for argument, column in (("image_column", args.image_column), ("class_column", args.class_column)):
         if column is not None and column not in split.column_names:
@@ -137,36 +143,57 @@ def tokens_of(
     if len(split) == 0:
         raise ValueError("the dataset has no picture to fit on, or none to measure on: ten or more are needed")
     some = split.select(evenly(len(split), limit))
+    classes = None if args.class_column is None else class_column(some, args.class_column, pipe.num_classes)
     height, width = (side * pixels_per_token(pipe.decoder) for side in pipe.config.denoiser["grid_shape"])
     config = pipe.decoder.config
     mode = "L" if config.get("num_channels", config.get("in_channels")) == 1 else "RGB"
     parts = []
     for rows in batches(len(some), args.train_batch_size):
-        pictures = some[list(rows)][args.image_column]
-        if not all(hasattr(picture, "crop") for picture in pictures):
-            raise ValueError(
-                f"`--image_column` {args.image_column!r} has {type(pictures[0]).__name__}; it must be pictures"
-            )
+        try:
+            pictures = some[list(rows)][args.image_column]
+        except OSError as error:  # pillow's, where a file is no picture
+            raise ValueError(f"`--image_column` {args.image_column!r} could not be read: {error}") from error
+        for picture in pictures:
+            if not hasattr(picture, "crop"):
+                raise ValueError(
+                    f"`--image_column` {args.image_column!r} has {type(picture).__name__}; it must be pictures"
+                )
+            if picture.mode.startswith(("I", "F")):  # their conversion cuts off what is above 255
+                raise ValueError(
+                    f"`--image_column` {args.image_column!r} has a picture of mode {picture.mode!r}; allowed are pictures of 8 "
+                    "bits a channel or fewer"
+                )
         pictures = [middle_of(picture.convert(mode), width / height) for picture in pictures]
         with torch.no_grad():
             pixels = pixels_of(pictures, height, width).to(pipe.device)
             parts.append(encode(pipe.decoder, pixels, pipe.config.signed_pixels).flatten(1))
-    if args.class_column is None:
-        return torch.cat(parts), None
-    classes = torch.as_tensor(some[args.class_column])
-    if classes.is_floating_point() or not 0 <= int(classes.min()) <= int(classes.max()) < (pipe.num_classes or 0):
-        raise ValueError(
-            f"`--class_column` {args.class_column!r} has classes from {classes.min()} to {classes.max()}; this model has "
-            f"{pipe.num_classes or 'none'}"
-        )
     return torch.cat(parts), classes
+
+
+def class_column(split: Any, column: str, num_classes: int | None) -> Tensor:
+    """The classes in a column of a split of a dataset, int64 (n,).
+
+    Raises:
+        ValueError: If one of them is none of the model's.
+    """
+    if num_classes is None:
+        raise ValueError(f"`--class_column` is {column!r}; this model has no classes: leave it out")
+    values = list(split[column])
+    wrong = [one for one in values if not isinstance(one, int) or not 0 <= one < num_classes]
+    if wrong:
+        raise ValueError(
+            f"`--class_column` {column!r} has {wrong[0]!r}; allowed are integers from 0 to {num_classes - 1}, the classes of "
+            "this model"
+        )
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def middle_of(picture: Any, aspect: float) -> Any:
     """The largest part of a PIL picture, around its middle, with width / height = aspect."""
-    width, height = min(picture.width, picture.height * aspect), min(picture.height, picture.width / aspect)
-    left, top = (picture.width - width) / 2, (picture.height - height) / 2
-    return picture.crop(tuple(round(side) for side in (left, top, left + width, top + height)))
+    width = max(1, round(min(picture.width, picture.height * aspect)))
+    height = max(1, round(min(picture.height, picture.width / aspect)))
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
 
 
 def evenly(count: int, limit: int) -> list[int]:

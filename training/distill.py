@@ -136,7 +136,7 @@ def load_model(args: argparse.Namespace, accelerator: Accelerator) -> Frozen:
         is_image_model(args.pretrained_model_name_or_path, args.revision),
     )
     for argument in FOR_TEXTS if of_images else FOR_IMAGES:
-        if getattr(args, argument) not in (None, 1.0):
+        if getattr(args, argument) not in (None, ONLY_FOR.get(argument, {}).get(args.method)):
             raise ValueError(
                 f"`--{argument}` is for models of {'texts' if of_images else 'images'}; {name!r} is one of "
                 f"{'images' if of_images else 'texts'}"
@@ -162,20 +162,24 @@ def load_model(args: argparse.Namespace, accelerator: Accelerator) -> Frozen:
     prompts = [] if args.prompt_file is None else read_prompts(Path(args.prompt_file))
     if prompts and pipe.text_encoder is None:
         raise ValueError(f"`--prompt_file` is for a model with a text encoder; {name!r} has none")
+    scale = 1.0 if args.guidance_scale is None else args.guidance_scale
+    if scale != 1 and pipe.num_classes is None and pipe.text_encoder is None:
+        raise ValueError(
+            f"`--guidance_scale` is {scale}; {name!r} has neither classes nor a text encoder: it must be 1"
+        )
     height, width = pipe.config.denoiser["grid_shape"]
-    return FrozenImages(
-        pipe, height * width, prompts or [""] * (pipe.text_encoder is not None), args.guidance_scale or 1.0
-    )
+    return FrozenImages(pipe, height * width, prompts or [""] * (pipe.text_encoder is not None), scale)
 
 
 def check_uniform(args: argparse.Namespace) -> None:
     """Raises `ValueError` if what is to be learned does not exist for uniform noise."""
     allowed = [name for name, floats in FLOATS.items() if floats.uniform]
     wrong = [name for name in args.blocks or [] if name not in allowed]
-    if args.method != "search" or args.plan != "even" or wrong:
+    if args.method != "search" or args.plan != "even" or wrong or args.order == "random":
         raise ValueError(
             f"`--pretrained_model_name_or_path` {args.pretrained_model_name_or_path!r} has uniform noise, which no mask and no "
-            f"counts belong to; allowed: --method search --plan even --blocks {' '.join(allowed)}, any of these"
+            f"counts belong to; allowed: --method search --plan even --blocks {' '.join(allowed)}, any of these, and no "
+            "--order"
         )
 
 
@@ -256,8 +260,8 @@ def draw_data(run: Run) -> Tensor:
         stop_counting = run.count_calls()
         fit, _ = run.samples(DATA, numbers[0], steps)
         stop_counting()
-        run.add_evaluations()
         others, _ = run.samples(DATA, numbers[1], steps)
+        run.add_evaluations()  # where SIGTERM ends the run before, these samples are drawn, and counted, again
         run.tensors["samples"] = torch.cat([fit, others])
         run.save(None)
     run.classes, run.heldout_classes = map(run.frozen.classes_of, numbers)
@@ -306,12 +310,14 @@ def measure(run: Run, scheduler: DiscreteScheduler, texts: Texts | None, heldout
     args, state, accelerator = run.args, run.state, run.accelerator
     judge = NgramJudge(texts.judge) if texts is not None and accelerator.is_main_process else None
     temperatures = args.eval_temperatures if texts is not None else []
-    samplers = {
+    samplers: dict[str, DiscreteScheduler] = {
         "bernoulli": AncestralScheduler.from_config(run.base, unmasking="bernoulli", order="random"),
         "counts": AncestralScheduler.from_config(run.base, unmasking="counts", order="random"),
         "counts, spread": AncestralScheduler.from_config(run.base, unmasking="counts", order="spread"),
-        args.method: scheduler,
     }
+    if run.base["process"] != "absorbing":  # no masks to open in one way or another
+        samplers = {"ancestral": AncestralScheduler.from_config(run.base)}
+    samplers[args.method] = scheduler
     distance = distance_to(run, heldout)
     measured = {(row["sampler"], row["steps"]) for row in state["table"]}  # the same on all processes
     wanted = [(name, steps) for steps in args.num_inference_steps for name in samplers if (name, steps) not in measured]

@@ -73,8 +73,8 @@ LEGEND = {  # what the columns of a table say
     "calls": "calls: of the network, for a sample.",
     "entropy": "entropy: of the tokens within a sample, in nats; data has {data_entropy}.",
     "perplexity": "perplexity: under an in-domain n-gram judge, which copying can fool: read it beside the entropy only.",
-    "statistic": "statistic: how far samples are from the data by layout, texture and fluency under the network, in nats: 0 in "
-    "the mean for the data's own law, with errors of about sqrt(42) / samples.",
+    "statistic": "statistic: how far samples are from the data by layout, texture, colour and fluency under the network, in "
+    "nats: 0 in the mean for the data's own law, with errors of about sqrt(42) / samples.",
     "matched_perplexity": "matched_perplexity: the same at the entropy of the data, between temperatures on both sides of it "
     "(none where a sampler does not reach it); matched_error: its standard error over the samples.",
 }

@@ -52,7 +52,7 @@ def check_length(args: argparse.Namespace, length: int) -> None:
 
 def check_data(args: argparse.Namespace, count: int, processes: int) -> None:
     """Raises `ValueError` if so many sequences are too few for the method."""
-    where = "(`--max_data_samples`, or `--num_samples` where there are no texts)"
+    where = "(`--max_data_samples`, or `--num_samples` where there is no data)"
     if args.method == "order":
         count, where = min(count, args.num_samples), "(`--num_samples`, `--max_data_samples`)"
     if (args.method in ("optimal_grid", "beta") or args.unbiased) and count < 2:

@@ -22,8 +22,8 @@ PANELS = {  # columns of a table, and how a picture names them
 
 
 def write_plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Perplexity at equal entropy, NLL bound and entropy against model calls, where the rows have them; one line for each
-    sampler.
+    """Perplexity at equal entropy, distance from the data, NLL bound and entropy against model calls, where the rows have them;
+    one line for each sampler.
 
     Raises:
         ImportError: If matplotlib is not installed.
