@@ -437,9 +437,8 @@ class DiscreteImagePipeline(DiscretePipeline):
         self.take_guidance(guidance_scale, schedule)
         denoiser = NetworkDenoiser(self.model, **(self.config.denoiser | {"grid_shape": grid, "num_steps": num_steps}))
         if positive:
-            return GuidedDenoiser(
-                denoiser, self.guidance_at, positive, negative
-            )  # in each step: a callback may change it
+            # asked in each step: a callback may change the scale
+            return GuidedDenoiser(denoiser, self.guidance_at, positive, negative)
         if callable(guidance_scale) or guidance_scale != 1:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but this model has neither classes nor text: it must be 1"

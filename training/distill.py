@@ -146,7 +146,9 @@ def load_model(args: argparse.Namespace, accelerator: Accelerator) -> Frozen:
     pipe.to(accelerator.device).set_progress_bar_config(disable=True)
     pipe.model.requires_grad_(False).eval()
     if args.mixed_precision != "no":
-        pipe.model.to({"bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision])
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
+        for part in filter(None, (pipe.model, getattr(pipe, "text_encoder", None))):
+            part.to(dtype)
     config = pipe.scheduler.config
     if config.process != "absorbing":
         check_uniform(args)

@@ -102,8 +102,9 @@ def draw_samples(run: Run, scheduler: DiscreteScheduler, steps: int, temperature
 
 def distance_to(run: Run, heldout: Tensor) -> Callable[[Tensor], float | None]:
     """How far the samples of a model of images, (n, L), are from held-out ones (m, L), by `two_sample_statistic` on what
-    `image_features` sees; `None` for texts, which have a judge, and where there are too few. Processes share the work."""
-    if run.frozen.noun != "images" or min(len(heldout), run.args.num_eval_samples) <= run.frozen.num_features:
+    `image_features` sees; `None` for texts, which have a judge, and where there are not twice as many as features: their
+    covariance would not be known. Processes share the work."""
+    if run.frozen.noun != "images" or min(len(heldout), run.args.num_eval_samples) <= 2 * run.frozen.num_features:
         return lambda samples: None
     features, numbers = shared_features(run, []), range(run.args.num_eval_samples)
     classes = None if run.heldout_classes is None else run.frozen.classes_of(numbers)
