@@ -94,9 +94,9 @@ def partly_known(batch: int, length: int, seed: int) -> Tensor:
 
 
 ADAPTIVE = [
-    (ThresholdScheduler, {"threshold": 2.0}),  # nothing is that sure: only what is due opens
+    (ThresholdScheduler, {"threshold": 1.0}),  # nothing is that sure: only what is due opens
     (ThresholdScheduler, {"rule": "factor", "factor": 1e-9}),
-    (KLASSScheduler, {"threshold": 2.0}),
+    (KLASSScheduler, {"threshold": 1.0}),
     (EntropyBoundScheduler, {"entropy_bound": 0.0}),
 ]
 
@@ -800,3 +800,12 @@ def test_learned_knobs_are_checked_before_a_run(cls: type[DiscreteScheduler], kn
 def test_uniform_arguments_that_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"`{name}` is -1.0"):
         UniformEntropyBoundScheduler(vocab_size=4, **{name: -1.0})
+
+
+@pytest.mark.parametrize("scheduler", [ThresholdScheduler, KLASSScheduler])
+def test_a_threshold_is_a_probability(scheduler: type) -> None:
+    """Not per cent, in the constructor or among coefficients."""
+    with pytest.raises(ValueError, match=r"`threshold` is 90.0; allowed are numbers in \[0, 1\]"):
+        build(scheduler, 2, threshold=90.0)
+    with pytest.raises(ValueError, match=r"`threshold` for 2 steps is \[0.9, -0.1\]; allowed are numbers in \[0, 1\]"):
+        build(scheduler, 2, coefficients={"2": {"threshold": [0.9, -0.1]}})
