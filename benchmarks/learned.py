@@ -3,12 +3,12 @@
 Each sampler gets one temperature, that at which the unigram entropy of its samples is that of real data; the learned scheduler
 too, beside its own. The metrics of a seed's samples are the part's.
 
-The learned scheduler opens positions in the spread order. How many in each call is chosen among three plans: equally many,
-doubling ones, and the optimum of the path-wise bound for this order (`ordered_grid`). A contrast, the same in all calls, and
-the inverse temperatures of the first and last call, on a line between them, are found by CMA-ES. Both by
-`marginal.two_sample_statistic` on how rare the tokens are, hashed pairs, and the fluency under the frozen network
-(`temperatures.text_features`). All is learned anew for each seed, on data that the model was trained on: some to search,
-others to choose. `spread-grid` has the counts of the first seed without the floats; `spread-contrast` and `random-contrast`
+The learned scheduler opens positions in the spread order, on images in that or the random one, whichever is better. How many in
+each call is chosen among three plans: equally many, doubling ones, and the optimum of the path-wise bound for this order
+(`ordered_grid`). A contrast, the same in all calls, and the inverse temperatures of the first and last call, on a line between
+them, are found by CMA-ES. All of it by `marginal.two_sample_statistic` on what `features.text_features` or `image_features`
+see, none of the metrics. All is learned anew for each seed, on data that the model was trained on: some to search, others to
+choose. `spread-grid` has the order and counts of the first seed without the floats; `spread-contrast` and `random-contrast`
 have a contrast that was set by hand, and nothing learned. `shipped` is what a model brings: floats of `distill.py --method
 search`.
 
@@ -33,23 +33,25 @@ from torch import Tensor, nn
 import discrete_schedulers as ds
 from discrete_schedulers.denoisers import Denoiser
 from discrete_schedulers.evaluation import unigram_entropy
+from discrete_schedulers.schedulers.scheduling_utils import Order
+from discrete_schedulers.training.features import Features
 from discrete_schedulers.training.jump_steps import jump_your_steps, share_cross_entropy, token_gain
 from discrete_schedulers.training.marginal import (
     Coefficients,
     Verdict,
     fit_logistic,
-    judge_of_draws,
     keep_best,
+    two_sample_statistic,
 )
 from discrete_schedulers.training.ordered_grid import (
     doubling_counts,
     equal_counts,
+    exchangeable,
     optimal_ordered_counts,
     ordered_information,
     spread_ranks,
 )
 from discrete_schedulers.training.search import evolve, judged
-from discrete_schedulers.training.temperatures import text_features
 
 BATCH = 32  # sequences in one call of the network
 SEARCH_START = {"contrast": [0.2], "temperature": [0.0, 0.0]}  # logarithms of the first and last inverse temperature
@@ -72,9 +74,13 @@ class Subject(Protocol):
         denoiser (`Denoiser`): The network for `train`, without a class.
         base (`dict`): What every scheduler needs to know.
         curve (`list[float]`): The bundled information curve.
-        prior (`list[float]`): `temperatures.token_prior`.
+        prior (`list[float]`): `features.token_prior`.
         shipped (`LearnedScheduler`, *optional*): What `distill.py` has learned for it, for all seeds the same.
         train (`torch.Tensor` of shape `(n, L)`): Data to learn on.
+        classes (`torch.Tensor` of shape `(n,)`, *optional*): Of these, in a model that has classes; that of a sample is its
+            number modulo theirs.
+        orders (`tuple`): Of positions, that are tried.
+        features (`Features`): What the statistic of the search sees.
         entropy (`float`): Of real data.
     """
 
@@ -85,6 +91,9 @@ class Subject(Protocol):
     prior: list[float]
     shipped: ds.LearnedScheduler | None
     train: Tensor
+    classes: Tensor | None
+    orders: tuple[Order, ...]
+    features: Features
     entropy: float
 
     def draw(self, scheduler: ds.DiscreteScheduler, steps: int, numbers: list[int]) -> Tensor:
@@ -150,14 +159,14 @@ def learn(subject: Subject, settings: dict[str, Any], seed: int) -> dict[str, An
     """Coefficients for each budget, and what they cost in sequences through the network and seconds."""
     started, length = time.perf_counter(), subject.train.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    data = subject.train[torch.randperm(len(subject.train), generator=generator)]
     sizes = [settings["curve_sequences"], settings["data_sequences"], settings["data_sequences"]]
-    on_curve, fit, heldout = data[: sum(sizes)].split(sizes)
-    learned: dict[str, Any] = {"coefficients": {}, "losses": {}, "evaluations": {}, "seconds": {}}
+    rows = torch.randperm(len(subject.train), generator=generator)[: sum(sizes)].split(sizes)
+    learned: dict[str, Any] = {"orders": {}, "coefficients": {}, "losses": {}, "evaluations": {}, "seconds": {}}
     with counted(subject.network) as passed:
-        ranks = spread_ranks((len(on_curve), length), generator, grid_shape(subject))
-        table = ordered_information(subject.denoiser, on_curve, ranks, subject.base["mask_token_id"], BATCH)
-        optimal = optimal_ordered_counts(table, max(settings["budgets"]))
+        optimal = {
+            order: optimal_counts(subject, order, subject.train[rows[0]], max(settings["budgets"]), generator)
+            for order in subject.orders
+        }
     learned["evaluations"]["grid"], learned["seconds"]["grid"] = sum(passed), time.perf_counter() - started
     start = {name: torch.tensor(value, dtype=torch.float64) for name, value in SEARCH_START.items()}
     for number, steps in enumerate(settings["budgets"]):
@@ -165,16 +174,20 @@ def learn(subject: Subject, settings: dict[str, Any], seed: int) -> dict[str, An
         with counted(subject.network) as passed:
             # judges with other data and numbers: one to search with, one to choose with
             search, choose = (
-                nearness(subject, steps, part, settings, 10 * seed + i) for i, part in enumerate((fit, heldout))
+                nearness(subject, steps, part, settings, 10 * seed + i) for i, part in enumerate(rows[1:])
             )
-            plans = {"equal": equal_counts(length, steps), "doubling": doubling_counts(length, steps)}
-            plans["optimal"] = optimal[steps - 1]
-            losses = {name: judged(partial(search, plan), ENTROPY_RANGE)(start) for name, plan in plans.items()}
-            counts = plans[min(losses, key=losses.__getitem__)]
-            loss = judged(partial(search, counts), ENTROPY_RANGE)
+            plans: dict[str, tuple[Order, list[int]]] = {}
+            for order in subject.orders:
+                plans[f"{order}, equal"] = order, equal_counts(length, steps)
+                plans[f"{order}, doubling"] = order, doubling_counts(length, steps)
+                plans[f"{order}, optimal"] = order, optimal[order][steps - 1]
+            losses = {name: judged(partial(search, *plan), ENTROPY_RANGE)(start) for name, plan in plans.items()}
+            order, counts = plans[min(losses, key=losses.__getitem__)]
+            loss = judged(partial(search, order, counts), ENTROPY_RANGE)
             tries = settings["next_search" if number else "first_search"]
             centres = list(evolve(loss, start, SEARCH_SPREAD, SEARCH_BOUNDS, tries, seed))
-            kept = keep_best([start, *centres[-CENTRES:]], partial(choose, counts), ENTROPY_RANGE)
+            kept = keep_best([start, *centres[-CENTRES:]], partial(choose, order, counts), ENTROPY_RANGE)
+        learned["orders"][str(steps)] = order
         start = kept.coefficients  # where the next budget begins
         learned["coefficients"][str(steps)] = blocks(counts, start)
         learned["losses"][str(steps)] = losses
@@ -185,19 +198,37 @@ def learn(subject: Subject, settings: dict[str, Any], seed: int) -> dict[str, An
     return learned
 
 
+def optimal_counts(
+    subject: Subject, order: Order, data: Tensor, most: int, generator: torch.Generator
+) -> list[list[int]]:
+    """The counts of the smallest bound along an order, for every number of calls up to `most`."""
+    if order == "spread":
+        ranks = spread_ranks((len(data), data.shape[1]), generator, grid_shape(subject))
+    else:
+        ranks = torch.rand(data.shape, generator=generator).argsort(1)
+    table = ordered_information(subject.denoiser, data, ranks, subject.base["mask_token_id"], BATCH)
+    return optimal_ordered_counts(exchangeable(table) if order == "random" else table, most)
+
+
 def nearness(
-    subject: Subject, steps: int, data: Tensor, settings: dict[str, Any], seed: int
-) -> Callable[[list[int], Coefficients], Verdict]:
-    """How near the samples of counts and floats are to data; always of the same random numbers."""
+    subject: Subject, steps: int, rows: Tensor, settings: dict[str, Any], seed: int
+) -> Callable[[Order, list[int], Coefficients], Verdict]:
+    """How near the samples of an order, counts and floats are to these rows of the data; always of the same random numbers."""
+    drawn = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(2**40, (settings["search_samples"],), generator=drawn)
+    data, theirs, own = subject.train[rows], None, None
+    if subject.classes is not None:
+        theirs, count = subject.classes[rows], int(subject.classes.max()) + 1
+        own = torch.arange(len(numbers)) % count
+        numbers = numbers // count * count + own
+    target, entropy = subject.features(data, theirs), mean_entropy(data)
 
-    def draw(candidate: Coefficients, numbers: torch.Generator) -> Tensor:
-        seeds = torch.randint(2**40, (settings["search_samples"],), generator=numbers).tolist()
-        coefficients = {str(steps): blocks(candidate["counts"].long().tolist(), candidate)}
-        return subject.draw(learned_scheduler(subject, coefficients, 1.0), steps, seeds)
+    def judge(order: Order, counts: list[int], floats: Coefficients) -> Verdict:
+        scheduler = learned_scheduler(subject, {str(steps): blocks(counts, floats)}, 1.0, order=order)
+        x = subject.draw(scheduler, steps, numbers.tolist())
+        return Verdict(two_sample_statistic(subject.features(x, own), target), mean_entropy(x) / entropy)
 
-    features = text_features(subject.denoiser, subject.prior, BUCKETS, BATCH)
-    judge = judge_of_draws(draw, data, features, mean_entropy, seed)
-    return lambda counts, floats: judge({**floats, "counts": torch.tensor(counts)})
+    return judge
 
 
 def blocks(counts: list[int], floats: Coefficients) -> dict[str, list[float]]:
@@ -217,7 +248,7 @@ def grid_shape(subject: Subject) -> tuple[int, int] | None:
 
 
 def learned_scheduler(
-    subject: Subject, coefficients: dict[str, Any], temperature: float, grid: str = "learned", order: str = "spread"
+    subject: Subject, coefficients: dict[str, Any], temperature: float, grid: str = "learned", order: Order = "spread"
 ) -> ds.LearnedScheduler:
     """A scheduler with these floats."""
     settings: dict[str, Any] = {"grid": grid, "order": order, "temperature": temperature}
@@ -247,7 +278,7 @@ def samplers(subject: Subject, lsd_plus: dict[str, Any], steps: int) -> dict[str
     learned: dict[str, Any] = {"grid": "learned"}
     contrast = {str(steps): {"contrast": [CONTRAST] * steps}}
 
-    def contrasted(order: str) -> Build:
+    def contrasted(order: Order) -> Build:
         return lambda t: learned_scheduler(subject, contrast, t, grid="uniform", order=order)
 
     return {
@@ -317,13 +348,19 @@ def run(subject: Subject, store: Store, lsd_plus: list[dict[str, Any]]) -> None:
     for seed in seeds:
         if store.get("learned", str(seed)) is None:
             store.put(learn(subject, settings, seed), "learned", str(seed))
-    coefficients = [store.get("learned", str(seed))["coefficients"] for seed in seeds]
+    found = [store.get("learned", str(seed)) for seed in seeds]
     for steps in settings["budgets"]:
-        measure("learned", steps, [(partial(learned_scheduler, subject, one), steps) for one in coefficients])
+        orders = [one["orders"][str(steps)] for one in found]
+        builds = [
+            partial(learned_scheduler, subject, one["coefficients"], order=order)
+            for one, order in zip(found, orders, strict=True)
+        ]
+        measure("learned", steps, [(build, steps) for build in builds])
         if subject.shipped is not None:
             measure("shipped", steps, [(partial(tempered, subject.shipped), steps)] * len(seeds))
-        only_grid = {str(steps): {"counts": coefficients[0][str(steps)]["counts"]}}
-        measure("spread-grid", steps, [(partial(learned_scheduler, subject, only_grid), steps)] * len(seeds))
+        only_grid = {str(steps): {"counts": found[0]["coefficients"][str(steps)]["counts"]}}
+        build = partial(learned_scheduler, subject, only_grid, order=orders[0])
+        measure("spread-grid", steps, [(build, steps)] * len(seeds))
         table = [samplers(subject, one, steps) for one in lsd_plus]
         for name in table[0]:
             measure(name, steps, [(table[i] if name == "lsd-plus" else table[0])[name] for i in range(len(seeds))])
@@ -338,9 +375,9 @@ def run(subject: Subject, store: Store, lsd_plus: list[dict[str, Any]]) -> None:
 # The table
 
 LABELS = {
-    "learned": "**learned: spread order, counts, contrast, temperatures**",
+    "learned": "**learned: order, counts, contrast, temperatures**",
     "shipped": "the same by `distill.py --method search`, the bundled file",
-    "spread-grid": "spread order, its counts only",
+    "spread-grid": "its order and counts only",
     "spread-contrast": f"spread order, equal counts, contrast {CONTRAST}",
     "spread-top-p": f"spread order, equal counts, top-p {TOP_P}",
     "spread": "spread order, equal counts",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,13 +69,6 @@ class Memory:
         return RowLogits(torch.cat(found), positions)
 
 
-@dataclass
-class Frozen:
-    """What `distill` reads of a pipeline."""
-
-    denoiser: Callable[..., RowLogits]
-
-
 def learn(
     denoiser: Callable[..., RowLogits],
     base: dict[str, Any],
@@ -108,11 +100,10 @@ def learn(
         + ["--train_batch_size", str(batch_size), "--num_inference_steps", *map(str, budgets)]
     )
     memory = Memory(denoiser, base["mask_token_id"])
-    model = Frozen(memory)
     noise = draw_noise(range(num_samples), length, seed)
     start = torch.full((num_samples, length), base["mask_token_id"])
     states, counted = [start], []  # the teacher at the times that all students share, and its masks before each step
-    for state, masks in roll_teacher(model, base, args, noise, start, 0):
+    for state, masks in roll_teacher(memory, base, args, noise, start, 0):
         states.append(state)
         counted.append(masks)
     masked, segments = torch.cat(counted), len(counted)
@@ -124,7 +115,7 @@ def learn(
             student = LSDScheduler(**base, coefficients={str(steps): {"scale": [1.0] * steps}}, scale=scale)
             student.set_timesteps(steps)
             shared = torch.stack(states[: segments : segments // steps])
-            phi = learn_phi(model, student, shared, noise, start, args, lambda sums: sums)
+            phi = learn_phi(memory, student, shared, noise, start, args, lambda sums: sums)
             learned[name][str(steps)] = {"scale": phi}
     for name, args.repaired in (("lsd-plus-literal", False), ("lsd-plus-repaired", True)):
         learned[name] = {}

@@ -1,7 +1,7 @@
 """Part `learned-image`: what learned floats are worth on the bundled image model. See `learned`.
 
-Samples are of a class each, without guidance; learning sees the network without a class. Real data are the held-out images,
-seen through the codebook. Of each seed's samples:
+Samples are of a class each, without guidance; bounds see the network without a class. Real data are the held-out images, seen
+through the codebook. Of each seed's samples:
 
     statistic    `marginal.two_sample_statistic` on the 32 features of the digit classifier of part `tiny-image`, in nats
     classifier   accuracy of a logistic classifier that tells samples from real images by these features and by hashed tokens
@@ -25,10 +25,10 @@ from store import Store
 from torch import Tensor
 
 import discrete_schedulers as ds
-from discrete_schedulers import RowLogits
+from discrete_schedulers.training.features import image_features, token_prior
+from discrete_schedulers.training.frozen import without_class
 from discrete_schedulers.training.marginal import ngram_features, two_sample_statistic
 from discrete_schedulers.training.pretrain_images import is_heldout, read_digits
-from discrete_schedulers.training.temperatures import token_prior
 
 FULL = {
     "budgets": [4, 8, 16],
@@ -37,7 +37,7 @@ FULL = {
     "calibration_samples": 32,
     "curve_sequences": 32,
     "data_sequences": 512,  # to search on, and as many to choose on
-    "search_samples": 64,
+    "search_samples": 96,
     "first_search": 14,  # candidates for the first budget; the others start where the one before ended
     "next_search": 7,
     "learning_samples": 8,  # of LSD+
@@ -77,7 +77,7 @@ class Digits:
     def __init__(self, folder: Path) -> None:
         self.pipe, self.classifier = load_pipeline(), load_classifier(folder)
         self.network = self.pipe.model.requires_grad_(False)
-        self.denoiser: Any = WithoutClass(self.pipe)
+        self.denoiser = without_class(self.pipe)
         facts = self.pipe.config.denoiser
         self.base = {name: facts[name] for name in ("vocab_size", "mask_token_id", "grid_shape")}
         self.curve = self.pipe.scheduler.config.information_curve
@@ -87,7 +87,9 @@ class Digits:
         images, labels = read_digits()
         tokens = self.pipe.decoder.encode(images)
         heldout = is_heldout(labels)
-        self.train, self.real = tokens[~heldout].flatten(1), tokens[heldout]
+        self.train, self.real, self.classes = tokens[~heldout].flatten(1), tokens[heldout], labels[~heldout]
+        self.orders = ("spread", "random")
+        self.features = image_features(self.denoiser, self.images, width, learned.BATCH)
         self.entropy = learned.mean_entropy(self.real.flatten(1))
         self.real_features, self.real_seen = self.seen(self.real.flatten(1))
 
@@ -122,17 +124,6 @@ class Digits:
             "classifier": learned.classifier_accuracy(seen, self.real_seen, seed),
             "accuracy": accuracy(self.classifier, self.images(x), torch.arange(len(x)) % CLASSES),
         }
-
-
-class WithoutClass:
-    """The denoiser of a pipeline with classes, told none."""
-
-    def __init__(self, pipe: ds.DiscreteImagePipeline) -> None:
-        self.denoiser, self.none = pipe.denoiser, pipe.model.config.num_classes
-        self.mask_token_id = pipe.denoiser.mask_token_id
-
-    def __call__(self, x_t: Tensor, t: Tensor | float, positions: Tensor) -> RowLogits:
-        return self.denoiser(x_t, t, positions, class_labels=torch.full((len(x_t),), self.none))
 
 
 @torch.no_grad()

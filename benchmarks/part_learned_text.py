@@ -26,8 +26,8 @@ from torch import Tensor
 import discrete_schedulers as ds
 from discrete_schedulers.evaluation import NgramJudge, generative_perplexity
 from discrete_schedulers.training.data import pack
+from discrete_schedulers.training.features import text_features, token_prior
 from discrete_schedulers.training.marginal import ngram_features, two_sample_statistic
-from discrete_schedulers.training.temperatures import text_features, token_prior
 
 FULL = {
     "budgets": [4, 8, 16],
@@ -77,6 +77,7 @@ class Text:
         self.judge = NgramJudge(train)
         self.shipped = ds.LearnedScheduler.from_pretrained(MODEL, subfolder="learned")
         self.prior = token_prior(self.denoiser, facts["max_length"])
+        self.classes, self.orders = None, ("spread",)
         self.features = text_features(self.denoiser, self.prior, learned.BUCKETS, learned.BATCH)
         self.real_features, self.real_seen = self.features(self.real), self.seen(self.real)
 

@@ -6,14 +6,16 @@
     python benchmarks/run.py steps table --again    # what is complete, too: times of a quieter machine
     python benchmarks/run.py --quick          # tiny settings, to see that it runs; results in runs/benchmarks-quick
 
-Each part writes benchmarks/results/<part>.json; `table` writes the README's tables from these files. A part that is complete,
-with the same settings, versions and weights, is not run again.
+Each part writes benchmarks/results/<part>.json; `table` writes the tables of README.md and benchmarks/RESULTS.md from these
+files (of another folder: its tables.md). A part that is complete, with the same settings, versions and weights, is not run
+again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import part_antiberty
@@ -26,6 +28,7 @@ import part_molecules
 import part_steps
 import part_tiny_image
 import part_tiny_text
+from headlines import HEADLINES
 from store import write
 from tables import TABLES, put_into
 
@@ -43,17 +46,37 @@ PARTS = {
     "learned-image": part_learned_image.run,
 }
 CARD = ROOT / "src" / "discrete_schedulers" / "assets" / "tiny-image" / "README.md"  # has the part's table too
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md")
 
 
-def write_tables(folder: Path, readme: Path) -> None:
-    """Put the tables of all results in the folder between the markers of the README."""
-    text = readme.read_text()
-    for part, table in TABLES.items():
-        path = folder / f"{part}.json"
-        if path.is_file():
-            text = put_into(text, part, table(json.loads(path.read_text())))
-            print(f"table: {part}")
-    write(readme, text)
+def made_tables(folder: Path) -> dict[str, str]:
+    """All tables, by name, that the results in the folder are enough for."""
+    paths = {part: folder / f"{part}.json" for part in TABLES}
+    contents = {part: json.loads(path.read_text()) for part, path in paths.items() if path.is_file()}
+    found = {part: TABLES[part](content) for part, content in contents.items()}
+    for name, (parts, table) in HEADLINES.items():
+        if all(part in contents for part in parts):
+            found[name] = table(*[contents[part] for part in parts])
+    return found
+
+
+def write_tables(folder: Path, pages: Sequence[Path]) -> None:
+    """Put the tables of all results in the folder between their markers, which stand in one of the pages each.
+
+    Raises:
+        ValueError: If a table has a place in none of the pages, or in more than one.
+    """
+    texts = {page: page.read_text() for page in pages}
+    for name, table in made_tables(folder).items():
+        places = [page for page, text in texts.items() if f"<!-- results:{name} -->" in text]
+        if len(places) != 1:
+            named = " and ".join(page.name for page in places or pages)
+            raise ValueError(f"the table {name!r} must have one place; it has {len(places)} in {named}")
+        texts[places[0]] = put_into(texts[places[0]], name, table)
+        print(f"table: {name} in {places[0].name}")
+    for page, text in texts.items():
+        write(page, text)
 
 
 def write_card(folder: Path, card: Path) -> None:
@@ -71,25 +94,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="Run the named parts anew, also where they are complete.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=None, help="Defaults to benchmarks/results.")
-    parser.add_argument("--readme", type=Path, default=None, help="Defaults to README.md, or tables.md of a quick run.")
     args = parser.parse_intermixed_args(argv)
     wrong = set(args.parts) - {*PARTS, "table"}
     if wrong:
         parser.error(f"unknown part {sorted(wrong)}; allowed: {', '.join([*PARTS, 'table'])}")
     if args.again and not set(args.parts) & {*PARTS}:
         parser.error("--again needs the parts that are to be run anew")
-    folder = args.output_dir or (ROOT / "runs" / "benchmarks-quick" if args.quick else ROOT / "benchmarks" / "results")
-    readme = args.readme or (folder / "tables.md" if args.quick else ROOT / "README.md")
+    folder = (args.output_dir or (ROOT / "runs" / "benchmarks-quick" if args.quick else RESULTS)).resolve()
+    is_published = folder == RESULTS and not args.quick
+    pages = PAGES if is_published else (folder / "tables.md",)
     for part, run in PARTS.items():
         if part in args.parts or not args.parts:
             if args.again:
                 (folder / f"{part}.json").unlink(missing_ok=True)
             run(folder, args.seeds, args.quick)
     if "table" in args.parts or not args.parts:
-        if args.quick and args.readme is None:
-            write(readme, "".join(f"<!-- results:{part} -->\n<!-- /results:{part} -->\n" for part in TABLES))
-        write_tables(folder, readme)
-        if readme == ROOT / "README.md":
+        if not is_published:
+            names = [*TABLES, *HEADLINES]
+            write(pages[0], "".join(f"<!-- results:{name} -->\n<!-- /results:{name} -->\n" for name in names))
+        write_tables(folder, pages)
+        if is_published:
             write_card(folder, CARD)
 
 

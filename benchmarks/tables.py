@@ -1,4 +1,4 @@
-"""Markdown tables of the results, and their places in the README: nothing in a table is typed by hand."""
+"""Markdown tables of the results: nothing in a table is typed by hand."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
     accelerate launch examples/generate.py --num_samples 1024 --output_dir samples
     accelerate launch --multi_gpu examples/generate.py --pretrained_model_name_or_path kuleshov-group/mdlm-owt \\
         --num_samples 100000 --batch_size 64 --num_inference_steps 64 --output_dir samples
+    python examples/generate.py --scheduler discrete-schedulers/tiny-text --scheduler_subfolder learned --num_inference_steps 8
     python -c "import datasets; print(datasets.load_dataset('parquet', data_files='samples/*.parquet'))"
 
 Samples are numbered, and go into shards of `--shard_size`. Each has a generator of its own, seeded by `--seed` and its number,
@@ -29,7 +30,7 @@ from datasets import Dataset
 from discrete_schedulers import DiscreteDiffusionPipeline, DiscreteScheduler
 
 RESULT = ("pretrained_model_name_or_path", "revision", "scheduler", "num_samples", "num_inference_steps", "length")
-RESULT += ("prompt", "seed", "batch_size", "shard_size", "dtype")  # what samples depend on
+RESULT += ("scheduler_subfolder", "prompt", "seed", "batch_size", "shard_size", "dtype")  # what samples depend on
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,6 +42,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--revision", default=None, help="Of the model's repository.")
     parser.add_argument("--scheduler", default=None, help="Folder or Hub id of a scheduler; the pipeline's by default.")
+    parser.add_argument(
+        "--scheduler_subfolder", default=None, help='Where it is in there, such as "learned" of the bundled tiny-text.'
+    )
     parser.add_argument("--num_samples", type=int, default=64, help="In all, over all processes. Default: %(default)s.")
     parser.add_argument(
         "--num_inference_steps", type=int, default=16, help="Steps of each sample. Default: %(default)s."
@@ -65,6 +69,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_samples", "num_inference_steps", "length", "batch_size", "shard_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.scheduler_subfolder is not None and args.scheduler is None:
+        parser.error("--scheduler_subfolder needs --scheduler: the folder or Hub id that it is in")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         parser.error(f"--output_dir {args.output_dir} is a file; it must be a folder, or not there")
     return args
@@ -83,7 +89,7 @@ def load_pipeline(args: argparse.Namespace) -> DiscreteDiffusionPipeline:
         args.pretrained_model_name_or_path, revision=args.revision, dtype=dtype
     )
     if args.scheduler is not None:
-        pipe.scheduler = DiscreteScheduler.from_pretrained(args.scheduler)
+        pipe.scheduler = DiscreteScheduler.from_pretrained(args.scheduler, subfolder=args.scheduler_subfolder)
     pipe.set_progress_bar_config(disable=True)
     pipe.check_call(args.prompt, args.length, args.num_inference_steps)  # before a file is written
     return pipe

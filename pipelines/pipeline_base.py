@@ -20,24 +20,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from discrete_schedulers.bundled import is_bundled
 from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
-from discrete_schedulers.guidance import GuidanceScale
+from discrete_schedulers.guidance import GuidanceScale, GuidanceSchedule, check_scale
+from discrete_schedulers.guidance import guidance_schedule as scale_over_time
 from discrete_schedulers.interop import FOREIGN, ForeignScheduler
 from discrete_schedulers.models import DDiTModel, HollowTransformerModel, LatentModel
 from discrete_schedulers.models.diffusion_gemma import PromptAndCanvas, canvas_length
-from discrete_schedulers.models.loading import check_repo_id, read_config
+from discrete_schedulers.models.loading import check_repo_id, longest_sequence, read_config
 from discrete_schedulers.patience import check_download, patiently
 from discrete_schedulers.processes import check_tokens
 from discrete_schedulers.sampling import Generators
-from discrete_schedulers.schedulers import DiscreteScheduler
+from discrete_schedulers.schedulers import DiscreteScheduler, RDLMScheduler
 
 LIBRARIES = ("diffusers", "discrete_schedulers", "transformers")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -47,11 +49,33 @@ StepCallback: TypeAlias = Callable[..., dict] | PipelineCallback | MultiPipeline
 
 def require_ours(scheduler: Any) -> None:
     """Raises `ValueError` for a scheduler that this library's contract does not hold for."""
-    if not isinstance(scheduler, DiscreteScheduler):
-        raise ValueError(
-            f"`scheduler` is a {type(scheduler).__name__}; it must be one of discrete_schedulers' own, or of "
-            "diffusers' for tokens as ForeignScheduler(...)"
-        )
+    if isinstance(scheduler, DiscreteScheduler):
+        return
+    kind = scheduler.__name__ if isinstance(scheduler, type) else type(scheduler).__name__
+    found = f"a {kind}"
+    if isinstance(scheduler, str):
+        found = f"the text {scheduler!r}"
+    elif isinstance(scheduler, type):
+        found = f"the class {kind}, not an object of it"
+    elif isinstance(scheduler, RDLMScheduler):
+        found = f"a {kind}, whose states are no tokens and which is for RDLMPipeline"
+    raise ValueError(
+        f"`scheduler` is {found}; it must be one of discrete_schedulers' own, such as AncestralScheduler.from_config("
+        "pipe.scheduler.config), or of diffusers' for tokens as ForeignScheduler(...): "
+        + ", ".join(sorted({foreign.__name__ for foreign in FOREIGN}))
+    )
+
+
+def for_this_model(scheduler: Any, facts: Any) -> Any:
+    """A scheduler; one of diffusers' for tokens as a [`ForeignScheduler`], where `facts` say enough of the model."""
+    if isinstance(scheduler, tuple(FOREIGN)) and isinstance(facts, Mapping) and {*SCHEDULER_FACTS} <= {*facts}:
+        return ForeignScheduler(scheduler, **{key: facts[key] for key in SCHEDULER_FACTS})
+    return scheduler
+
+
+def no_object(name: str, value: str) -> ValueError:
+    """What to say of a component that is given by its name."""
+    return ValueError(f"`{name}` is the text {value!r}; it must be the object, which its from_pretrained loads")
 
 
 def check_network(model: Any, facts: Any) -> None:
@@ -167,7 +191,11 @@ def check_count(name: str, value: Any, most: int | None = None) -> None:
 
 
 def check_device(device: torch.device) -> None:
-    """Raises `ValueError` if a device has no float64, which laws and draws are in."""
+    """Raises `ValueError` if a device has no values, or no float64, which laws and draws are in."""
+    if device.type == "meta":
+        raise ValueError(
+            "`pipe` is on 'meta', where weights have no values: it must be loaded anew, on 'cpu' or 'cuda'"
+        )
     if device.type == "mps":
         raise ValueError("`pipe` is on 'mps', which has no float64: laws and draws need it. Move it to 'cpu' or 'cuda'")
 
@@ -210,8 +238,20 @@ def network_of(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def network_facts(model: torch.nn.Module, scheduler: DiscreteScheduler) -> dict[str, Any]:
-    """Arguments of [`NetworkDenoiser`] that the scheduler's config and the network's class say."""
+    """Arguments of [`NetworkDenoiser`] that the scheduler's config and the network's class say.
+
+    Raises:
+        ValueError: If a network of transformers cannot read all tokens of the scheduler.
+    """
     facts, model = {name: scheduler.config[name] for name in SCHEDULER_FACTS}, network_of(model)
+    if isinstance(model, PreTrainedModel):
+        facts["max_length"] = longest_sequence(model)
+        embedded = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        if embedded is not None and embedded < facts["vocab_size"]:
+            raise ValueError(
+                f"`scheduler` has vocab_size {facts['vocab_size']}, but the {type(model).__name__} reads {embedded} tokens: it "
+                "must have as many, the mask included (model.resize_token_embeddings)"
+            )
     if isinstance(model, DDiTModel):
         timed = model.config.cond_dim is not None and model.config.time_conditioning
         facts |= {
@@ -248,11 +288,60 @@ class DiscretePipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents"]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As in diffusers, and one of its schedulers for tokens becomes a [`ForeignScheduler`] for this model."""
-        if name == "scheduler" and isinstance(value, tuple(FOREIGN)):
-            facts = {key: self.config.denoiser[key] for key in SCHEDULER_FACTS}
-            value = ForeignScheduler(value, **facts)
+        """As in diffusers, and one of its schedulers for tokens becomes a [`ForeignScheduler`] for this model.
+
+        Raises:
+            ValueError: If a scheduler is neither, or the name of a component is given in its place.
+        """
+        if name == "scheduler":
+            value = for_this_model(value, self.config.get("denoiser"))
+            require_ours(value)
+        elif name == "model":
+            check_network(value, None)
+        elif isinstance(value, str) and name in self._get_signature_keys(type(self))[0]:
+            raise no_object(name, value)
         super().__setattr__(name, value)
+
+    def register_modules(self, **kwargs: Any) -> None:
+        """As in diffusers.
+
+        Raises:
+            ValueError: If the name of a component is given in its place.
+        """
+        for name, value in kwargs.items():
+            if isinstance(value, str):
+                raise no_object(name, value)
+        super().register_modules(**kwargs)
+
+    @classmethod
+    def from_saved(cls, name: str, index: Path, **kwargs: Any) -> Any:
+        """Load what `save_pretrained` has written, and keep what the model was called before: coefficients may be for that.
+
+        Args:
+            name (`str`): Folder or repository.
+            index (`Path`): Its model_index.json.
+            **kwargs: As in `diffusers.DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            ValueError: If model_index.json is not one of this pipeline, or a file is no JSON.
+        """
+        check_index(cls, name, index, kwargs)
+        with named_json_errors(name):
+            pipe = super().from_pretrained(name, **kwargs)
+        held = read_config(index)
+        pipe.register_to_config(_origin=held.get("_origin") or held.get("_name_or_path"))
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """As in diffusers, which leaves networks behind whose class is not named in the constructor."""
+        names = cls._get_signature_keys(cls)[0]
+        networks = {
+            name: part
+            for name, part in pipeline.components.items()
+            if name in names and isinstance(part, torch.nn.Module)
+        }
+        return super().from_pipe(pipeline, **(networks | kwargs))
 
     @classmethod
     def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:
@@ -271,6 +360,37 @@ class DiscretePipeline(DiffusionPipeline):
             return folder
 
         return patiently(once)
+
+    @property
+    def networks(self) -> list[torch.nn.Module]:
+        """The components that have weights."""
+        return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+
+    @property
+    def device(self) -> torch.device:
+        """As in diffusers, which asks modules for a `device`; plain ones have none, but their tensors do."""
+        if all(hasattr(network, "device") for network in self.networks):
+            return super().device
+        tensors = [tensor for network in self.networks for tensor in (*network.parameters(), *network.buffers())]
+        places = [tensor.device for tensor in tensors] or [torch.device("cpu")]
+        return next((place for place in places if place.type not in ("cpu", "meta")), places[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the first floating weight."""
+        weights = [tensor for network in self.networks for tensor in network.parameters()]
+        return next((tensor.dtype for tensor in weights if tensor.is_floating_point()), torch.float32)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, which asks modules for a `dtype`: it is lent to plain ones, which have none."""
+        plain = [network for network in self.networks if not hasattr(network, "dtype")]
+        try:
+            for network in plain:
+                network.dtype = torch.float32  # type: ignore[assignment]
+            return super().to(*args, **kwargs)
+        finally:
+            for network in plain:
+                del network.dtype
 
     @property
     def denoiser(self) -> NetworkDenoiser:
@@ -295,10 +415,29 @@ class DiscretePipeline(DiffusionPipeline):
         guidance."""
         return self._guidance_scale
 
+    def take_guidance(self, guidance_scale: GuidanceScale, guidance_schedule: GuidanceSchedule) -> None:
+        """Keep the scale of a call and how it grows, for `guidance_at`.
+
+        Raises:
+            ValueError: If one is not allowed, or both say how the scale grows.
+        """
+        check_scale(guidance_scale)
+        if guidance_schedule not in get_args(GuidanceSchedule):
+            allowed = ", ".join(map(repr, get_args(GuidanceSchedule)))
+            raise ValueError(
+                f"`guidance_schedule` is {guidance_schedule!r}; allowed: {allowed}; a function of t is a `guidance_scale`"
+            )
+        if callable(guidance_scale) and guidance_schedule != "constant":
+            raise ValueError(
+                f"`guidance_scale` is a function of t and `guidance_schedule` is {guidance_schedule!r}: they cannot "
+                "both say how the scale grows"
+            )
+        self._guidance_scale, self._guidance_schedule = guidance_scale, guidance_schedule
+
     def guidance_at(self, t: float) -> float:
         """The scale of the call at time t, as a callback has left it."""
         scale = self._guidance_scale
-        return scale(t) if callable(scale) else scale
+        return scale(t) if callable(scale) else scale_over_time(self._guidance_schedule, scale)(t)
 
     def denoise(
         self,
@@ -386,7 +525,7 @@ class DiscretePipeline(DiffusionPipeline):
                 "denoiser={'revealed_logits': 'shadow'} where the network takes `attention_mask` and `position_ids`"
             )
         learned_for, name = self.scheduler.config.get("learned_for"), self.config.get("_name_or_path")
-        if learned_for and name and learned_for.get("base_model") not in (None, name):
+        if learned_for and name and learned_for.get("base_model") not in (None, name, self.config.get("_origin")):
             warnings.warn(
                 f"the scheduler's coefficients were learned for {learned_for['base_model']!r}, this model is {name!r}",
                 stacklevel=4,

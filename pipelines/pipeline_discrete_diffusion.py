@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from discrete_schedulers.blocks import BlockCache
 from discrete_schedulers.bundled import bundled_folder, is_bundled
 from discrete_schedulers.denoisers import Denoiser, NetworkDenoiser
-from discrete_schedulers.guidance import GuidanceScale, GuidedDenoiser
+from discrete_schedulers.guidance import GuidanceScale, GuidanceSchedule, GuidedDenoiser
 from discrete_schedulers.interop import FOREIGN
 from discrete_schedulers.models.checkpoints import denoiser_facts, end_token_ids, find_family
 from discrete_schedulers.models.diffusion_gemma import PromptAndCanvas, canvas_length
@@ -39,11 +39,10 @@ from discrete_schedulers.pipelines.pipeline_base import (
     as_dtype,
     check_count,
     check_facts,
-    check_index,
     check_network,
     class_ids,
+    for_this_model,
     name_of,
-    named_json_errors,
     network_facts,
     network_of,
     require_ours,
@@ -133,6 +132,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         eos_token_id: int | list[int] | None = None,
     ) -> None:
         super().__init__()
+        scheduler = for_this_model(scheduler, denoiser)
         require_ours(scheduler)
         check_network(model, denoiser)
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
@@ -191,9 +191,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
                 raise ValueError(
                     f"{name!r} is of {kind}, for images: load it with DiscreteImagePipeline.from_pretrained"
                 )
-            check_index(cls, name, first, kwargs)
-            with named_json_errors(name):
-                return super().from_pretrained(name, **kwargs)
+            return cls.from_saved(name, first, **kwargs)
         with bundled_folder(name) as folder:
             kind = read_config(Path(folder) / "model_index.json").get("_class_name")
             if kind in IMAGE_PIPELINES:
@@ -263,6 +261,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         negative_prompt: str | list[str] | None = None,
         class_labels: int | list[int] | Tensor | None = None,
         guidance_scale: GuidanceScale = 1.0,
+        guidance_schedule: GuidanceSchedule = "constant",
         num_samples: int = 1,
         length: int | None = None,
         max_new_tokens: int | None = None,
@@ -294,6 +293,8 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             guidance_scale (`float` or `Callable`, defaults to 1.0): s in u + s (c - u), of raw logits, or a function of time;
                 1 is off. See [`GuidedDenoiser`]. Guides by `class_labels` where they are given, and by what is known, the
                 prompt or template, where they are not or there is a `negative_prompt`.
+            guidance_schedule (`str`, defaults to `"constant"`): `"linear"` and `"cosine"` let the scale grow from 1 to
+                `guidance_scale` while time goes from 1 to 0, see `guidance_schedule`.
             num_samples (`int`, defaults to 1): Samples for each prompt or template.
             length (`int`, *optional*): Tokens L of a sample, prompt and special tokens included. Defaults to the model's
                 longest, and for DiffusionGemma to a canvas behind the prompt. Not with a template, which has its own.
@@ -331,7 +332,7 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         frame = self.prepare_frame(prompt, messages, template, labels, length, max_new_tokens, latents)
         self.check_blocks(frame, num_inference_steps)
         denoiser = self.prepare_denoiser(
-            frame, labels, guidance_scale, negative_prompt, logits_processor, num_samples, use_cache
+            frame, labels, guidance_scale, negative_prompt, logits_processor, num_samples, use_cache, guidance_schedule
         )
         frame = frame.repeated(num_samples)
         latents, frozen = self.prepare_latents(frame.known, latents, generator, self._execution_device)
@@ -530,8 +531,10 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
         logits_processor: Callable[[Tensor, Tensor], Tensor] | None,
         num_samples: int = 1,
         use_cache: bool = False,
+        guidance_schedule: GuidanceSchedule = "constant",
     ) -> Denoiser:
         """The network with its conditions, one row for each sample: padding, classes, guidance, logits processors."""
+        self.take_guidance(guidance_scale, guidance_schedule)
         facts, ids = self.config.denoiser, None
         is_guided = callable(guidance_scale) or guidance_scale != 1
         if negative_prompt is not None and not is_guided:
@@ -570,7 +573,6 @@ class DiscreteDiffusionPipeline(DiscretePipeline):
             {name: batch(value) for name, value in negative.items()},
             None if ids is None else batch(ids),
         )
-        self._guidance_scale = guidance_scale
         if is_guided:
             denoiser.guidance_scale = self.guidance_at  # asked in each step: a callback may change it
         return denoiser if logits_processor is None else ProcessedDenoiser(denoiser, logits_processor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +16,7 @@ from torch import Tensor
 
 from discrete_schedulers.bundled import bundled_folder, is_bundled
 from discrete_schedulers.denoisers import NetworkDenoiser
-from discrete_schedulers.guidance import GuidedDenoiser
-from discrete_schedulers.guidance import guidance_schedule as scale_over_time
+from discrete_schedulers.guidance import GuidanceScale, GuidanceSchedule, GuidedDenoiser
 from discrete_schedulers.models.image_checkpoints import (
     HALTON_REPOSITORY,
     load_halton,
@@ -38,11 +38,10 @@ from discrete_schedulers.pipelines.pipeline_base import (
     StepCallback,
     as_dtype,
     check_count,
-    check_index,
     check_network,
     class_ids,
+    for_this_model,
     name_of,
-    named_json_errors,
     network_facts,
     one_device,
     require_ours,
@@ -52,8 +51,6 @@ from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import DiscreteScheduler, MaskGITScheduler, SpreadScheduler
 from discrete_schedulers.schedulers.scheduling_utils import check_grid_shape
 
-GuidanceSchedule = Literal["constant", "linear", "cosine"]
-GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -125,6 +122,7 @@ class DiscreteImagePipeline(DiscretePipeline):
         signed_pixels: bool = False,
     ) -> None:
         super().__init__()
+        scheduler = for_this_model(scheduler, denoiser)
         require_ours(scheduler)
         check_network(model, denoiser)
         facts = network_facts(model, scheduler) | dict(denoiser or {})
@@ -174,9 +172,7 @@ class DiscreteImagePipeline(DiscretePipeline):
             if held.get("_class_name") not in (cls.__name__, "DiscreteImagePipeline"):
                 return cls.from_published(name, held, weight_name, **kwargs)
             assert index is not None
-            check_index(cls, name, index, kwargs)
-            with named_json_errors(name):
-                return super().from_pretrained(name, **kwargs)
+            return cls.from_saved(name, index, **kwargs)
         with bundled_folder(name) as folder:
             refuse_texts(name, read_config(Path(folder) / "model_index.json"))
             pipe = super().from_pretrained(folder, **kwargs)
@@ -231,7 +227,7 @@ class DiscreteImagePipeline(DiscretePipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 16,
-        guidance_scale: float = 1.0,
+        guidance_scale: GuidanceScale = 1.0,
         guidance_schedule: GuidanceSchedule = "constant",
         image: PipelineImageInput | None = None,
         mask_image: PipelineImageInput | None = None,
@@ -255,8 +251,9 @@ class DiscreteImagePipeline(DiscretePipeline):
             height (`int`, *optional*): In pixels; another one than the model's own where it reads the grid (`grid_input`).
             width (`int`, *optional*): Likewise.
             num_inference_steps (`int`, defaults to 16): Steps.
-            guidance_scale (`float`, defaults to 1.0): s in u + s (c - u), with the raw logits with (c) and without (u) the
-                class or prompt; 1 is no guidance. aMUSEd is published with 10, Meissonic with 9, Halton-MaskGIT with 1.5 to 3.
+            guidance_scale (`float` or `Callable`, defaults to 1.0): s in u + s (c - u), with the raw logits with (c) and
+                without (u) the class or prompt, or a function of time; 1 is no guidance. aMUSEd is published with 10,
+                Meissonic with 9, Halton-MaskGIT with 1.5 to 3.
             guidance_schedule (`str`, defaults to `"constant"`): `"linear"` and `"cosine"` let the scale grow from 1 to
                 `guidance_scale` while time goes from 1 to 0, see `guidance_schedule`.
             image (picture or pictures, *optional*): To paint in: PIL, arrays (P, H, W, C) or tensors (P, C, H, W) in [0, 1].
@@ -286,9 +283,8 @@ class DiscreteImagePipeline(DiscretePipeline):
         self.check_scheduler()
         self.check_latents(latents)
         self.check_inputs(prompt, negative_prompt, class_labels, num_images_per_prompt, output_type)
-        self.check_numbers(
-            num_inference_steps, guidance_scale, micro_conditioning_aesthetic_score, *micro_conditioning_crop_coord
-        )
+        self.take_guidance(guidance_scale, guidance_schedule)
+        self.check_numbers(num_inference_steps, micro_conditioning_aesthetic_score, *micro_conditioning_crop_coord)
         grid = self.prepare_grid(height, width)
         known = self.prepare_known(image, mask_image, grid)  # (P, L)
         prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -344,12 +340,10 @@ class DiscreteImagePipeline(DiscretePipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}; allowed: {', '.join(map(repr, OUTPUT_TYPES))}")
 
-    def check_numbers(
-        self, num_inference_steps: int, guidance_scale: float, aesthetic_score: float, *crop: float
-    ) -> None:
+    def check_numbers(self, num_inference_steps: int, aesthetic_score: float, *crop: float) -> None:
         """Raises `ValueError` if a number of the call is not allowed: before text is encoded, which takes long."""
         self.scheduler.set_timesteps(num_inference_steps)
-        given = {"guidance_scale": [guidance_scale], "micro_conditioning_aesthetic_score": [aesthetic_score]}
+        given: dict[str, Sequence[float]] = {"micro_conditioning_aesthetic_score": [aesthetic_score]}
         for name, values in (given | {"micro_conditioning_crop_coord": crop}).items():
             if not all(isinstance(value, numbers.Real) and math.isfinite(value) for value in values):
                 raise ValueError(f"`{name}` is {values}; allowed are finite numbers")
@@ -436,21 +430,16 @@ class DiscreteImagePipeline(DiscretePipeline):
         num_steps: int,
         positive: dict[str, Tensor],
         negative: dict[str, Tensor],
-        guidance_scale: float,
+        guidance_scale: GuidanceScale,
         schedule: GuidanceSchedule,
     ) -> NetworkDenoiser | GuidedDenoiser:
         """The network with its conditions, for images of this grid in this many steps."""
-        self._guidance_scale = guidance_scale
+        self.take_guidance(guidance_scale, schedule)
         denoiser = NetworkDenoiser(self.model, **(self.config.denoiser | {"grid_shape": grid, "num_steps": num_steps}))
-        if schedule not in GUIDANCE_SCHEDULES:
-            allowed = ", ".join(map(repr, GUIDANCE_SCHEDULES))
-            raise ValueError(f"`guidance_schedule` is {schedule!r}; allowed: {allowed}")
         if positive:
-            # read in each step: a callback may change it
-            return GuidedDenoiser(
-                denoiser, lambda t: scale_over_time(schedule, self._guidance_scale)(t), positive, negative
-            )
-        if guidance_scale != 1:
+            # asked in each step: a callback may change the scale
+            return GuidedDenoiser(denoiser, self.guidance_at, positive, negative)
+        if callable(guidance_scale) or guidance_scale != 1:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but this model has neither classes nor text: it must be 1"
             )

@@ -39,9 +39,17 @@ class RDLMPipeline(DiffusionPipeline):
 
     def __init__(self, model: torch.nn.Module, scheduler: RDLMScheduler, tokenizer: Any = None) -> None:
         super().__init__()
-        if not isinstance(scheduler, RDLMScheduler):
-            raise ValueError(f"`scheduler` is a {type(scheduler).__name__}; this pipeline needs an RDLMScheduler")
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in diffusers.
+
+        Raises:
+            ValueError: If a scheduler is another one than an [`RDLMScheduler`].
+        """
+        if name == "scheduler" and not isinstance(value, RDLMScheduler):
+            raise ValueError(f"`scheduler` is a {type(value).__name__}; this pipeline needs an RDLMScheduler")
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def __call__(

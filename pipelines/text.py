@@ -74,12 +74,18 @@ def prompt_rows(tokenizer: Any, prompt: str | list[str], name: str = "prompt") -
         name (`str`, defaults to `"prompt"`): Of the argument that they are.
 
     Raises:
-        ValueError: If these are not texts.
+        ValueError: If these are not texts, or the tokenizer has no token for a part of one.
     """
     texts = as_list(prompt)
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"`{name}` is {prompt!r}; it must be a text or a list of texts, at least one")
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        raise ValueError(
+            f"`{name}` is {prompt!r}; it must be a text or a list of texts, at least one; token ids are a tensor (P, L) for "
+            "`template`"
+        )
+    try:
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    except Exception as error:  # of the class `Exception`: a vocabulary without a token for what is unknown
+        raise ValueError(f"`{name}` is {prompt!r}, which this model's tokenizer cannot read: {error}") from error
 
 
 def chat_rows(tokenizer: Any, messages: list[Message] | list[list[Message]]) -> list[list[int]]:

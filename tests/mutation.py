@@ -5,7 +5,8 @@
 
 First the fast tests run once with a tracer: which test runs which line, and how long it takes. Then mutants are tried: all of
 those whose name matches `--whole` (a file, a function, a line), then a random sample of the others. Each is tried in a fork of
-a process that has collected all tests, with those that run the mutated lines, until one fails or takes far too long.
+a process that has collected all tests, with those that run the mutated lines, until one fails or takes far too long; the quick
+ones come first, and those that have killed mutants near by.
 
 Not mutated: annotations, docstrings, imports, and what stands in `raise`, `assert`, f-strings and logged texts.
 """
@@ -30,13 +31,14 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE, SUMMARY = ROOT / ".mutation", ROOT / "tests" / "mutation.json"
+NOW = STATE / "now.txt"  # the test that runs
 SOURCES = [
     *(f"src/discrete_schedulers/{name}.py" for name in "processes sampling exact scud information".split()),
     *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "src/discrete_schedulers/schedulers").glob("[!_]*.py")),
@@ -159,41 +161,53 @@ def mutants(source: str) -> list[dict[str, Any]]:
     """All mutants of a file."""
     found: list[dict[str, Any]] = []
     seen: Counter[str] = Counter()
-    for place, spot in enumerate(spots(Spot(ast.parse((ROOT / source).read_text())))):
-        for number, new in enumerate(variants(spot.node)):
+    tree = ast.parse((ROOT / source).read_text())
+    for spot in spots(Spot(tree)):
+        for new in variants(spot.node):
             before, after = (ast.unparse(n).split("\n")[0] for n in (spot.node, new))
             key = f"{source} {spot.function} | {spot.code} | {before} -> {after}"
             seen[key] += 1
             key += f" #{seen[key]}" if seen[key] > 1 else ""
             found.append(
-                {"key": key, "source": source, "place": (place, number), "line": spot.node.lineno, **spot._asdict()}
+                {"key": key, "source": source, "tree": tree, "new": new, "line": spot.node.lineno, **spot._asdict()}
             )
     return found
 
 
-def mutated_code(mutant: dict[str, Any]) -> CodeType:
-    """The code of the mutant's module."""
-    path, (place, number) = ROOT / mutant["source"], mutant["place"]
-    tree = ast.parse(path.read_text())
-    old = list(spots(Spot(tree)))[place].node
-    return compile(ast.fix_missing_locations(Replace(old, list(variants(old))[number]).visit(tree)), str(path), "exec")
+class Original(NamedTuple):
+    """What a source became when it was imported."""
+
+    module: ModuleType
+    functions: list[FunctionType]
 
 
-def plant(mutant: dict[str, Any], functions: list[FunctionType]) -> None:
+def originals() -> dict[str, Original]:
+    """Of each path of a source that was imported."""
+    of = functools.cache(lambda name: os.path.realpath(name or ""))
+    made = defaultdict(list)
+    for thing in gc.get_objects():
+        if isinstance(thing, FunctionType):
+            made[of(thing.__code__.co_filename)].append(thing)
+    modules = {of(getattr(module, "__file__", None)): module for module in reversed(list(sys.modules.values()))}
+    paths = [str(ROOT / source) for source in SOURCES]
+    return {path: Original(modules[path], made[path]) for path in paths if path in modules}
+
+
+def plant(mutant: dict[str, Any], original: Original) -> None:
     """Runs the mutated module beside the one that is there, and gives that one's functions, plain class attributes and plain
-    globals, also where others have imported them, their new values."""
-    path = str(ROOT / mutant["source"])
-    module = next(m for m in list(sys.modules.values()) if os.path.realpath(getattr(m, "__file__", None) or "") == path)
-    code, fresh = mutated_code(mutant), ModuleType(module.__name__)
+    globals, also where others have imported them, their new values. The mutant's tree changes too."""
+    path, module = str(ROOT / mutant["source"]), original.module
+    tree = Replace(mutant["node"], mutant["new"]).visit(mutant["tree"])
+    code, fresh = compile(ast.fix_missing_locations(tree), path, "exec"), ModuleType(module.__name__)
     fresh.__dict__.update(__file__=module.__file__, __package__=module.__package__)
     exec(code, fresh.__dict__)
     place = {}
     for new in [thing for thing in gc.get_objects() if isinstance(thing, FunctionType)]:  # what was there is frozen
         if new.__code__.co_filename == path:
             place[new.__code__.co_qualname, new.__code__.co_firstlineno] = new
-    for old in functions:
+    for old in original.functions:
         new = place.get((old.__code__.co_qualname, old.__code__.co_firstlineno))
-        if new is not None and os.path.realpath(old.__code__.co_filename) == path:
+        if new is not None:
             old.__code__, old.__defaults__, old.__kwdefaults__ = new.__code__, new.__defaults__, new.__kwdefaults__
     for name, value in list(vars(fresh).items()):
         old = getattr(module, name, None)
@@ -265,18 +279,25 @@ class Forks:
         assert not session.testsfailed, "tests could not be collected"  # and every mutant would be taken for killed
         record = self.record(session)
         items = {item.nodeid: item for item in session.items}
-        functions = [thing for thing in gc.get_objects() if isinstance(thing, FunctionType)]
+        imported = originals()
         gc.freeze()
+
+        def start(test: pytest.Item) -> None:
+            NOW.write_text(test.nodeid)
+            limit_time(record["seconds"][test.nodeid])
+
         for mutant in self.todo:
-            chosen = [items[name] for name in choose(mutant, record, self.cap) if name in items]
+            names = choose(mutant, record, read(STATE / "results.json"), self.cap)
+            chosen = [items[name] for name in names if name in items]
 
             def run(mutant: dict[str, Any] = mutant, chosen: list[Any] = chosen) -> int:
                 try:
-                    plant(mutant, functions)
+                    plant(mutant, imported[str(ROOT / mutant["source"])])
                 except Exception:  # the module cannot be imported
                     return 1
-                return run_tests(chosen, lambda test: limit_time(record["seconds"][test.nodeid]), 1)
+                return run_tests(chosen, start, 1)
 
+            NOW.write_text("")
             settle(mutant, fork(run, 30 + sum(record["seconds"][item.nodeid] for item in chosen)))
         return True
 
@@ -313,9 +334,11 @@ class Forks:
         return {"seconds": record["seconds"], "lines": lines, "idle": idle}
 
 
-def choose(mutant: dict[str, Any], record: dict[str, Any], cap: float) -> list[str]:
+def choose(mutant: dict[str, Any], record: dict[str, Any], results: dict[str, Any], cap: float) -> list[str]:
     """Tests that run the mutant's lines, up to `cap` seconds: the quick ones first. The k-th case of a test function counts as
-    k times as slow, those in a file named like the module as four times as quick. These run first, and all run by file."""
+    k times as slow, those in a file named like the module as four times as quick, those that killed mutants of the same
+    module, or even function, as quicker by each. After the first seconds tests run by file, whose fixtures they share. What is
+    in no function is near to many tests: it gets four times as many seconds."""
     (first, last), seconds, of_line = mutant["lines"], record["seconds"], record["lines"][mutant["source"]]
     names = {name for line, some in of_line.items() if first <= line <= last for name in some}
     stem = Path(mutant["source"]).stem.removeprefix("scheduling_")
@@ -324,18 +347,25 @@ def choose(mutant: dict[str, Any], record: dict[str, Any], cap: float) -> list[s
         word = re.compile(rf"\b{mutant['code'].split(' ')[0].rstrip(':')}\b")
         text = enumerate((ROOT / mutant["source"]).read_text().splitlines(), 1)
         names |= {name for number, line in text if word.search(line) for name in of_line.get(number, ())}
+    kills: Counter[str] = Counter()
+    function = mutant["key"].split(" | ")[0]
+    for key, result in results.items():
+        kills[result["test"]] += (key.split(" ")[0] == mutant["source"]) + 4 * (key.split(" | ")[0] == function)
     cases: Counter[str] = Counter()
     ranked = []
-    for name in sorted(names, key=lambda name: (seconds[name], name)):
-        cases[name.split("[")[0]] += 1
-        ranked.append((cases[name.split("[")[0]] * seconds[name] / (4 if stem in name.split("::")[0] else 1), name))
-    chosen, total = [], 0.0
-    for _, name in sorted(ranked):
+    for name in sorted(names, key=lambda name: (seconds[name] / (1 + kills[name]), name)):
+        file, case = name.split("::")[0], name.split("[")[0]
+        cases[case] += 1
+        cost = cases[case] * seconds[name] / (1 + kills[name]) / (4 if stem in file else 1)
+        ranked.append((cost, file, name))
+    cap *= 1 if mutant["is_inside"] else 4
+    chosen: list[tuple[str, str]] = []
+    total = 0.0
+    for _, file, name in sorted(ranked):
         if total + seconds[name] <= cap:
-            chosen.append(name)
             total += seconds[name]
-    order = {name: number for number, name in enumerate(chosen)}
-    return sorted(chosen, key=lambda name: (stem not in name.split("::")[0], name.split("::")[0], order[name]))
+            chosen.append(("" if total < cap / 5 else file, name))
+    return [name for _, name in sorted(chosen, key=lambda item: item[0])]
 
 
 def limit_time(seconds: float) -> None:
@@ -367,10 +397,13 @@ def fork(run: Callable[[], int], seconds: float = 1e6) -> int:
 
 
 def settle(mutant: dict[str, Any], code: int) -> None:
-    """Writes down what became of a mutant, by the exit code of its tests."""
+    """Writes down what became of a mutant, by the exit code of its tests, and which ended it. `closed` is one that survived
+    until a test was written."""
     results = read(STATE / "results.json")
     result = {0: "survived", FAULT: "fault"}.get(code, "timeout" if code < 0 else "killed")
-    results[mutant["key"]] = result
+    if results.get(mutant["key"], {}).get("result") in ("survived", "closed") and result in ("killed", "timeout"):
+        result = "closed"
+    results[mutant["key"]] = {"result": result, "test": NOW.read_text() if code != 0 else ""}
     write(STATE / "results.json", results)
     os.write(LOG, f"{time.strftime('%H:%M:%S')} {result:8} {mutant['line']:4} {mutant['key']}\n".encode())
 
@@ -397,21 +430,36 @@ def shuffled(some: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     return sorted(some, key=lambda mutant: hashlib.sha256(f"{seed} {mutant['key']}".encode()).digest())
 
 
-def summarise(everything: list[dict[str, Any]], results: dict[str, str], whole: str) -> None:
-    """Counts of those that were to be tried wholly, of the sample of the others, and of each file, and the survivors, each with
-    the reason that stands in the summary already."""
+def interval(number: int, total: int) -> str:
+    """Wilson's 95 % interval of a share, in per cent."""
+    share, z = number / max(total, 1), 1.96
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2) / (1 + z * z / total)
+    return f"{100 * share:.1f} % ({100 * (middle - half):.1f} to {100 * (middle + half):.1f})"
+
+
+def summarise(everything: list[dict[str, Any]], results: dict[str, Any], whole: str, sample: set[str]) -> None:
+    """Counts of those that were to be tried wholly, of the sample of the others, of what else was tried earlier, and of each
+    file, and the survivors, each with the reason that stands in the summary already."""
     old = read(SUMMARY).get("survivors", {})
-    parts = {"whole": Counter(mutants=0, tried=0, survived=0), "sample": Counter(mutants=0, tried=0, survived=0)}
+    parts = {part: Counter(mutants=0, tried=0, survived=0) for part in ("whole", "sample", "others")}
     counts = {source: Counter(mutants=0, tried=0, survived=0) for source in SOURCES}
     for mutant in everything:
-        result = results.get(mutant["key"])
-        for count in (counts[mutant["source"]], parts["whole" if is_in(whole, mutant) else "sample"]):
+        result = results.get(mutant["key"], {}).get("result")
+        part = "whole" if is_in(whole, mutant) else "sample" if mutant["key"] in sample else "others"
+        for count in (counts[mutant["source"]], parts[part]):
             count.update(["mutants", *(["tried", result] if result else [])])
-    survivors = {m["key"]: old.get(m["key"], "") for m in everything if results.get(m["key"]) == "survived"}
-    total = sum(counts.values(), Counter())
+    survivors = {key: old.get(key, "") for key, result in results.items() if result["result"] == "survived"}
+    total, drawn = sum(counts.values(), Counter()), parts["sample"]
     files = {s: f"{c['tried']} of {c['mutants']} tried, {c['survived']} survived" for s, c in counts.items()}
-    write(SUMMARY, {"total": total, "pattern of the whole": whole, **parts, "files": files, "survivors": survivors})
+    shares: dict[str, str] = {}
+    if drawn["tried"]:
+        shares["sample survived at first"] = interval(drawn["survived"] + drawn["closed"], drawn["tried"])
+        shares["sample survives now"] = interval(drawn["survived"], drawn["tried"])
+    found = {"total": total, "pattern of the whole": whole, **parts, **shares, "files": files}
+    write(SUMMARY, found | {"survivors": {m["key"]: survivors[m["key"]] for m in everything if m["key"] in survivors}})
     print(f"{dict(total)}: {total['survived'] / max(total['tried'], 1):.1%} survive")
+    print(shares)
 
 
 def main() -> None:
@@ -427,16 +475,17 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not survive a fork
     everything = [mutant for source in SOURCES for mutant in mutants(source)]
     ordered = shuffled(everything, arguments.seed)
-    sample = [mutant for mutant in ordered if is_in(arguments.whole, mutant)]
-    sample += [mutant for mutant in ordered if not is_in(arguments.whole, mutant)][: arguments.sample]
+    whole = [mutant for mutant in ordered if is_in(arguments.whole, mutant)]
+    sample = [mutant for mutant in ordered if not is_in(arguments.whole, mutant)][: arguments.sample]
     results = read(STATE / "results.json")
     known = {key for key, reason in read(SUMMARY).get("survivors", {}).items() if reason}
-    open_cases = {key for key, result in results.items() if result == "survived"} - known if arguments.again else ()
-    todo = [mutant for mutant in sample if mutant["key"] not in results or mutant["key"] in open_cases]
+    survived = {key for key, result in results.items() if result["result"] == "survived"}
+    again = survived - known if arguments.again else set()
+    todo = [mutant for mutant in [*whole, *sample] if mutant["key"] not in results or mutant["key"] in again]
     if todo:
         files = [f"tests/test_{name}.py" for name in TESTS]
         pytest.main([*OPTIONS, *files], plugins=[Forks(todo, arguments.cap)])
-    summarise(everything, read(STATE / "results.json"), arguments.whole)
+    summarise(everything, read(STATE / "results.json"), arguments.whole, {mutant["key"] for mutant in sample})
 
 
 if __name__ == "__main__":

@@ -160,6 +160,23 @@ def test_fast_dllm_by_hand(kwargs: dict[str, Any], confidence: list[float], expe
     assert opened(scheduler, confident(confidence), 0, masks(len(confidence))) == [expected]
 
 
+def test_as_sure_as_the_threshold_is_not_enough() -> None:
+    scheduler = build(ThresholdScheduler, 20, temperature=0.0, threshold=0.5)
+    even = [0.5, 0.5, 0.0]
+    assert opened(scheduler, logits_of(torch.tensor([[[0.75, 0.25, 0.0], even, even]])), 0, masks(3)) == [[0]]
+
+
+def test_the_last_call_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, asked = build(ThresholdScheduler, 2), []
+    predict = scheduler.predict
+    monkeypatch.setattr(
+        scheduler, "predict", lambda rows, reads, source: asked.append(reads) or predict(rows, reads, source)
+    )
+    for index in (0, 1):
+        scheduler.step(confident([0.5, 0.6]), index, masks(2), generator=seeded())
+    assert asked == [("token_probability",), ()]
+
+
 @pytest.mark.parametrize("rule", ["threshold", "factor"])
 @pytest.mark.parametrize("seed", range(5))
 def test_fast_dllm_by_brute_force(rule: str, seed: int) -> None:
@@ -257,6 +274,10 @@ def test_klass_by_hand() -> None:
     assert opened(looser, logits[0], 0, x) == [[3]]
     x[0, 3] = 0
     assert opened(looser, logits[1], 1, x) == [[0, 1, 4]]
+    strict = build(KLASSScheduler, 10, threshold=0.8, temperature=0.0, kl_threshold=1e-12, history_length=1)
+    same = logits_of(torch.tensor([[a, b[0], c, first, second]])).float()
+    assert opened(strict, same, 0, masks(5)) == [[3]]
+    assert opened(strict, same, 1, masks(5)) == [[0, 1, 3, 4]]  # equal laws are equal, of float32 logits too
     looser.set_timesteps(10)  # forgets
     assert opened(looser, logits[1], 1, x) == [[4]]
     with pytest.raises(ValueError, match=r"`sample` has shape \(2, 5\), but \(1, 5\) in the call before"):
@@ -333,6 +354,11 @@ def test_pc_sampler_by_hand() -> None:
     assert first([rare, common, rarest], token_frequencies=None, position_decay=0.0) == [1]  # confidence alone
     assert first([rare, common, rarest], token_frequencies=None) == [1]  # 0.7, 0.763, 0.582
     assert first([rare, common, rarest], token_frequencies=None, position_decay=0.4) == [0]  # 0.7, 0.657
+    known = build(
+        PCSamplerScheduler, 3, temperature=0.0, token_frequencies=[1.0] * 4
+    )  # all scores are 0: from the left
+    x = torch.tensor([[0, MASK, MASK, MASK]])
+    assert opened(known, logits_of(torch.tensor([[common] * 4])), 0, x)[0] == [1]
 
 
 @pytest.mark.parametrize("block_length", [None, 4])

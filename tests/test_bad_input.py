@@ -44,6 +44,7 @@ from discrete_schedulers import (
     LSDScheduler,
     NetworkDenoiser,
     PatchCodebook,
+    RDLMScheduler,
     RowLogits,
     SpreadScheduler,
     UniformProcess,
@@ -306,7 +307,7 @@ CONSTRUCTORS: dict[str, tuple[dict[str, Any], str]] = {
     "a curve as text": ({"information_curve": "abc"}, "`information_curve` is 'abc'; it must be a list of numbers"),
     "a curve as a table": ({"information_curve": {"a": 1}}, "`information_curve` is {'a': 1}; it must be a list"),
     "a curve with None": ({"information_curve": [1, None]}, r"`information_curve` is \[1, None\]; it must be a list"),
-    "coefficients as a list": ({"coefficients": [1, 2]}, r"`coefficients` is \[1, 2\]; it must be a dict"),
+    "coefficients as a list": ({"coefficients": [1, 2]}, r"`coefficients` is \[1, 2\]; .* such as {'2': {'times': "),
     "coefficients as text": ({"coefficients": "x"}, "`coefficients` is 'x'; it must be a dict"),
     "a budget that is no number": (
         {"coefficients": {"a": {"times": [1, 0]}}},
@@ -391,6 +392,7 @@ def test_a_number_that_is_none_is_refused(case: SchedulerCase, refuses: Callable
         for shape in ([4], "4x2", [4, -2], 8, [2.0, 4.0]):
             message = rf"`grid_shape` is {re.escape(repr(shape))}; it must be \[height, width\]"
             refuses(lambda shape=shape: case.build(V, grid_shape=shape), message)
+        assert case.build(V, grid_shape=[1, 1]).config.grid_shape == [1, 1]  # the smallest
 
 
 def test_every_block_that_is_read_is_known() -> None:
@@ -466,7 +468,7 @@ OWN: dict[str, tuple[Callable[[], Any], str]] = {
     "no vocabulary": (lambda: AncestralScheduler(), "`vocab_size` is missing; it must be an integer"),
     "no such argument in a swap": (
         lambda: AncestralScheduler.from_config(AncestralScheduler(V, V - 1).config, temprature=0.5),
-        "`temprature` is no argument of AncestralScheduler; allowed: .*'temperature'",
+        "`temprature` is no argument of AncestralScheduler; allowed: 'vocab_size', 'mask_token_id', .*'temperature'",
     ),
     "no config": (lambda: AncestralScheduler.from_config({}), "`vocab_size` is missing"),
     "a process without a mask": (
@@ -738,6 +740,19 @@ TEXT: dict[str, tuple[dict[str, Any], str]] = {
     "NaN guidance": ({"prompt": "a", "guidance_scale": NAN}, "`guidance_scale` is nan; it must be a finite number"),
     "guidance as text": ({"prompt": "a", "guidance_scale": "x"}, "`guidance_scale` is 'x'; it must be a finite"),
     "no guidance scale": ({"prompt": "a", "guidance_scale": None}, "`guidance_scale` is None; it must be"),
+    "NaN guidance by nothing": ({"guidance_scale": NAN}, "`guidance_scale` is nan; it must be a finite number"),
+    "a schedule of none": (
+        {"prompt": "a", "guidance_schedule": "square"},
+        "`guidance_schedule` is 'square'; allowed: 'constant', 'linear', 'cosine'",
+    ),
+    "a function for a schedule": (
+        {"prompt": "a", "guidance_scale": 2.0, "guidance_schedule": lambda t: t},
+        "`guidance_schedule` is <function .*; a function of t is a `guidance_scale`",
+    ),
+    "two schedules": (
+        {"prompt": "a", "guidance_scale": lambda t: 2.0, "guidance_schedule": "linear"},
+        "`guidance_scale` is a function of t and `guidance_schedule` is 'linear': they cannot both say",
+    ),
     "guidance by nothing": ({"guidance_scale": 2.0}, "`guidance_scale` needs something to be guided by"),
     "classes of none": ({"class_labels": 1}, "`class_labels` were passed, but this model has no classes"),
     "samples as text": ({"num_samples": "2"}, f"`num_samples` is '2'; {COUNT}"),
@@ -865,6 +880,36 @@ PARTS: dict[str, tuple[Callable[[], Any], str, int]] = {
         0,
     ),
     "no scheduler": (lambda: DiscreteDiffusionPipeline(tiny_model(), None), "`scheduler` is a NoneType; .*must be", 0),
+    "a scheduler by its name": (
+        lambda: setattr(tiny_pipeline(), "scheduler", "ddim"),
+        "`scheduler` is the text 'ddim'; it must be one of .*AncestralScheduler.from_config",
+        0,
+    ),
+    "the class of a scheduler": (
+        lambda: setattr(tiny_pipeline(), "scheduler", AncestralScheduler),
+        "`scheduler` is the class AncestralScheduler, not an object of it; it must be",
+        0,
+    ),
+    "a scheduler of points": (
+        lambda: setattr(tiny_pipeline(), "scheduler", RDLMScheduler(4, 3)),
+        "`scheduler` is a RDLMScheduler, whose states are no tokens and which is for RDLMPipeline",
+        0,
+    ),
+    "another model by its name": (
+        lambda: setattr(tiny_pipeline(), "model", "gpt2"),
+        "`model` is 'gpt2'; it must be a torch.nn.Module",
+        0,
+    ),
+    "a tokenizer by its name": (
+        lambda: setattr(tiny_pipeline(), "tokenizer", "gpt2"),
+        "`tokenizer` is the text 'gpt2'; it must be the object, which its from_pretrained loads",
+        0,
+    ),
+    "a tokenizer by its name, from the start": (
+        lambda: DiscreteDiffusionPipeline(tiny_model(), AncestralScheduler(**FACTS), "gpt2"),
+        "`tokenizer` is the text 'gpt2'; it must be the object",
+        0,
+    ),
     "no tokenizer for a prompt": (
         lambda: tiny_pipeline(tokenizer=None)(prompt="the", **RUN),
         "`prompt` or `template` is text, but this pipeline has no tokenizer",
@@ -963,16 +1008,20 @@ IMAGES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "0 steps": ({"num_inference_steps": 0}, f"`num_inference_steps` is 0; {COUNT}"),
     "steps as text": ({"num_inference_steps": "4"}, f"`num_inference_steps` is '4'; {COUNT}"),
-    "NaN guidance": ({"guidance_scale": NAN, "class_labels": 1}, r"`guidance_scale` is \[nan\]; allowed are finite"),
+    "NaN guidance": ({"guidance_scale": NAN, "class_labels": 1}, "`guidance_scale` is nan; it must be a finite"),
     "infinite guidance": (
         {"guidance_scale": INF, "class_labels": 1},
-        r"`guidance_scale` is \[inf\]; allowed are finite",
+        "`guidance_scale` is inf; it must be a finite",
     ),
     "guidance as text": (
         {"guidance_scale": "2", "class_labels": 1},
-        r"`guidance_scale` is \['2'\]; allowed are finite",
+        "`guidance_scale` is '2'; it must be a finite",
     ),
     "a schedule of none": ({"guidance_schedule": "square"}, "`guidance_schedule` is 'square'; allowed: 'constant'"),
+    "two schedules": (
+        {"class_labels": 1, "guidance_scale": lambda t: 2.0, "guidance_schedule": "linear"},
+        "`guidance_scale` is a function of t and `guidance_schedule` is 'linear': they cannot both say",
+    ),
     "a picture by its name": (painted(image="cat.png"), "`image` has 'cat.png'; allowed are PIL pictures"),
     "a number for a picture": (painted(image=5), "`image` has 5; allowed are PIL pictures"),
     "no pictures": (painted(image=[]), "`image` has no entries; allowed are PIL pictures"),
@@ -1465,7 +1514,7 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "a dtype that is none, of a pipeline": ("pipe", {"dtype": "float33"}, "`torch_dtype` is 'float33'; allowed: torch"),
     "whole numbers": ("family", {"torch_dtype": torch.int64}, "`torch_dtype` is torch.int64; allowed: torch.float32"),
     "a device that is none": ("family", {"device_map": "tpu9"}, "`device_map` is 'tpu9'; allowed: a device"),
-    "a name for a scheduler": ("family", {"scheduler": "x"}, "`scheduler` is a str; it must be"),
+    "a name for a scheduler": ("family", {"scheduler": "x"}, "`scheduler` is the text 'x'; it must be"),
     "a list of facts": ("family", {"denoiser": [1]}, r"`denoiser` has \[1\]; it must be a dict"),
 }
 
@@ -1591,8 +1640,8 @@ LINES: dict[str, dict[str, str]] = {
         "--resume_from_checkpoint checkpoint": "checkpoint checkpoint is damaged .*delete it",
         "--output_dir file": "--output_dir file is a file; it must be a folder",
         "--pretrained_model_name_or_path no/where/at": "is 'no/where/at'; there is no such folder",
-        "--pretrained_model_name_or_path u": "`--pretrained_model_name_or_path` is a uniform-noise model; .* are for masked",
-        "--pretrained_model_name_or_path discrete-schedulers/tiny-image": "tiny-image' is of .*, for images: load it",
+        "--pretrained_model_name_or_path u": "`--pretrained_model_name_or_path` 'u' has uniform noise, .*--method search",
+        "--pretrained_model_name_or_path discrete-schedulers/tiny-x": "'discrete-schedulers/tiny-x' is not bundled; ",
         "--push_to_hub --hub_model_id a/b/c": "--hub_model_id: .*'a/b/c'",
         "--wobble": "unrecognized arguments: --wobble",
     },

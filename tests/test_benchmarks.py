@@ -1,6 +1,6 @@
 """The benchmarks: their exact laws against the tests' own enumeration, their bounds, files and tables.
 
-The numbers in the README are those of benchmarks/results/*.json, which were made with the bundled weights.
+The numbers in README.md and RESULTS.md are those of benchmarks/results/*.json, which were made with the bundled weights.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ from discrete_schedulers.evaluation import sampler_nll_bound
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import headlines  # noqa: E402
 import language  # noqa: E402
 import learned  # noqa: E402
 import part_costs  # noqa: E402
@@ -49,15 +51,24 @@ def small_joint(num_tokens: int = 2, length: int = 3) -> tuple[part_joints.Joint
     return part_joints.Joint(joint.p, num_tokens, length), joint
 
 
+@pytest.fixture(scope="module")
+def made():
+    """All tables of the results."""
+    return run.made_tables(run.RESULTS)
+
+
 class TestResults:
-    @pytest.mark.parametrize("part", tables.TABLES)
-    def test_readme_has_the_tables_of_the_results(self, part):
-        path = ROOT / "benchmarks" / "results" / f"{part}.json"
-        if not path.is_file():
-            pytest.skip(f"{path.name} has not been made: python benchmarks/run.py {part} table")
-        assert tables.taken_from((ROOT / "README.md").read_text(), part) == tables.TABLES[part](
-            json.loads(path.read_text())
-        )
+    @pytest.mark.parametrize("name", [*tables.TABLES, *headlines.HEADLINES])
+    def test_pages_have_the_tables_of_the_results(self, name, made):
+        if name not in made:
+            pytest.skip(f"its results have not been made: python benchmarks/run.py {name} table")
+        (text,) = [page.read_text() for page in run.PAGES if f"<!-- results:{name} -->" in page.read_text()]
+        assert tables.taken_from(text, name) == made[name]
+
+    def test_the_small_tables_stand_in_the_readme_and_the_long_ones_in_the_results(self):
+        readme, results = (re.findall(r"<!-- results:([\w-]+) -->", page.read_text()) for page in run.PAGES)
+        assert sorted(readme) == sorted(headlines.HEADLINES)
+        assert sorted(results) == sorted(tables.TABLES)
 
     def test_molecules_are_those_of_the_bundled_weights(self):
         content = json.loads((ROOT / "benchmarks" / "results" / "molecules.json").read_text())
@@ -331,6 +342,27 @@ class TestFiles:
         for wrong in ("none", text + text, "<!-- /results:x --> <!-- results:x -->"):
             with pytest.raises(ValueError, match="results:x"):
                 tables.put_into(wrong, "x", "new")
+
+    def test_a_table_has_one_place(self, tmp_path, monkeypatch):
+        """Each page gets its own tables; none is written if one has no place or two."""
+        monkeypatch.setattr(run, "made_tables", lambda folder: {"x": "of x", "y": "of y"})
+        pages = [tmp_path / "a.md", tmp_path / "b.md"]
+        x, y = (f"<!-- results:{name} -->\nold\n<!-- /results:{name} -->\n" for name in "xy")
+        for texts, said in {
+            ("here " + x, y): None,
+            (x, x + y): "'x' must have one place; it has 2 in a.md and b.md",
+            (x, "nothing"): "'y' must have one place; it has 0 in a.md and b.md",
+        }.items():
+            for page, text in zip(pages, texts, strict=True):
+                page.write_text(text)
+            if said is None:
+                run.write_tables(tmp_path, pages)
+                assert pages[0].read_text() == "here " + x.replace("old", "of x")
+                assert pages[1].read_text() == y.replace("old", "of y")
+            else:
+                with pytest.raises(ValueError, match=said):
+                    run.write_tables(tmp_path, pages)
+                assert tuple(page.read_text() for page in pages) == texts
 
 
 class TestRun:

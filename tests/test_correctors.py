@@ -365,6 +365,13 @@ def test_divergence_free_refusals_and_lists() -> None:
         FlowMatchingScheduler(**MASKED, coefficients={"2": {"divergence_free": [0.0, -1.0]}})
     learned = FlowMatchingScheduler(**MASKED, coefficients={"4": {"divergence_free": [0.0, 0.4, 3.0, 9.0]}})
     learned.set_timesteps(4)
+    tokens = torch.ones(1, 4000, dtype=torch.int64)
+    one = FlowMatchingScheduler(**MASKED, divergence_free=1.0)
+    one.set_timesteps(4)
+    fallen = one.step(torch.zeros(1, 4000, 4), 2, tokens, generator=torch.Generator().manual_seed(0)).prev_sample == 3
+    share = float(one.transition(torch.zeros(1, 1, 4), 2, tokens[:, :1])[0, 0, 3])
+    assert float(fallen.double().mean()) == pytest.approx(share, abs=4.5 * math.sqrt(share * (1 - share) / 4000))
+    assert share > 0.1
     for index, c in enumerate([0.0, 0.4, 3.0]):
         constant = FlowMatchingScheduler(**MASKED, divergence_free=c)
         constant.set_timesteps(4)

@@ -29,6 +29,7 @@ from discrete_schedulers import (
     DiscreteDiffusionPipeline,
     DiscreteScheduler,
     EulerScheduler,
+    GillespieScheduler,
     LearnedScheduler,
     LSDScheduler,
     TauLeapingScheduler,
@@ -196,6 +197,24 @@ def test_learned_after_construction(cls: type[DiscreteScheduler], arguments: dic
     scheduler.register_to_config(coefficients=coefficients)
     for other in CLASSES:
         assert other.from_config(scheduler.config).config.coefficients == coefficients
+
+
+def test_a_grid_that_only_one_class_has() -> None:
+    """Counts are a grid of the learned scheduler's: the others take their own, for any budget, and give the counts back."""
+    counts = {"coefficients": {"2": {"counts": [1, 3]}}}
+    learned = LearnedScheduler(V, MASK, grid="learned", **counts)
+    learned.set_timesteps(2)
+    for other in learned.compatibles:
+        there = other.from_config(learned.config)
+        assert there.config.grid == ("learned" if other is LearnedScheduler else "uniform")
+        if other is not GillespieScheduler and other.learned_block is None and other is not LearnedScheduler:
+            there.set_timesteps(3)
+        back = LearnedScheduler.from_config(there.config)
+        back.set_timesteps(2)
+        assert torch.equal(back.times, learned.times)
+    times = LearnedScheduler(V, MASK, grid="learned", coefficients={"2": {"times": [1.0, 0.3, 0.0]}})
+    assert AncestralScheduler.from_config(times.config).config.grid == "learned"
+    assert AncestralScheduler.from_config(learned.config, grid="cosine").config.grid == "cosine"
 
 
 def test_equal_names_have_equal_defaults() -> None:

@@ -263,7 +263,7 @@ def test_files(finished: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_card_names_a_base_model_of_the_hub(finished: Callable, tmp_path: Path) -> None:
     metrics, _ = finished("lsd")
-    facts = Facts("accelerate launch training/distill.py", 1, "cpu", 1.0, 2.0)
+    facts = Facts("accelerate launch training/distill.py", 1, "cpu", 1.0, 2.0, "DiscreteDiffusionPipeline", "print(1)")
     named = metrics | {"base_model": "kuleshov-group/mdlm-owt"}
     write_card(tmp_path / "README.md", "me/x", "LSDScheduler", named, facts)
     card = ModelCard.load(tmp_path / "README.md")
@@ -479,7 +479,7 @@ def test_models_and_data_are_refused(work: Path, tmp_path: Path) -> None:
     scheduler = AncestralScheduler(vocab_size=len(WORDS), process="uniform")
     assert isinstance(scheduler.noise_process, UniformProcess)
     tiny_pipeline(scheduler).save_pretrained(tmp_path / "uniform")
-    with pytest.raises(ValueError, match="`--pretrained_model_name_or_path` is a uniform-noise model"):
+    with pytest.raises(ValueError, match=r"`--pretrained_model_name_or_path` .* has uniform noise"):
         distill.main(
             [*arguments(work, tmp_path / "out2"), "--pretrained_model_name_or_path", str(tmp_path / "uniform")]
         )
@@ -788,7 +788,7 @@ def test_batches_go_round_the_processes(processes: int, count: int, size: int) -
 
     def live(number: int) -> Tensor:
         args = argparse.Namespace(train_batch_size=size)
-        own = Run(args, Together(number, everyone, barrier), None, {}, 1, None, {}, {}, None, {})
+        own = Run(args, Together(number, everyone, barrier), None, {}, None, {}, {}, None, {})
         return own.by_batches(count, work, torch.empty(0, 2, dtype=torch.int64))
 
     everyone, barrier = [None] * processes, threading.Barrier(processes, timeout=60)
@@ -985,7 +985,13 @@ def test_card_of_a_bundled_model_has_no_link(finished: Callable, tmp_path: Path)
     metrics, _ = finished("lsd")
     row = metrics["table"][0] | {"nll": 12345.678, "calls": 4.0}
     named = metrics | {"base_model": "discrete-schedulers/tiny-text", "table": [row]}
-    write_card(tmp_path / "README.md", "me/x", "LSDScheduler", named, Facts("command", 1, "cpu", 1.0, 2.0))
+    write_card(
+        tmp_path / "README.md",
+        "me/x",
+        "LSDScheduler",
+        named,
+        Facts("command", 1, "cpu", 1.0, 2.0, "DiscreteDiffusionPipeline", "print(1)"),
+    )
     text = ModelCard.load(tmp_path / "README.md").text
     assert "`discrete-schedulers/tiny-text` (bundled with discrete_schedulers)" in text
     assert "huggingface.co" not in text

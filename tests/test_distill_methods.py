@@ -3,6 +3,7 @@ that kills, processes and batches change nothing. On the transformer with random
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -16,7 +17,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from test_distill import FINISHED, LENGTH, do_not_draw, interrupt, launch, save_model, write_texts
-from tiny import MASK, WORDS
+from tiny import MASK, WORDS, tiny_model, tiny_pipeline
 
 from discrete_schedulers import (
     DiscreteDiffusionPipeline,
@@ -28,8 +29,9 @@ from discrete_schedulers import (
 from discrete_schedulers.evaluation import sampler_nll_bound
 from discrete_schedulers.information import curve_of, expected_nll, optimal_counts
 from discrete_schedulers.processes import AbsorbingProcess
-from discrete_schedulers.training import arguments, distill
+from discrete_schedulers.training import arguments, distill, method_marginal
 from discrete_schedulers.training.data import Texts, load_texts, pack
+from discrete_schedulers.training.frozen import FrozenTexts
 from discrete_schedulers.training.hub import without_tokens
 from discrete_schedulers.training.jump_steps import (
     beta_shares,
@@ -43,10 +45,16 @@ from discrete_schedulers.training.learn2pd import Decoded, decode_one_by_one, th
 from discrete_schedulers.training.marginal import Verdict
 from discrete_schedulers.training.measuring import Judged, at_entropy
 from discrete_schedulers.training.method_filter import partly_known
-from discrete_schedulers.training.method_grids import measured_levels, measured_starts, smallest_on_grids
+from discrete_schedulers.training.method_grids import (
+    measured_levels,
+    measured_starts,
+    ordered_counts,
+    smallest_on_grids,
+)
 from discrete_schedulers.training.method_marginal import blocks_of, kept_floats
-from discrete_schedulers.training.objectives import draw_noise
+from discrete_schedulers.training.objectives import draw_noise, token_nats
 from discrete_schedulers.training.order_search import order_nll
+from discrete_schedulers.training.run import Run
 
 BUDGETS = [2, 4]
 SMALL = ["--num_inference_steps", "2", "4", "--num_eval_samples", "6"]
@@ -317,11 +325,12 @@ def test_smallest_on_grids() -> None:
 def test_search_keeps_what_its_judge_prefers(finished: Callable[[str], Finished]) -> None:
     plain, folder = finished("search")
     config = LearnedScheduler.from_pretrained(folder).config
-    assert (config.order, config.grid, config.unmasking) == ("spread", "learned", "counts")
-    for steps, plans in ((2, [[4, 4], [2, 6]]), (4, [[2, 2, 2, 2], [1, 1, 2, 4]])):
+    assert (config.grid, config.unmasking) == ("learned", "counts")
+    assert config.order in ("spread", "random")
+    for steps in BUDGETS:
         blocks = plain["coefficients"][str(steps)]
         assert sorted(blocks) == ["contrast", "counts", "inverse_temperature"]
-        assert blocks["counts"] in plans
+        assert (len(blocks["counts"]), sum(blocks["counts"])) == (steps, LENGTH)
         assert len(set(blocks["contrast"])) == 1
         assert 0 <= blocks["contrast"][0] <= 1
         logs = torch.tensor(blocks["inverse_temperature"]).log()
@@ -342,6 +351,59 @@ def test_search_keeps_what_its_judge_prefers(finished: Callable[[str], Finished]
     blocks = blocks_of(AbsorbingProcess(len(WORDS), MASK), start, 4)
     assert blocks["inverse_temperature"] == [1.0] * 4
     assert blocks["times"] == pytest.approx([1, 0.75, 0.5, 0.25, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize(("orders", "best"), [("best", "random"), ("spread", "spread")])
+def test_the_order_and_the_plans_of_a_search_are_the_nearest_ones(
+    monkeypatch: pytest.MonkeyPatch, orders: str, best: str
+) -> None:
+    """One order for all budgets, by the sum of what its best plans have; `spread` alone has no other."""
+    bound = {"spread": {2: [1, 7], 4: [1, 1, 1, 5]}, "random": {2: [3, 5], 4: [1, 2, 2, 3]}}
+    monkeypatch.setattr(method_marginal, "ordered_counts", lambda run, data, order: bound[order])
+    losses = {("spread", 2): [0.5, 0.3, 0.4], ("spread", 4): [0.1, 0.2, 0.9]}  # 0.4 in all
+    losses |= {("random", 2): [0.6, 0.6, 0.3], ("random", 4): [0.5, 0.05, 0.5]}  # 0.35
+    tried = []
+
+    def loss(order: str, steps: int, number: int, counts: list[int]) -> float:
+        tried.append((order, counts))
+        return losses[order, steps][number]
+
+    args = SimpleNamespace(order=orders, num_inference_steps=BUDGETS)
+    run: Any = SimpleNamespace(args=args, state={}, data=torch.zeros(4, LENGTH), length=LENGTH)
+    run.accelerator = SimpleNamespace(print=lambda told: None)
+    run.add_evaluations = run.save = lambda *_: None
+    assert method_marginal.best_plans(run, loss) == best
+    expected = {"spread": {"2": [2, 6], "4": [2, 2, 2, 2]}, "random": {"2": [3, 5], "4": [1, 1, 2, 4]}}[best]
+    assert run.state["plans"] == {"order": best, "counts": expected}
+    assert [4, 4] in [counts for _, counts in tried]
+    assert len(tried) == (12 if orders == "best" else 6)
+    assert method_marginal.best_plans(run, loss) == best  # remembered
+    assert len(tried) == (12 if orders == "best" else 6)
+
+
+def test_the_counts_of_the_smallest_bound_for_an_order() -> None:
+    """Of the random order they are those of the optimal grid on the curve that the same permutations measure."""
+    pipe = tiny_pipeline(model=tiny_model(max_length=LENGTH, cond_dim=None))
+    data = torch.randint(0, MASK, (6, LENGTH), generator=torch.Generator().manual_seed(1))
+    args = SimpleNamespace(seed=3, num_inference_steps=BUDGETS, train_batch_size=4)
+    accelerator = SimpleNamespace(process_index=0, num_processes=1)
+    run: Any = Run(args, accelerator, FrozenTexts(pipe, LENGTH), {"mask_token_id": MASK}, data, {}, {}, None, {})  # type: ignore[arg-type]
+    run.reduce = lambda x: x
+    ranks = torch.rand(6, LENGTH, generator=torch.Generator().manual_seed(3)).argsort(1)
+    curve = []
+    for known in range(LENGTH):
+        hidden = ranks >= known
+        rows = pipe.denoiser(data.masked_fill(hidden, MASK), (LENGTH - known) / LENGTH, hidden)
+        curve.append(float(token_nats(rows, data[hidden], MASK).mean()))
+    found = ordered_counts(run, data, "random")
+
+    def price(counts: tuple[int, ...]) -> float:
+        starts = [sum(counts[:k]) for k in range(len(counts))]
+        return sum(count * curve[start] for start, count in zip(starts, counts, strict=True))
+
+    for steps in BUDGETS:
+        plans = [p for p in itertools.product(range(1, LENGTH), repeat=steps) if sum(p) == LENGTH]
+        assert price(tuple(found[steps])) == pytest.approx(min(map(price, plans)), abs=1e-9)
 
 
 @pytest.mark.slow

@@ -239,6 +239,9 @@ def test_incomplete_beta_function() -> None:
     assert moves[0] == pytest.approx(1 - 0.98**1000)
     assert moves[-1] == 1
     assert not any(math.isnan(move) for move in moves)
+    arcsine = absorbing(TransitionTimeScheduler, density="beta", beta_a=0.5, beta_b=0.5)
+    arcsine.set_timesteps(2)
+    assert arcsine.move_probability(0) == pytest.approx(0.5)
 
 
 def uniform_times_law(scheduler: DiscreteScheduler, denoiser: ExactDenoiser, num_steps: int, length: int) -> Tensor:
@@ -384,6 +387,11 @@ def test_gillespie_with_known_tokens_by_hand() -> None:
         before, x = x, scheduler.step(random_denoiser(5)(x, t), t, x, generator=seeded(1)).prev_sample
         opened.append(((before == 4).sum(1) - (x == 4).sum(1)).tolist())
     assert opened == [[2, 3], [1, 3], [3, 6]]
+    long = absorbing(GillespieScheduler, 4, coefficients={"2": {"counts": [3923, 1077]}})
+    long.set_timesteps(2)
+    x = torch.zeros(1, 5000, dtype=torch.int64)
+    x[:, :4487] = 4
+    assert int(long.positions(0, x, seeded()).sum()) == 3521  # 3520.5002, which float32 takes for one half
 
 
 def gillespie_uniform_matrix(scheduler: GillespieScheduler, denoiser: ExactDenoiser, index: int, length: int) -> Tensor:
@@ -505,6 +513,22 @@ def test_the_bound_holds_for_every_network(noise_schedule: str) -> None:
         rate = process.reverse_rate(x, p_0, t) / process.jump_speed(t)
         assert (rate.sum(-1) <= bound[:, None] * (1 + 1e-9)).all()
     assert (rate.sum(-1) > 0.9 * bound[:, None]).any()  # and is not a loose one
+
+
+@pytest.mark.parametrize("process", [AbsorbingProcess(4, 3, "linear"), UniformProcess(4)], ids=["absorbing", "uniform"])
+def test_laws_of_a_jump_are_those_of_float64(
+    process: AbsorbingProcess | UniformProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of logits of any precision."""
+    laws: list[Tensor] = []
+    monkeypatch.setattr(
+        exact, "categorical", lambda logits, u: laws.append(logits.softmax(-1)) or torch.zeros_like(u).long()
+    )
+    x, half, bound = torch.tensor([[3, 1, 3]] * 20), torch.full((20,), 0.5).double(), torch.full((20,), 1e3).double()
+    logits = torch.randn(20, 3, 4, generator=seeded())
+    for some in (logits, logits.double()):
+        exact.jump(process, some, x, half, bound, half)
+    torch.testing.assert_close(*laws, rtol=1e-13, atol=0)
 
 
 def test_number_of_calls() -> None:

@@ -175,6 +175,16 @@ def test_generate(whole: list[dict], tmp_path: Path) -> None:
         example.main([*arguments, "--seed", "1"])
 
 
+def test_generate_with_a_bundled_scheduler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example, bundled = load("generate"), "discrete-schedulers/tiny-text"
+    arguments = ["--scheduler", bundled, "--scheduler_subfolder", "learned", "--num_inference_steps", "8"]
+    pipe = example.load_pipeline(example.parse_args([*arguments, "--output_dir", str(tmp_path)]))
+    assert "8" in pipe.scheduler.config.coefficients
+    with pytest.raises(SystemExit):
+        example.parse_args(arguments[2:])
+    assert "--scheduler_subfolder needs --scheduler" in capsys.readouterr().err
+
+
 def test_generate_seeds() -> None:
     """Different numbers have different seeds, also where torch reads 32 bits of them; runs have different ones."""
     example = load("generate")

@@ -40,6 +40,7 @@ from discrete_schedulers.models.image_checkpoints import (
     load_halton,
 )
 from discrete_schedulers.pipelines.images import decode, encode
+from discrete_schedulers.training.frozen import FrozenImages
 
 # ---- aMUSEd ----------------------------------------------------------------------------------------------------------
 
@@ -132,6 +133,29 @@ def test_amused_facts(pipe: DiscreteImagePipeline) -> None:
     assert type(pipe.scheduler) is MaskGITScheduler
     assert (pipe.scheduler.config.mask_schedule, pipe.scheduler.config.choice_temperature) == ("cosine", 2.0)
     assert not any(part.training for part in (pipe.model, pipe.decoder, pipe.text_encoder))
+
+
+def test_amused_in_distillation(pipe: DiscreteImagePipeline) -> None:
+    """Samples show the prompts in turn; what is asked of data is asked behind the empty prompt."""
+    height, width = pipe.config.denoiser["grid_shape"]
+    frozen = FrozenImages(pipe, height * width, ["a red boat", "a hill"], 3.0)
+    x, calls = frozen.draw(range(1, 3), 2, [seeded(i) for i in range(2)])
+    call = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+    own = pipe(["a hill", "a red boat"], **call, generator=[seeded(i) for i in range(2)])
+    assert torch.equal(x, own.sequences)
+    assert calls == own.num_model_calls == 4
+    hidden = torch.arange(x.shape[1]).expand_as(x) % 3 == 0
+    masked = x.masked_fill(hidden, frozen.denoiser.mask_token_id)
+    nothing = pipe.text_conditions([""], 2, (height, width), 0.0, 0.0, 6.0)
+    plain = pipe.denoiser(masked, 0.5, hidden, **nothing).logits
+    assert torch.equal(frozen.denoiser(masked, 0.5, hidden).logits, plain)
+    told = pipe.text_conditions(["a hill"], 2, (height, width), 0.0, 0.0, 6.0)
+    assert not torch.equal(pipe.denoiser(masked, 0.5, hidden, **told).logits, plain)
+    assert torch.isfinite(frozen.features([], 2)(x)).all()
+    assert (
+        frozen.example(4)
+        == "pipe('a red boat', guidance_scale=3.0, num_inference_steps=4).images[0].save(\"sample.png\")"
+    )
 
 
 def test_amused_guided_logits(pipe: DiscreteImagePipeline, amused: AmusedPipeline) -> None:

@@ -23,6 +23,7 @@ from discrete_schedulers import (
     NetworkDenoiser,
     PatchCodebook,
     SpreadScheduler,
+    guidance_schedule,
 )
 from discrete_schedulers.pipelines.images import decode, encode, pixels_of, tokens_to_paint
 
@@ -95,6 +96,15 @@ def test_loop_with_guidance_written_out(schedule: str) -> None:
     assert output.num_model_calls == 2 * steps - (schedule != "constant")  # at t = 1 the scale is 1: one branch
 
 
+def test_a_function_is_its_schedule() -> None:
+    """A scale that is a function of time, as text pipelines take it, gives what the name of its schedule gives."""
+    arguments = {"class_labels": [2, 0], "num_inference_steps": 4}
+    named = pipeline()(**arguments, guidance_scale=3.0, guidance_schedule="linear", generator=seeded(1))
+    function = pipeline()(**arguments, guidance_scale=guidance_schedule("linear", 3.0), generator=seeded(1))
+    assert torch.equal(named.sequences, function.sequences)
+    assert named.num_model_calls == function.num_model_calls == 7
+
+
 def test_a_callback_changes_the_guidance() -> None:
     """As in diffusers' pipelines. From scale 1 to 3 after the first step: one call, then two in each."""
 
@@ -105,7 +115,7 @@ def test_a_callback_changes_the_guidance() -> None:
     pipe = pipeline()
     output = pipe(class_labels=1, num_inference_steps=4, generator=seeded(), callback_on_step_end=more)
     assert (output.num_model_calls, pipe.guidance_scale, pipe.num_timesteps) == (7, 3.0, 4)
-    with pytest.raises(ValueError, match=r"`guidance_scale` is \[nan\]; allowed are finite numbers"):
+    with pytest.raises(ValueError, match="`guidance_scale` is nan; it must be a finite number"):
         pipe(class_labels=1, guidance_scale=math.nan)
 
 

@@ -255,6 +255,7 @@ def test_optimal_counts_ignore_offset_and_scale() -> None:
     values = cubic_curve(64).values
     expected = optimal_counts(curve_of(values), 8)
     assert optimal_counts(curve_of(1e-6 * values + 20), 8) == expected
+    assert optimal_counts(curve_of(1e-12 * values), 8) == expected
 
 
 def test_flat_and_linear_curves_have_even_counts() -> None:
@@ -465,6 +466,8 @@ def test_levels_and_interpolation() -> None:
     assert curve.values.tolist() == pytest.approx(expected, abs=1e-12)
     assert curve.standard_error.abs().max() < 1e-12
     assert curve.num_evaluations == 12
+    ends = information_curve(TableDenoiser(table), torch.zeros(3, 11, dtype=torch.int64), 5, num_levels=2)
+    assert ends.values.tolist() == pytest.approx([3.0 - 0.23 * i for i in range(11)], abs=1e-12)
 
 
 def test_all_levels_can_be_asked_for_by_number() -> None:

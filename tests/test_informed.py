@@ -202,6 +202,19 @@ def test_draws_of_a_correction_follow_their_law(kwargs: dict[str, Any]) -> None:
         assert chi_square_z(counts, matrix[state_index(x[:1], V)[0]]) < 4.5
 
 
+@pytest.mark.parametrize("least", [0, 1])
+def test_the_least_sure_of_very_sure_positions(least: int) -> None:
+    """Log-probabilities of -1e-9 and less, which are all 0 in float32."""
+    scheduler = informed(selection="lowest_max_probability", selection_temperature=0.0)
+    scheduler.set_timesteps(2)
+    logits = torch.full((1, 2, V), -30.0)
+    logits[..., 0], logits[0, least, 1] = 0.0, -20.0
+    everywhere = torch.ones(1, 2, dtype=torch.bool)
+    rows = RowLogits.chosen(logits, everywhere)
+    chosen = scheduler.least_confident(rows, 0, torch.zeros(1, 2, dtype=torch.int64), seeded())
+    assert chosen.nonzero().tolist() == [[0, least]]
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [

@@ -503,11 +503,28 @@ def test_forms_that_name_no_scheduler(build: Callable[[dict[str, Any]], Any], na
         build(form)
 
 
+def test_one_of_diffusers_is_wrapped_wherever_it_is_given(tmp_path: Path) -> None:
+    """By the constructor that knows the model, by `from_pretrained`, and on the way back from the files."""
+    pipe = our_pipeline("absorbing")
+    theirs = diffusers.AmusedScheduler(MASK)
+    pipe.save_pretrained(tmp_path)
+    built = DiscreteDiffusionPipeline(pipe.model, theirs, denoiser=dict(pipe.config.denoiser))
+    loaded = DiscreteDiffusionPipeline.from_pretrained(tmp_path, scheduler=theirs)
+    pipe.scheduler = theirs
+    pipe.scheduler.save_pretrained(tmp_path / "theirs")
+    by_its_file = DiscreteScheduler.from_pretrained(tmp_path / "theirs")
+    for scheduler in (built.scheduler, loaded.scheduler, by_its_file):
+        assert type(scheduler) is ForeignScheduler
+        known = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+        assert {key: scheduler.config[key] for key in known} == known
+
+
 def test_a_pipeline_refuses_what_is_not_for_tokens() -> None:
     pipe = our_pipeline("absorbing")
-    pipe.scheduler = diffusers.DDIMScheduler()
+    before = pipe.scheduler
     with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler; it must be one of discrete_schedulers' own"):
-        pipe(length=LENGTH)
+        pipe.scheduler = diffusers.DDIMScheduler()
+    assert pipe.scheduler is before
     with pytest.raises(ValueError, match=r"of diffusers' for tokens as ForeignScheduler\(...\)"):
         DiscreteDiffusionPipeline(tiny_model(), diffusers.AmusedScheduler(MASK))
     with pytest.raises(ValueError, match="`process` is 'absorbing'; diffusers' DiscreteDDIMScheduler is for uniform"):

@@ -88,6 +88,8 @@ def test_klub_is_its_mean_over_all_masks() -> None:
     mean, error = np.mean(parts), np.std(parts) / math.sqrt(len(parts))
     assert abs(mean - exact_klub(joint, 0.9, 0.5, 0.2)) < 4.5 * error
     assert error < 0.01 * mean
+    few = x_0[:1]  # without a mask there is nothing to lose
+    assert klub(*given, few, torch.full((1, 3), 0.05, dtype=torch.float64), few, (0.9, 0.5, 0.2)) == 0
     for times in ((0.5, 0.5, 0.2), (0.5, 0.2, 0.2), (1.5, 0.5, 0.2), (0.5, 0.2, -0.1)):
         with pytest.raises(ValueError, match="`times` is"):
             klub(*given, x_0, thresholds, x_0, times)
@@ -139,6 +141,7 @@ def test_cross_entropy_of_a_share() -> None:
     curve = torch.tensor([3.0, 2.0, 1.0, 0.5], dtype=torch.float64)
     c = share_cross_entropy(curve, torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64))
     assert c.tolist() == pytest.approx([3.0, (3 + 3 * 2 + 3 * 1 + 0.5) / 8, 0.5], abs=1e-14)
+    assert torch.equal(share_cross_entropy(curve.float(), torch.tensor([1.0, 0.5, 0.0])), c)  # whatever their precision
 
 
 @pytest.mark.parametrize("top", [0.05, 0.31, 0.64, 0.97])
@@ -185,6 +188,9 @@ def test_search_inserts_where_a_grid_search_does() -> None:
     jump_your_steps(lambda *times: asked.append(times) or times[1], 4, margin=0.02, resolution=64)
     jump_your_steps(lambda *times: asked.append(times) or -times[1], 4, margin=0.02, resolution=64)
     assert all(t3 + 0.02 <= t2 <= t1 - 0.02 or t1 - t3 < 0.08 for t1, t2, t3 in asked)
+    narrow: list[tuple[float, float, float]] = []
+    jump_your_steps(lambda *times: narrow.append(times) or times[1], 4, margin=0.2)
+    assert all(min(t2 - t3, t1 - t2) > (t1 - t3) / 4 - 1e-12 for t1, t2, t3 in narrow if t1 - t3 < 0.8)
     crowded = jump_your_steps(lambda a, b, d: b, 64, resolution=64)
     assert crowded == grid.flip(0).tolist()
     for wrong in (0, 3, 128):

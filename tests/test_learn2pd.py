@@ -64,6 +64,10 @@ def test_without_a_filter_confidence_decides() -> None:
     x = torch.full((1, 4), MASK)
     moved = scheduler.step(logits_of([0.9, 0.6, 0.8, 0.55]), 0, x).prev_sample[0]
     assert moved.tolist() == [0, MASK, 0, MASK]
+    even = Learn2PDScheduler(**FACTS, threshold=0.5)
+    even.set_timesteps(100)
+    moved = even.step(logits_of([0.5, 0.75, 0.5, 0.5]), 0, x).prev_sample[0]
+    assert (moved != MASK).tolist() == [False, True, False, False]  # more than the threshold, not as much
 
 
 def test_thresholds_of_each_step_and_the_config(tmp_path: Path) -> None:

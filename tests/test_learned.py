@@ -30,6 +30,7 @@ from torch import Tensor
 from discrete_schedulers import (
     AbsorbingProcess,
     AncestralScheduler,
+    ConfidenceScheduler,
     DiscreteScheduler,
     LearnedScheduler,
     LSDScheduler,
@@ -245,6 +246,15 @@ def test_top_p_is_one_for_each_step(process: str) -> None:
     ours = LearnedScheduler(**kwargs, top_p=0.5, **learned(top_p=kept))  # the block takes the place of the 0.5
     of_step = [AncestralScheduler(**kwargs, top_p=value) for value in kept]
     assert_equal(ours, of_step[0], change=of_step.__getitem__)
+    assert_equal(LearnedScheduler(**kwargs, **learned(top_p=kept)), of_step[0], change=of_step.__getitem__)
+
+
+def test_a_latent_for_networks_that_read_one() -> None:
+    x = torch.full((3, 4), V - 1)
+    assert LearnedScheduler(**FACTS).model_inputs(0, x, None, seeded()) == {}
+    told = LearnedScheduler(**FACTS, network_latent=True).model_inputs(0, x, None, seeded())
+    assert list(told) == ["latent"]
+    assert torch.equal(told["latent"], torch.rand(3, generator=seeded(), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("noise_schedule", ["loglinear", "linear", "cosine"])
@@ -373,11 +383,22 @@ def test_one_token_for_each_step_is_exact_with_a_gate() -> None:
     assert chi_square_z(torch.bincount(state_index(x, 2), minlength=4), joint.p) < 4.5
 
 
+# gate_a, gate_b, and the chance to open: of one half, with 40 for the log-odds of what is certain
+EVEN = (0.0, -0.05, 1 / (1 + math.exp(2)))
+
+
 def test_a_certain_network_opens_at_once_and_extremes_are_finite() -> None:
     logits = torch.full((1, 2, V), -math.inf, dtype=torch.float64)
     logits[..., 0] = 0.0
     masks = torch.full((1, 2), V - 1)
-    for a, b, opens in [(0.0, 100.0, 1.0), (0.0, -100.0, 0.0), (1e6, 0.0, 1.0), (-1e6, 0.0, 0.0), (1e300, 1e300, 1.0)]:
+    for a, b, opens in [
+        (0.0, 100.0, 1.0),
+        (0.0, -100.0, 0.0),
+        (1e6, 0.0, 1.0),
+        (-1e6, 0.0, 0.0),
+        (1e300, 1e300, 1.0),
+        EVEN,
+    ]:
         gate = LearnedScheduler(**FACTS, unmasking="bernoulli", **learned(2, gate_a=[a, a], gate_b=[b, b]))
         gate.set_timesteps(2)
         assert 1 - float(gate.transition(logits, 0, masks)[0, 0, -1]) == pytest.approx(opens, abs=1e-12)
@@ -395,6 +416,8 @@ def test_a_gate_reads_all_masks() -> None:
         gate.step(rows, 0, masks, generator=seeded())
     with pytest.raises(ValueError, match="chooses positions by their logits"):
         sampler_nll_bound(random_denoiser(V), gate, torch.zeros(2, 4, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match="chooses positions by their logits"):
+        sampler_nll_bound(random_denoiser(V), ConfidenceScheduler(**FACTS), torch.zeros(2, 4, dtype=torch.int64), 2)
 
 
 def test_a_bound_is_for_tokens_drawn_once() -> None:
@@ -638,7 +661,9 @@ def test_only_the_blocks_of_a_budget_are_read(tmp_path: Path) -> None:
         (learned(2, remask=[0.0, 1.1]), "'remask' must have fractions"),
         (learned(2, inverse_temperature=[0.0, 1.0]), "'inverse_temperature' must be positive"),
         (learned(2, top_p=[0.0, 1.0]), r"'top_p' has masses of most probable tokens, in \(0, 1\], not \[0.0, 1.0\]"),
+        (learned(2, top_p=[0.5, 1.1]), r"'top_p' has masses of most probable tokens, in \(0, 1\], not \[0.5, 1.1\]"),
         (learned(2, counts=[0.0, 1.0]), "'counts' must be positive"),
+        ({"network_latent": "yes"}, "`network_latent` is 'yes'; it must be True or False"),
         (learned(2, gate_a=[1.0]), "'gate_a' has 1 values, needs 2"),
         (learned(2, order=[]), "'order' has 0 values, needs 1"),
         (learned(2, order=[1.0, math.nan]), "'order' has a value that is not finite"),

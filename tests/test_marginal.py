@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from typing import get_args
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from toys import MASK, VOCAB, Toy, all_paths, kernel, minimise, start_of, unflat
 from discrete_schedulers import AncestralScheduler
 from discrete_schedulers.training.marginal import (
     Coefficients,
+    Divergence,
     LogisticRatio,
     StepLaw,
     Verdict,
@@ -221,6 +223,13 @@ def test_logits_of_minus_infinity_have_no_gradient() -> None:
     )
     for name, block in expected.items():
         assert torch.allclose(found[name], block, rtol=0, atol=1e-12)
+
+    def steep(coefficients: Coefficients, index: int, logits: Tensor, x_t: Tensor) -> StepLaw:
+        here = (coefficients["log_tau"][0] - given["log_tau"][0].detach()).sqrt()  # 0, with an infinite slope
+        return kernel(coefficients | {"log_tau": coefficients["log_tau"] + here}, index, logits, x_t)
+
+    with pytest.raises(ValueError, match="the gradient is not finite"):
+        score_function_gradient(steep, given, toy.denoiser, paths, times_of(2), weights)
     still = paths[:, :2].clone()
     still[-1] = MASK  # the last step opens all
     with pytest.raises(ValueError, match="a path of probability 0"):
@@ -248,6 +257,7 @@ def test_weights_are_derivatives_of_the_divergence() -> None:
         "forward_kl": (p * (p / q).log()).sum(),
         "js": ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2,
     }
+    assert set(get_args(Divergence)) == exact.keys()
     for divergence, value in exact.items():
         (slope,) = torch.autograd.grad(value, q, retain_graph=True)
         weights = divergence_weights((q.detach() / p).log(), divergence)
@@ -333,9 +343,9 @@ def test_features() -> None:
     counts = ngram_features(torch.tensor([[5, 1, 5, 1]]), 2, 8) * 2
     assert counts[0, :8].tolist() == [0, 2, 0, 0, 0, 2, 0, 0]
     assert sorted(counts[0, 8:].tolist()) in ([0] * 6 + [1, 2], [0] * 7 + [3])
-    code = 40_000 * 48271 + 50_000  # whole numbers, by Python
+    code = (60_000 * 48271 + 50_000) % (2**31 - 1)  # whole numbers, by Python
     place = (code ^ code >> 13) * 69621 % (2**31 - 1) % 1000
-    assert ngram_features(torch.tensor([[40_000, 50_000]]), 2, 1000)[0, 1000:].nonzero().tolist() == [[place]]
+    assert ngram_features(torch.tensor([[60_000, 50_000]]), 2, 1000)[0, 1000:].nonzero().tolist() == [[place]]
     assert not torch.equal(ngram_features(torch.tensor([[1, 2]]), 2, 64), ngram_features(torch.tensor([[2, 1]]), 2, 64))
 
 
@@ -349,6 +359,14 @@ def test_logistic_regression_is_the_log_ratio_where_features_are_saturated() -> 
     assert torch.allclose(w[0] + features @ w[1:], expected.double(), atol=1e-6)
     separated = fit_logistic(features[:4], features[4:], 1e-2, start)
     assert separated.isfinite().all()
+    some, others = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[1.0], [1.0], [3.0]])
+    w = fit_logistic(
+        some, others, 0.5, torch.zeros(2, dtype=torch.float64)
+    )  # its slopes are 0, with a penalty on w_1 alone
+    both, right = torch.cat([some, others]).double(), torch.tensor([1.0] * 3 + [0.0] * 3)
+    left = (w[0] + both @ w[1:]).sigmoid() - right
+    assert float(left.sum()) == pytest.approx(0, abs=1e-6)
+    assert float(left @ both) / 3 + 0.5 * float(w[1]) == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="`penalty` is 0"):
         fit_logistic(features, features, 0.0, start)
 
@@ -356,6 +374,7 @@ def test_logistic_regression_is_the_log_ratio_where_features_are_saturated() -> 
 def test_ratio_remembers_some_calls() -> None:
     data = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
     ratio, fresh = (LogisticRatio(data, lambda x: subset_features(x, 2, 2), penalty=1e-3, memory=2) for _ in range(2))
+    assert torch.equal(ratio.scale, subset_features(data, 2, 2).std(0))
     ones, zeros = torch.ones(8, 2, dtype=torch.int64), torch.zeros(8, 2, dtype=torch.int64)
     values = [float(ratio({}, x)[0]) for x in (ones, zeros, zeros)]
     assert values[0] > 0.5  # four times as many as in the data
@@ -374,6 +393,11 @@ def test_two_sample_statistic() -> None:
     a, b = torch.randn(2, 40_000, 3, generator=generator, dtype=torch.float64)
     shift = torch.tensor([0.3, 0.0, -0.1], dtype=torch.float64)
     assert two_sample_statistic(a + shift, b) == pytest.approx(0.05, abs=0.004)  # KL of two normal laws: |d|^2 / 2
+    some = a[:90] + shift, b[:90]
+    found = two_sample_statistic(*some)
+    assert two_sample_statistic(*(1e-3 * side for side in some)) == pytest.approx(found, rel=1e-9)
+    constant = (torch.cat([side, torch.ones(90, 1)], 1) for side in some)  # a feature that says nothing
+    assert two_sample_statistic(*constant) == pytest.approx(found, rel=1e-9)
     with pytest.raises(ValueError, match="have 3 and 40000 rows and 3 features"):
         two_sample_statistic(a[:3], b)
 

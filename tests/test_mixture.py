@@ -16,7 +16,7 @@ from discrete_schedulers import AncestralScheduler, LearnedScheduler
 from discrete_schedulers.evaluation import sampler_nll_bound
 from discrete_schedulers.processes import AbsorbingProcess
 from discrete_schedulers.sampling import RowLogits
-from discrete_schedulers.schedulers.learned_utils import mixture_of
+from discrete_schedulers.schedulers.learned_utils import mixture_of, tilted
 from discrete_schedulers.training.marginal import Coefficients, descend, learned_kernel
 
 FACTS: dict[str, Any] = {
@@ -224,3 +224,11 @@ def test_what_is_refused() -> None:
     scheduler.set_timesteps(3)
     with pytest.raises(ValueError, match="coefficients for 3 steps have no 'mixture_weight'"):
         scheduler.components(random_denoiser(VOCAB)(x, 1.0), 0, x)
+
+
+def test_shifts_are_added_by_hand() -> None:
+    """What learning finds, it finds for either sign; published coefficients mean this one."""
+    shift = torch.tensor([0.0, 0.0, 0.3, -0.2], dtype=torch.float64)  # of two components, one position, two tokens
+    mixture = mixture_of(torch.zeros(2, dtype=torch.float64), shift, VOCAB, MASK)
+    found = tilted(torch.tensor([[[1.0, 2.0, -5.0]]], dtype=torch.float64), torch.full((1, 1), MASK), mixture)
+    assert found.squeeze().tolist() == [[1.0, 2.0, -5.0], [1.3, 1.8, -5.0]]

@@ -219,6 +219,14 @@ def bundled() -> DiscreteDiffusionPipeline:
     return pipe
 
 
+def test_a_prompt_that_is_no_molecule(bundled: DiscreteDiffusionPipeline) -> None:
+    """The tokenizer has no token for what is unknown."""
+    with pytest.raises(
+        ValueError, match=r"`prompt` is 'hello', which this model's tokenizer cannot read: .*vocabulary"
+    ):
+        bundled("hello", num_inference_steps=2)
+
+
 def test_bundled_tokenizer(bundled: DiscreteDiffusionPipeline) -> None:
     lines = pretrain.read_split(None, "validation", "tiny-molecule").splitlines()[:300]
     rows = bundled.tokenizer(lines, padding="max_length", max_length=30, return_tensors="pt")["input_ids"]

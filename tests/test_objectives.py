@@ -156,7 +156,7 @@ def test_a_power_takes_a_few_passes() -> None:
     phi = fit_phi(as_denoiser(gentle), PROCESS, x, teacher_x, time_of(0.5), "softmax_kl", 4, alone)
     d = explicit_d("softmax_kl", x, teacher_x, 0.5, gentle)
     assert d(phi) <= min(d(0.999 * phi), d(1.001 * phi))
-    assert len(passes) < 2 * 12  # two states each
+    assert len(passes) <= 2 * 5  # two states each; the last is that of the check above
 
 
 @pytest.mark.parametrize("noise_schedule", ["loglinear", "linear", "cosine", "geometric"])

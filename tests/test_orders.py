@@ -390,6 +390,15 @@ def test_counts_of_maskgit(schedule: str, length: int, num_steps: int) -> None:
     assert counts == planned(schedule, num_steps, length)
 
 
+@pytest.mark.parametrize(("schedule", "num_steps", "index", "start"), [("log", 3, 0, 27), ("exp", 2, 0, 9)])
+def test_counts_of_maskgit_are_computed_in_float64(schedule: str, num_steps: int, index: int, start: int) -> None:
+    """In float32 the share of so many masks comes out on the other side of a whole number."""
+    scheduler = MaskGITScheduler(vocab_size=7, mask_token_id=MASK, mask_schedule=schedule)
+    scheduler.set_timesteps(num_steps)
+    expected = math.floor(start * gamma(schedule, (index + 1) / num_steps, start) + 1e-9)
+    assert scheduler.quota(index, torch.tensor([start])).tolist() == [expected]
+
+
 def test_the_published_counts_of_12_steps() -> None:
     """256 cos(pi k / 24), rounded down."""
     assert planned("cosine", 12, 256) == [256, 253, 247, 236, 221, 203, 181, 155, 128, 97, 66, 33, 0]

@@ -15,6 +15,7 @@ from discrete_schedulers import AbsorbingProcess, AncestralScheduler, RowLogits
 from discrete_schedulers.training import distill
 from discrete_schedulers.training.conditional_matching import matching_loss, teacher_draws
 from discrete_schedulers.training.di4c import clean_log_p, di4c_losses, mixture_nll_bound
+from discrete_schedulers.training.frozen import FrozenTexts
 from discrete_schedulers.training.mdns import denoising_cross_entropy, weighted_samples
 from discrete_schedulers.training.methods import METHODS
 from discrete_schedulers.training.run import Run
@@ -56,7 +57,9 @@ def learned(name: str, device: str) -> Any:
     )
     state: dict[str, Any] = {"coefficients": {}, "evaluations": 0}
     base = dict(AncestralScheduler(len(WORDS), MASK).config)
-    run = Run(args, accelerator, pipe, base, LENGTH, DATA.to(device), state, {}, lambda scheduler: None, {})
+    run = Run(
+        args, accelerator, FrozenTexts(pipe, LENGTH), base, DATA.to(device), state, {}, lambda scheduler: None, {}
+    )
     with torch.enable_grad():
         config = dict(METHODS[args.method](run).config)
     return {key: config.get(key) for key in ("coefficients", "information_curve", "filter", "threshold")}

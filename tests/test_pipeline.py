@@ -567,9 +567,8 @@ def test_length_must_be_known() -> None:
             AncestralScheduler(**FACTS, noise_schedule="cosine"),
             "noise_schedule 'cosine', but the model has 'loglinear'",
         ),
-        (DDIMScheduler(), "`scheduler` is a DDIMScheduler"),
     ],
-    ids=["vocabulary", "mask", "process", "noise", "foreign"],
+    ids=["vocabulary", "mask", "process", "noise"],
 )
 def test_scheduler_that_does_not_fit(scheduler: Any, message: str) -> None:
     pipe = tiny_pipeline()
@@ -585,7 +584,9 @@ def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         pipe(length=4, num_inference_steps=1)
 
 
-def test_foreign_scheduler_at_construction() -> None:
+def test_a_scheduler_of_numbers_is_refused() -> None:
+    with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler"):
+        tiny_pipeline().scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler"):
         DiscreteDiffusionPipeline(tiny_model(), DDIMScheduler())
 
@@ -613,6 +614,97 @@ def test_coefficients_of_another_model(tmp_path: Path) -> None:
             pipe(**arguments)
         unnamed = tiny_pipeline(LSDScheduler(**FACTS, **learned, learned_for={"base_model": "someone/else"}))
         unnamed(**arguments)
+
+
+def test_coefficients_move_with_their_model(tmp_path: Path) -> None:
+    """A saved pipeline is the model it was: no warning in its copy, nor in that one's. Another model warns."""
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    pipe = DiscreteDiffusionPipeline.from_pretrained(tmp_path / "base")
+    learned = {"coefficients": {"2": {"scale": [1.0, 1.0]}}, "learned_for": {"base_model": str(tmp_path / "base")}}
+    pipe.scheduler = LSDScheduler(**FACTS, **learned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for name in ("copy", "copy of the copy"):
+            pipe.save_pretrained(tmp_path / name)
+            pipe = DiscreteDiffusionPipeline.from_pretrained(tmp_path / name)
+            pipe.set_progress_bar_config(disable=True)
+            pipe(length=4, num_inference_steps=2)
+    tiny_pipeline(LSDScheduler(**FACTS, **learned)).save_pretrained(tmp_path / "other")
+    other = DiscreteDiffusionPipeline.from_pretrained(tmp_path / "other")
+    with pytest.warns(UserWarning, match="learned for .*base', this model is"):
+        other(length=4, num_inference_steps=2)
+
+
+class Plain(torch.nn.Module):
+    """A module of torch's and no more, without `device`, `dtype` and a config: each mask opens to the sum of the known ids."""
+
+    def __init__(self, form: Callable[[Tensor], Any] = lambda logits: logits) -> None:
+        super().__init__()
+        self.scale, self.form = torch.nn.Parameter(torch.tensor(50.0)), form
+
+    def forward(self, ids: Tensor) -> Any:
+        total = ids.masked_fill(ids == 4, 0).sum(1, keepdim=True).expand_as(ids) % 4
+        return self.form(self.scale * torch.nn.functional.one_hot(total, 4))
+
+
+@pytest.mark.parametrize("form", [lambda logits: logits, lambda logits: (logits, None)], ids=["tensor", "tuple"])
+def test_any_module_is_a_network(form: Callable[[Tensor], Any]) -> None:
+    pipe = DiscreteDiffusionPipeline(Plain(form), AncestralScheduler(5, 4))
+    pipe.set_progress_bar_config(disable=True)
+    template = torch.tensor([[1, 2, 4, 4, 4]])
+    assert pipe(template=template, num_inference_steps=1).sequences.tolist() == [[1, 2, 3, 3, 3]]
+    assert (pipe.device, pipe.dtype) == (torch.device("cpu"), torch.float32)
+    pipe.to(torch.float64)
+    assert (pipe.dtype, hasattr(pipe.model, "dtype")) == (torch.float64, False)
+    assert pipe.to("meta").device == torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda logits: None, "`model` returned a NoneType; it must return logits"),
+        (lambda logits: {"logits": logits}, "`model` returned a dict; it must return logits"),
+        (
+            lambda logits: logits.mT,
+            r"`model` returned logits of shape \(1, 4, 8\) for tokens of shape \(1, 8\); they must be",
+        ),
+        (lambda logits: logits[:, 0], r"`model` returned logits of shape \(1, 4\) for tokens"),
+    ],
+)
+def test_what_a_network_returns_is_checked(form: Callable[[Tensor], Any], message: str) -> None:
+    pipe = DiscreteDiffusionPipeline(Plain(form), AncestralScheduler(5, 4))
+    with pytest.raises(ValueError, match=message):
+        pipe(length=8, num_inference_steps=2)
+
+
+def test_a_network_of_transformers_says_its_sizes() -> None:
+    """Its longest sequence, as when it is loaded by its id, and whether it can read the mask."""
+    config = BertConfig(
+        vocab_size=9,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        max_position_embeddings=6,
+    )
+    pipe = DiscreteDiffusionPipeline(BertForMaskedLM(config), AncestralScheduler(9, 8))
+    assert pipe(num_inference_steps=1).sequences.shape == (1, 6)
+    with pytest.raises(ValueError, match="`length` is 7; allowed are 1 to 6"):
+        pipe(length=7)
+    with pytest.raises(ValueError, match="vocab_size 10, but the BertForMaskedLM reads 9 tokens: it must have as many"):
+        DiscreteDiffusionPipeline(BertForMaskedLM(config), AncestralScheduler(10, 9))
+
+
+def test_from_pipe_takes_the_network_along() -> None:
+    pipe = tiny_pipeline()
+    again = DiscreteDiffusionPipeline.from_pipe(pipe)
+    assert again.model is pipe.model
+    assert again.config.denoiser == pipe.config.denoiser
+
+
+def test_a_device_without_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="`pipe` is on 'meta', where weights have no values: it must be loaded anew"):
+        tiny_pipeline().to("meta")(length=4, num_inference_steps=2)
 
 
 def test_step_budget_that_was_not_learned() -> None:

@@ -7,6 +7,7 @@ import lzma
 import math
 import random
 import re
+import warnings
 from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,14 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from discrete_schedulers import AncestralScheduler, DDiTModel, DiscreteDiffusionPipeline, InformationCurve
+from discrete_schedulers import (
+    AncestralScheduler,
+    DDiTModel,
+    DiscreteDiffusionPipeline,
+    DiscreteScheduler,
+    InformationCurve,
+    LearnedScheduler,
+)
 from discrete_schedulers.training import pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -318,8 +326,21 @@ def test_schedulers_load_by_the_name_of_a_bundled_model() -> None:
     assert dict(own.config) == dict(AncestralScheduler.from_pretrained(folder).config)
     with pytest.raises(ValueError, match=r"'discrete-schedulers/huge-text' is not bundled; bundled: .*tiny-text"):
         AncestralScheduler.from_pretrained("discrete-schedulers/huge-text")
-    with pytest.raises(OSError, match=r"no file named scheduler_config\.json"):
+    said = "'discrete-schedulers/tiny-text' holds learned floats of LearnedScheduler, of which AncestralScheduler reads those"
+    with pytest.warns(UserWarning, match=said) as caught:
+        AncestralScheduler.from_pretrained("discrete-schedulers/tiny-text", subfolder="learned")
+    assert [warning.filename for warning in caught] == [__file__]  # it names the caller's line
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learned = DiscreteScheduler.from_pretrained("discrete-schedulers/tiny-text", subfolder="learned")
+        assert type(learned) is LearnedScheduler
+    where = "in the subfolder 'other' of 'discrete-schedulers/tiny-text'; pass `subfolder`: 'learned' or 'scheduler'"
+    with pytest.raises(OSError, match=rf"no file named scheduler_config\.json {where}$"):
         AncestralScheduler.from_pretrained("discrete-schedulers/tiny-text", subfolder="other")
+    with pytest.raises(
+        OSError, match=r"json in 'discrete-schedulers/tiny-text'; pass `subfolder`: 'learned' or 'scheduler'$"
+    ):
+        AncestralScheduler.from_pretrained("discrete-schedulers/tiny-text")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -424,3 +425,10 @@ def test_bad_vocabularies_are_refused() -> None:
     for mask_token_id in (None, -1, V):
         with pytest.raises(ValueError, match=r"`mask_token_id` is .*in \[0, 4\)"):
             AbsorbingProcess(V, mask_token_id)
+
+
+@pytest.mark.parametrize("cls", [AbsorbingProcess, UniformProcess])
+@pytest.mark.parametrize("name", ["prior", "prior_law", "posterior", "reverse_rate"])
+def test_defaults_of_the_abstract_process_hold(cls: type[Process], name: str) -> None:
+    said, done = (inspect.signature(getattr(some, name)).parameters for some in (Process, cls))
+    assert {key: value.default for key, value in said.items()} == {key: value.default for key, value in done.items()}

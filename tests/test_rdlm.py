@@ -318,6 +318,12 @@ def test_step_reads_no_mask_and_names_steps_both_ways() -> None:
     assert last.dtype == torch.float32
     assert torch.equal(last, one_hot(scheduler.tokens(last), 4).float())
     assert int(scheduler.tokens(torch.tensor([0.1, -0.2, 0.3, 0.9]))) == 2
+    low, high = (
+        scheduler.step(some, 1, x, generator=seeded(8)).prev_sample
+        for some in (logits.float(), logits.float().double())
+    )
+    torch.testing.assert_close(low, high, rtol=0, atol=1e-14)  # logits of any precision, their law in float64
+    assert scheduler.init_noise_sigma == 1  # the prior is drawn as it is
 
 
 def test_temperature_is_that_of_the_law() -> None:
@@ -455,7 +461,7 @@ def test_pipeline_says_no(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_pipeline_wants_its_scheduler_and_sizes() -> None:
-    with pytest.raises(ValueError, match="needs an RDLMScheduler"):
+    with pytest.raises(ValueError, match="`scheduler` is a AncestralScheduler; this pipeline needs an RDLMScheduler"):
         pipeline(scheduler=AncestralScheduler(5, 4))
     with pytest.raises(ValueError, match="vocab_size 6, but the model has 5"):
         pipeline(scheduler=RDLMScheduler(6, 5))(num_samples=1)

@@ -1,27 +1,42 @@
-"""The README: its code runs where the models are bundled, and names nothing that is not there; its links lead somewhere."""
+"""The pages that users read: README's code runs where the models are bundled, and names nothing that is not there; links lead
+somewhere; numbers in sentences are those of benchmarks/results."""
 
 from __future__ import annotations
 
 import ast
 import builtins
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 import discrete_schedulers
+from discrete_schedulers.models.checkpoints import FAMILIES
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-WITHOUT_TABLES = re.sub(r"<!-- results:([\w-]+) -->.*?<!-- /results:\1 -->", "", README, flags=re.DOTALL)
+NAMES = ("README.md", "MODELS.md", "benchmarks/RESULTS.md", "CONTRIBUTING.md")
+PAGES = {name: (ROOT / name).read_text() for name in NAMES}
+README = PAGES["README.md"]
+BLOCKS = [
+    block
+    for name in ("README.md", "MODELS.md")
+    for block in re.findall(r"^```python\n(.*?)^```$", PAGES[name], flags=re.MULTILINE | re.DOTALL)
+]
+WITHOUT_TABLES = {
+    name: re.sub(r"<!-- results:([\w-]+) -->.*?<!-- /results:\1 -->", "", text, flags=re.DOTALL)
+    for name, text in PAGES.items()
+}
+SENTENCES = " ".join(" ".join(WITHOUT_TABLES[name].split()) for name in ("README.md", "benchmarks/RESULTS.md"))
 
 
 def runs_offline(block: str) -> bool:
-    """Whether all that it loads is bundled."""
-    names = re.findall(r'from_pretrained\(\s*"([^"]+)"', block)
-    return "from_pretrained(name)" not in block and all(name.startswith("discrete-schedulers/") for name in names)
+    """Whether all that it loads is bundled, or was saved by a block."""
+    names = re.findall(r'from_pretrained\(\s*"([^"]+)"', re.sub("#.*", "", block))
+    saved = re.findall(r'save_pretrained\("([^"]+)"', README)
+    known = all(name.startswith("discrete-schedulers/") or name in saved for name in names)
+    return "from_pretrained(name)" not in block and known
 
 
 def test_blocks_that_need_no_hub_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,28 +69,55 @@ def test_names_in_all_blocks_exist() -> None:
 
 
 def test_schedulers_have_one_row_each() -> None:
-    """The table of all schedulers: those of the library, and the first column of no other table has one that is not there."""
-    table = WITHOUT_TABLES[WITHOUT_TABLES.index("| scheduler | source") :].split("\n\n")[0]
+    """The table of all schedulers: those of the library, and no page names one that is not there."""
+    table = README[README.index("| scheduler | source") :].split("\n\n")[0]
     rows = re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)
     ours = {name for name in dir(discrete_schedulers) if name.endswith("Scheduler")}
     assert sorted(rows) == sorted(ours - {"DiscreteScheduler", "ForeignScheduler"})
     theirs = {"AmusedScheduler", "BlockRefinementScheduler", "DiscreteDDIMScheduler"}
-    assert set(re.findall(r"\b\w+Scheduler\b", WITHOUT_TABLES)) <= ours | theirs
+    for name in ("README.md", "MODELS.md", "benchmarks/RESULTS.md"):
+        assert set(re.findall(r"\b\w+Scheduler\b", WITHOUT_TABLES[name])) <= ours | theirs, name
 
 
-def test_links_and_files_exist() -> None:
-    """Headings that are linked to, files that are linked to, and files named by their path."""
-    headings = re.findall(
-        r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
-    )
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(([^)\s]+)\)", WITHOUT_TABLES):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("http"):
-            assert (ROOT / target).is_file(), target
-    for path in re.findall(r"\b(?:examples|training|tests|benchmarks)/\w+\.(?:py|json)\b", WITHOUT_TABLES):
+def anchors_of(page: str) -> set[str]:
+    """What the headings of a page are linked by."""
+    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_files_exist(page: str) -> None:
+    """Headings that are linked to, on this page or another, files that are linked to, and files named by their path."""
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)\s]+)\)", WITHOUT_TABLES[page]):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (folder / path).resolve() if path else ROOT / page
+        assert linked.is_file(), target
+        if anchor:
+            assert anchor in anchors_of(linked.relative_to(ROOT).as_posix()), target
+    for path in re.findall(r"\b(?:examples|training|tests|benchmarks)/\w+\.(?:py|json)\b", WITHOUT_TABLES[page]):
         assert (ROOT / path).is_file(), path
+
+
+def test_results_are_found() -> None:
+    """Each section of the results is in their contents, and README leads to it."""
+    results = PAGES["benchmarks/RESULTS.md"]
+    sections = anchors_of("benchmarks/RESULTS.md") - {"results"}
+    assert set(re.findall(r"\(#([\w-]+)\)", results)) == sections
+    assert sections - set(re.findall(r"\(benchmarks/RESULTS\.md#([\w-]+)\)", README)) == set()
+
+
+def test_families_have_one_row_each() -> None:
+    """The table of the Hub's models names the families of `models/checkpoints.py`, and README says how many rows it has."""
+    table = PAGES["MODELS.md"][PAGES["MODELS.md"].index("| family |") :].split("\n\n")[0]
+    rows = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert f"{len(rows)} families" in README
+    listed = {name for row in rows for name in row.split(", ")}
+    known = {re.sub(r"^SDAR-b.*", "SDAR", family.name) for family in FAMILIES}
+    assert known <= {re.sub(r"^SDAR-b.*", "SDAR", name) for name in listed}
 
 
 def mean_of(part: str, *keys: str) -> float:
@@ -135,5 +177,68 @@ CLAIMS = [
 
 @pytest.mark.parametrize(("sentence", "places"), CLAIMS)
 def test_numbers_in_sentences_are_those_of_the_results(sentence: str, places: list[tuple[str, ...]]) -> None:
-    """The sentence with the numbers of today's results stands in the README: measured again, it has to be read again."""
-    assert sentence.format(*(mean_of(*place) for place in places)) in " ".join(WITHOUT_TABLES.split())
+    """The sentence with the numbers of today's results stands in README or RESULTS: measured again, it has to be read again."""
+    assert sentence.format(*(mean_of(*place) for place in places)) in SENTENCES
+
+
+def test_ranges_in_sentences_are_those_of_the_results() -> None:
+    """From the least to the most of several results."""
+    images = json.loads((ROOT / "benchmarks" / "results" / "tiny-image.json").read_text())["rows"]
+
+    def accuracies(*names: str) -> tuple[float, float]:
+        found = [images[name][steps]["accuracy"]["mean"] for name in names for steps in images[name]]
+        return min(found), max(found)
+
+    guided, plain = accuracies("counts-guided"), accuracies("counts", "counts-optimal", "halton", "remasking")
+    sentence = "{:.2f} to {:.3f} of the digits are recognised, {:.2f} to {:.2f} without"
+    assert sentence.format(*guided, *plain) in SENTENCES
+
+
+def test_how_far_the_others_are_behind() -> None:
+    """At every budget each sampler but the ablations of the learned one, in standard errors of the difference."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "learned-text.json").read_text())["rows"]
+    others = [name for name in rows if not name.startswith(("learned", "shipped", "spread", "random-contrast"))]
+    assert len(others) >= 8
+    far = []
+    for steps, own in rows["learned"].items():
+        for row in (rows[name][steps]["statistic"] for name in others):
+            error = math.hypot(own["statistic"]["standard_error"], row["standard_error"])
+            far.append((row["mean"] - own["statistic"]["mean"]) / error)
+    assert min(far) > 8
+    assert "each sampler but our own ablations is more than eight standard errors behind" in SENTENCES
+
+
+def test_speeds_in_sentences() -> None:
+    """On both shapes: steps of a fixed plan, and steps that rank all masks."""
+    path = ROOT / "benchmarks" / "results" / "steps.json"
+    if not path.is_file():
+        pytest.skip("steps.json has not been made: python benchmarks/run.py steps table")
+    content = json.loads(path.read_text())
+    for shape in content["settings"]["shapes"]:
+        result = content["x".join(map(str, shape))]
+        times = {name: result["reference"]["seconds"] / row["seconds"] for name, row in result["ours"].items()}
+        fixed = ("ancestral, counts", "ancestral, bernoulli", "Euler", "tau-leaping", "LSD", "remasking")
+        assert min(times[f"{name}; all"] for name in fixed) > 3000
+        assert min(times[f"{name}; all"] for name in ("confidence", "threshold")) > 180
+    assert "less than 1/3,000 of the time of the usual dense draw where the plan is fixed" in SENTENCES
+    assert "about 1/200 or less where all masks are ranked by confidence" in SENTENCES
+
+
+def test_costs_in_sentences() -> None:
+    """What learning costs, and what a twentieth and a hundredth of the sequences lose."""
+    content = json.loads((ROOT / "benchmarks" / "results" / "distillation.json").read_text())
+    methods, fewer = content["methods"], content["fewer"]
+
+    def bound(row: dict, steps: str) -> float:
+        return row["nll"][steps]["mean"]
+
+    assert f"in some {methods['floats']['seconds'] / 60:.0f} minutes of one core" in SENTENCES
+    assert round(methods["optimal_grid"]["seconds"] / 60) == 1
+    assert "it learns in about a minute" in SENTENCES
+    twentieth = next(row for row in fewer.values() if row["evaluations"] == 3264)
+    assert all(bound(twentieth, steps) < bound(methods["lsd"], steps) for steps in ("4", "8"))
+    worse = bound(twentieth, "16") - bound(methods["lsd"], "16")
+    assert f"at 16 one that is {worse:.4f} nats worse" in SENTENCES
+    hundredth = next(row for row in fewer.values() if row["evaluations"] == 640)
+    assert max(bound(hundredth, n) - bound(twentieth, n) for n in ("4", "8", "16")) < 0.006
+    assert "on a hundredth it has lost less than 0.006" in SENTENCES

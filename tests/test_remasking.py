@@ -479,6 +479,7 @@ def test_law_of_a_confident_run() -> None:
         ({"t_on": 1.2}, "`t_off` and `t_on` are 0.0 and 1.2"),
         ({"alpha_on": 1.0}, r"`alpha_on` is 1.0; allowed are numbers in \(0, 1\)"),
         ({"strength": "loop"}, r"`strength='loop'` needs 0 < t_off and t_on < 1, not 0.0 and 1.0"),
+        ({"strength": "loop", "t_on": 0.5}, r"`strength='loop'` needs 0 < t_off and t_on < 1, not 0.0 and 0.5"),
         ({"strength": "learned"}, "`strength='learned'` needs `coefficients` with a block 'remask'"),
         ({"coefficients": {"2": {"remask": [0.5, 1.1]}}}, r"'remask' has fractions of the maximum, in \[0, 1\]"),
     ],

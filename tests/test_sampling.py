@@ -59,6 +59,14 @@ def subset_counts(subsets: Tensor, allowed: list[frozenset[int]]) -> Tensor:
     return torch.bincount(torch.tensor(rows), minlength=len(allowed))
 
 
+def test_chunks_are_scaled_alike_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = RowLogits.everywhere(torch.randn(2, 3, 5, generator=seeded()))
+    eager = torch.cat([some.clone() for _, some in rows.chunks(None, 2.0)])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(torch.cat([some for _, some in rows.chunks(None, 2.0)]), eager)
+    assert torch.equal(eager, 2 * rows.logits)
+
+
 # Uniforms
 
 
@@ -330,6 +338,23 @@ def test_what_is_certain_has_no_entropy(dtype: torch.dtype) -> None:
     found = weigh(RowLogits(logits, torch.ones(1, 401, dtype=torch.bool)), 1 / 0.7, with_entropy=True)
     assert torch.equal(found.entropy(), torch.zeros(401, dtype=torch.float64))
     assert torch.equal(found.probability(torch.ones(401, dtype=torch.int64)), torch.ones(401, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("without", [2, torch.tensor([0, 4])], ids=["a column", "one of each row"])
+def test_what_is_left_out_costs_no_second_look(without: int | Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weight 0 times a logarithm of -inf would be mended, in two more passes."""
+    seen: list[Tensor] = []
+    mean_power = sampling.mean_power
+
+    def noted(powers: Tensor, weights: Tensor) -> Tensor:
+        seen.append(powers.clone())
+        return mean_power(powers, weights)
+
+    monkeypatch.setattr(sampling, "mean_power", noted)
+    rows = RowLogits(torch.randn(2, 5, generator=seeded()), torch.ones(1, 2, dtype=torch.bool))
+    weigh(rows, 1.0, without, with_entropy=True)
+    assert len(seen) == 1
+    assert seen[-1].isfinite().all()
 
 
 @pytest.mark.parametrize("place", PLACES)

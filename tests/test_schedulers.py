@@ -627,7 +627,8 @@ def test_from_config_goes_through_every_class_and_back(case: SchedulerCase) -> N
             continue
         other = other_class.from_config(scheduler.config)
         for name in set(inspect.signature(other_class.__init__).parameters) & set(own_config(scheduler)):
-            assert other.config[name] == scheduler.config[name], name
+            stays_behind = name == "grid" and case.name == "learned-counts" and other_class is not case.cls
+            assert other.config[name] == ("uniform" if stays_behind else scheduler.config[name]), name
         assert own_config(case.cls.from_config(other.config)) == own_config(scheduler)
 
 
@@ -643,6 +644,49 @@ def test_values_registered_after_init_survive_from_config(other_class: type[Disc
     scheduler.save_pretrained(tmp_path)
     assert other_class.from_pretrained(tmp_path).config.coefficients == SCALE_AND_TIMES
     assert LSDScheduler.from_config(copied.config).phi(0) == SCALE["1"]["scale"][0]
+
+
+def test_outputs_have_values_as_a_dict_too() -> None:
+    """Also what is worked out only when it is asked for."""
+    scheduler = AncestralScheduler(vocab_size=5, mask_token_id=4, temperature=0.5)
+    scheduler.set_timesteps(2)
+    x = torch.full((1, 3), 4)
+    for read in (lambda output: [value for _, value in output.items()], lambda output: list(output.values())):
+        output = scheduler.step(random_denoiser(5)(x, 1.0), 0, x, generator=seeded())
+        assert [type(value) for value in read(output)] == [
+            Tensor
+        ] * 2  # the sample and the logits that it was drawn with
+
+
+LEAPING = (EulerScheduler, TauLeapingScheduler, LSDScheduler)
+
+
+@pytest.mark.parametrize("cls", LEAPING)
+def test_tables_are_there_before_the_first_step(cls: type[DiscreteScheduler]) -> None:
+    """A compiled step reads them, and has no time to make them."""
+    masked, uniform = cls(vocab_size=5, mask_token_id=4), cls(vocab_size=5, process="uniform")
+    for scheduler in (masked, uniform):
+        scheduler.set_timesteps(3)
+    assert masked.openings.shape == (3,)
+    assert uniform.jumps.shape == (3, 3)
+
+
+def test_no_mask_opens_with_more_than_certainty() -> None:
+    scheduler = LSDScheduler(vocab_size=5, mask_token_id=4, coefficients={"2": {"scale": [3.0, 1.0]}})
+    scheduler.set_timesteps(2)
+    assert scheduler.open_probability(0) == 1  # 3 (1 - 1/2) at the hazard 1
+
+
+def test_infinite_rates_are_1e9() -> None:
+    """Linear noise has alpha_1 = 0; and a high power of the score has no other end."""
+    p_0, start = torch.tensor([[[0.25, 0.75, 0.0]]], dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    masked = LSDScheduler(vocab_size=3, mask_token_id=2, noise_schedule="linear")
+    rate = masked.power_rate(torch.tensor([[2]]), p_0, start, 0.5)
+    assert rate.flatten().tolist() == pytest.approx([0.5e9, math.sqrt(0.75) * 1e9, 0.0], rel=1e-12)
+    uniform = LSDScheduler(vocab_size=3, process="uniform", noise_schedule="linear")
+    rate = uniform.power_rate(torch.tensor([[2]]), p_0, 1e-9 * start, 40.0)
+    assert rate.flatten().tolist() == [1e9, 1e9, 0.0]
+    assert float(uniform.noise_process.jump_speed(1.0)) == 1e9
 
 
 def test_the_config_is_detached_from_the_callers_lists() -> None:
@@ -975,7 +1019,6 @@ def completed(jumps: Tensor, x: Tensor) -> Tensor:
     return jumps / total.clamp(min=1) + own * (1 - total).clamp(min=0)
 
 
-LEAPING = (EulerScheduler, TauLeapingScheduler, LSDScheduler)
 LEAPS = [case for case in CASES if case.cls in LEAPING and case.kwargs.get("noise_schedule") != "cosine"]
 
 

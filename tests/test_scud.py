@@ -26,7 +26,7 @@ from discrete_schedulers import (
     SCUDScheduler,
     UniformProcess,
 )
-from discrete_schedulers.scud import EventOrder, JumpKernel, MatrixKernel, poisson_cdf
+from discrete_schedulers.scud import EventOrder, JumpKernel, MatrixKernel, inverse_cdf, poisson_cdf
 
 V, L, MASK = 3, 3, 3
 
@@ -150,7 +150,11 @@ def test_the_average_over_the_counts_is_the_classical_process(name: str, noise_s
     torch.testing.assert_close(process.marginal(states, t), marginal, rtol=0, atol=1e-12)
     torch.testing.assert_close(process.posterior(states, p_0, t, s), posterior, rtol=0, atol=1e-12)
     atol = 1e-4 if name == "ordinal" else 0
-    torch.testing.assert_close(process.reverse_rate(states, p_0, t), rate_matrix, rtol=1e-11, atol=atol)
+    rates = process.reverse_rate(states, p_0, t)
+    torch.testing.assert_close(rates, rate_matrix, rtol=1e-11, atol=atol)
+    some = [0, 0, 2]  # whoever stands beside a position says nothing about it
+    torch.testing.assert_close(process.reverse_rate(states[:, some], p_0[:, some], t), rates[:, some])
+    torch.testing.assert_close(process.posterior(states[:, some], p_0[:, some], t, s), posterior[:, some])
     both = process.marginal(states.expand(2, width), torch.tensor([s, t], dtype=torch.float64))
     torch.testing.assert_close(both[1:], marginal, rtol=0, atol=1e-12)
     assert (both[0] - both[1]).abs().max() > 0.1
@@ -668,12 +672,23 @@ def test_arguments_that_are_refused(kwargs: dict[str, Any], message: str) -> Non
 
 def test_what_a_kernel_remembers() -> None:
     """Of x_0 after the events of t = 1, at least one: by the sum over their number."""
-    process, mean = ordinal(), 4.0 * math.log(1000)
-    matrix, law = dense(process), torch.zeros(V, V, dtype=torch.float64)
-    for count in range(1, 120):
-        law += poisson.pmf(count, mean) / -math.expm1(-mean) * torch.linalg.matrix_power(matrix, count)
-    furthest = max(total_variation(row, process.kernel.prior_law) for row in law)
-    assert process.remembered() == pytest.approx(furthest, rel=1e-6)
+    process = ordinal()
+    matrix, furthest = dense(process), []
+    for mean in (4.0 * math.log(1000), 0.5 * math.log(1000)):
+        law = torch.zeros(V, V, dtype=torch.float64)
+        for count in range(1, 120):
+            law += poisson.pmf(count, mean) / -math.expm1(-mean) * torch.linalg.matrix_power(matrix, count)
+        furthest.append(max(total_variation(row, process.kernel.prior_law) for row in law))
+    assert process.remembered() == pytest.approx(furthest[0], rel=1e-6)
+    with pytest.raises(ValueError, match=f"total variation to the prior {furthest[1]:.2g};"):  # also after few events
+        ordinal(0.5)
+
+
+def test_kernels_and_cumulative_laws() -> None:
+    with pytest.raises(ValueError, match=r"`event_kernel` has shape \(2, 3\); it must be square"):
+        MatrixKernel(torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]))
+    assert MatrixKernel(neighbours(4).float()).squares[0].dtype == torch.float64
+    assert inverse_cdf(torch.tensor([1.0, 2.0]), torch.tensor([0.4, 0.6])).tolist() == [0, 1]  # whatever its sum
 
 
 def test_cumulative_law_of_counts() -> None:
@@ -693,6 +708,8 @@ def test_calls_that_are_refused() -> None:
         scheduler.set_timesteps(3)
     scheduler.set_timesteps(2)
     x = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="`sample` has ids from 4 to 4"):
+        scheduler.begin(0, torch.full((2, 3), 4))
     for bad in (torch.full((2, 3), -1), torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 3)):
         with pytest.raises(ValueError, match=r"`event_counts` are .*int64 of shape \(2, 3\) and not negative"):
             scheduler.begin(0, x, bad)

@@ -14,16 +14,13 @@ from toys import toy_joint
 
 from discrete_schedulers import AbsorbingProcess, LearnedScheduler
 from discrete_schedulers.sampling import RowLogits
+from discrete_schedulers.training.features import fluency, rarity, text_features, token_prior
 from discrete_schedulers.training.marginal import centred, divergence_weights
 from discrete_schedulers.training.temperatures import (
     BETA_RANGE,
     Rolled,
     descend_temperatures,
-    fluency,
-    rarity,
     roll,
-    text_features,
-    token_prior,
     token_slopes,
     with_temperatures,
 )
@@ -117,6 +114,16 @@ def test_descent_reaches_the_optimum() -> None:
     assert exact(last.tolist()) < best + 0.15 * (start - best)
 
 
+def test_a_row_pulls_as_far_as_its_slope() -> None:
+    """Two rows that pull in two ways: the steeper one wins. The first step of Adam is the learning rate, whatever the slope."""
+    x_0, pulls, slopes = torch.zeros(2, 1), torch.tensor([1.0, -1.0]), torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    first, second = descend_temperatures(lambda *_: (x_0, slopes), lambda _: pulls.double(), 1, 2, 0.05)
+    assert first.tolist() == pytest.approx([0.05])
+    assert second.tolist() == pytest.approx([0.05 + 0.5 * 0.0275])  # the mean; halfway down to a tenth of the rate
+    cold = next(descend_temperatures(lambda *_: (x_0, slopes), lambda _: -pulls.double(), 1, 2, 0.05))
+    assert cold.tolist() == pytest.approx([-0.05])
+
+
 def test_fluency_by_hand() -> None:
     """A joint of two pairs of equal tokens: each half says the other."""
     joint = Joint(
@@ -135,6 +142,7 @@ def test_fluency_by_hand() -> None:
     certain = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])  # of token 0, whatever stands elsewhere
 
     def apart(x: Tensor, t: float, positions: Tensor) -> RowLogits:
+        assert t == 0.5  # half of the tokens are masked
         return RowLogits(
             torch.stack([certain, 1 - certain, 0 * certain], 1).log().expand(*x.shape, 3)[positions], positions
         )
@@ -174,6 +182,7 @@ def test_rarity_by_hand() -> None:
     [
         ({"temperature": 0.5}, "`temperature` is 0.5"),
         ({"top_p": 0.5}, "`top_p` 0.5"),
+        ({"coefficients": {"2": {"top_p": [0.5, 0.5]}}}, "has 'top_p'"),
         ({"coefficients": {"2": {"gate_b": [1.0, 1.0]}}}, "has a gate"),
         ({"coefficients": {"2": {"contrast": [1.0, 1.0]}}, "token_prior": [0.0] * V}, "has a 'contrast'"),
         ({"coefficients": {"2": {"mixture_weight": [0.0], "mixture_shift": [0.0] * 8}}}, "has a mixture"),

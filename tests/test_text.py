@@ -28,6 +28,7 @@ from discrete_schedulers import (
     HollowTransformerModel,
     NetworkDenoiser,
     RowLogits,
+    guidance_schedule,
 )
 from discrete_schedulers.models.checkpoints import FAMILIES, end_token_ids
 from discrete_schedulers.pipelines.text import ProcessedDenoiser, negative_ids, prefix_frame, template_frame
@@ -346,6 +347,17 @@ def test_class_guidance(process: str, scale: Any) -> None:
     assert plain.num_model_calls == 4
     assert not torch.equal(plain.sequences, output.sequences)
     assert torch.equal(plain.sequences, by_hand(pipe, known, known, 1.0, seeded(3), labels=labels))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_schedule_is_its_function(schedule: str) -> None:
+    """By its name, as image pipelines take it, and as a function of time: the same scales, samples and calls."""
+    pipe = tiny_pipeline(model=tiny_model(num_classes=CLASSES))
+    arguments = {"class_labels": [0, 2], "length": 8, "num_inference_steps": 4}
+    named = pipe(**arguments, guidance_scale=3.0, guidance_schedule=schedule, generator=seeded(3))
+    function = pipe(**arguments, guidance_scale=guidance_schedule(schedule, 3.0), generator=seeded(3))
+    assert torch.equal(named.sequences, function.sequences)
+    assert named.num_model_calls == function.num_model_calls == 8 - (schedule != "constant")  # at t = 1 the scale is 1
 
 
 def test_a_callback_changes_the_guidance() -> None:

@@ -116,6 +116,9 @@ def test_call_times() -> None:
     learned = RK2(
         **MASKED, coefficients={"3": {"theta": [0.5, 1.0, 0.1], "times": [1.0, 0.6, 0.2, 0.0]}}, grid="learned"
     )
+    bent = RK2(**MASKED, noise_schedule="cosine", hazard="frozen", theta=0.3)
+    bent.set_timesteps(4)
+    assert bent.share(1) == 0.3  # the exact form alone has another one where alpha is no straight line
     learned.set_timesteps(3)
     assert learned.timesteps.tolist() == pytest.approx([1, 0.8, 0.6, 0.2, 0.2], abs=1e-15)
     assert (
@@ -179,6 +182,7 @@ def test_halves_of_the_trapezoidal_method_by_hand() -> None:
     assert second(exact, 0) == pytest.approx([0.7 / 3.3, 0, 0.4 / 3.3, 2 / 3], abs=1e-12)
     # .25 (2 p* / .75 - p_0) = (.275, -.0083, .15)
     assert second(frozen, 0) == pytest.approx(poisson([0.275, 0, 0.15, 0], 3), abs=1e-12)
+    assert frozen.second_chance(0) == pytest.approx(1 - math.exp(-0.25 * 2 / 0.75), abs=1e-12)
     for scheduler in (exact, frozen):
         assert second(scheduler, 0, TOKEN) == [1, 0, 0, 0]
         assert scheduler.first_law(P_0, 1, MASK)[0, 0].tolist() == pytest.approx([0.5, 0.3, 0.2, 0], abs=1e-12)  # last
@@ -201,6 +205,9 @@ def test_halves_of_rk2_by_hand() -> None:
     assert second(late[0], 0) == pytest.approx(poisson(rates, 3), abs=1e-12)
     assert second(late[0], 0, TOKEN) == pytest.approx(poisson([0.125, 0.075, 0.05, 0], 3), abs=1e-12)
     assert second(late[1], 0) == pytest.approx([0.275, 0.1, 0.125, 0.5], abs=1e-12)
+    assert late[0].second_chance(0) == pytest.approx(
+        1 - math.exp(-0.5 * (1 + 0.5)), abs=1e-12
+    )  # hazards 2 and 1, halved
 
 
 def bridge(law: Tensor, alpha: dict[str, float], x: int, start: str, end: str) -> Tensor:
@@ -401,16 +408,16 @@ def test_draws_of_the_second_call_follow_its_law(
 ) -> None:
     """Given what the first call made of a position: at once, before later steps hide how many are still masked."""
     scheduler, width = cls(**kwargs, hazard=hazard, theta=0.4), kwargs["vocab_size"]
-    scheduler.set_timesteps(3)
+    scheduler.set_timesteps(4)
     x = torch.full((1, 40_000), width - 1)
     logits = torch.tensor([[0.3, 1.5, 0.0, -0.4], [0.9, 0.1, 0.2, 0.5]], dtype=torch.float64)[:, -width:]
     if scheduler.config.process == "absorbing":
         logits[:, -1] = -math.inf
-    y = scheduler.step(logits[0].expand(*x.shape, width), 2, x, generator=seeded(1)).prev_sample
-    x_s = scheduler.step(logits[1].expand(*x.shape, width), 3, y, generator=seeded(2)).prev_sample
+    y = scheduler.step(logits[0].expand(*x.shape, width), 4, x, generator=seeded(1)).prev_sample
+    x_s = scheduler.step(logits[1].expand(*x.shape, width), 5, y, generator=seeded(2)).prev_sample
     p_0, p_star = logits.softmax(-1)[:, None, None]
     for state in range(width):
-        law = scheduler.second_law(p_0, p_star, 1, x[:, :1], torch.tensor([[state]]))[0, 0]
+        law = scheduler.second_law(p_0, p_star, 2, x[:, :1], torch.tensor([[state]]))[0, 0]
         counts = torch.bincount(x_s[y == state], minlength=width)
         assert counts.sum() > 500
         assert chi_square_z(counts, law) < 4.5 if law.max() < 1 else counts[law.argmax()] == counts.sum()

@@ -41,6 +41,7 @@ from discrete_schedulers.training.arguments import check_push, check_texts
 from discrete_schedulers.training.data import load_texts, pack, sequence_length
 from discrete_schedulers.training.di4c import clean_log_p, di4c_losses, mixture_nll_bound, total_loss
 from discrete_schedulers.training.files import output_folder, published, unwritten, write_text
+from discrete_schedulers.training.frozen import FrozenTexts
 from discrete_schedulers.training.hub import (
     Parser,
     access_token,
@@ -269,7 +270,7 @@ def load_data(
         drawn = load_state(path, identity)["samples"]
     else:
         share = range(accelerator.process_index, sum(sizes), accelerator.num_processes)
-        drawn = gather_samples(accelerator, sample(pipe, DATA, share, length, length, args), sum(sizes))
+        drawn = gather_samples(accelerator, sample(FrozenTexts(pipe, length), DATA, share, length, args), sum(sizes))
         before_end(lambda: None)  # SIGTERM waits for the file, and then all processes stop
         if accelerator.is_main_process:
             save_state(path, {"identity": identity, "samples": drawn})
@@ -402,7 +403,7 @@ def measure(
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
             latents = args.num_eval_latents if mixes else 1
             bounds.append(mixture_nll_bound(network, scheduler, part, steps, latents, generator))
-        samples = sample(pipe, JUDGED, range(args.num_eval_samples), heldout.shape[1], steps, args)
+        samples = sample(FrozenTexts(pipe, heldout.shape[1]), JUDGED, range(args.num_eval_samples), steps, args)
         row = {"network": name, "steps": steps, "nll": torch.cat(bounds).mean().item()}
         rows.append(row | {"entropy": unigram_entropy(samples).mean().item()})
     return rows

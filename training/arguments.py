@@ -10,9 +10,10 @@ from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 
+from discrete_schedulers.training.frozen import TEXT_FEATURES
 from discrete_schedulers.training.hub import Parser, access_token, check_counts
 from discrete_schedulers.training.method_grids import RESOLUTION
-from discrete_schedulers.training.method_marginal import FLOATS, JUDGE_FEATURES, number_of_floats
+from discrete_schedulers.training.method_marginal import FLOATS, number_of_floats
 from discrete_schedulers.training.methods import METHODS
 from discrete_schedulers.training.objectives import SCALE_OF
 
@@ -28,9 +29,10 @@ ONLY_FOR: dict[str, dict[str, Any]] = {  # who reads an argument, and what it is
     "repaired": {"lsd_plus": False},
     "unbiased": {"jys": False},
     "unmasking": dict.fromkeys(("jys", "beta"), "counts"),
-    "order": dict.fromkeys(("marginal", "search"), "spread") | dict.fromkeys(("jys", "beta", "optimal_grid"), "random"),
+    "order": {"marginal": "spread", "search": "best"} | dict.fromkeys(("jys", "beta", "optimal_grid"), "random"),
     "blocks": {"search": ["contrast", "temperature_line"]},
     "plan": {"search": "best"},
+    "guidance_scale": {"search": 1.0},
     "buckets": {"marginal": 128},
     "block_length": {"learn2pd": None},
     "hidden_units": {"learn2pd": 32},
@@ -57,6 +59,10 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         "--validation_file", default=None, help="Text file to measure on. Default: every tenth line of --train_file."
     )
     parser.add_argument("--text_column", default="text", help="Of the dataset. Default: %(default)s.")
+    parser.add_argument("--train_data_dir", default=None, help="Folder of pictures, for a model of images.")
+    parser.add_argument("--image_column", default="image", help="Of the dataset. Default: %(default)s.")
+    parser.add_argument("--class_column", default=None, help="Of the dataset: classes, for a model that has them.")
+    parser.add_argument("--prompt_file", default=None, help="What samples show, a prompt a line: for text to image.")
     parser.add_argument("--max_data_samples", type=int, default=256, help="Sequences of each split that are used.")
     parser.add_argument("--sequence_length", type=int, default=None, help="Defaults to the model's longest.")
     # Method
@@ -85,9 +91,9 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     )
     parser.add_argument(
         "--order",
-        choices=["random", "spread"],
+        choices=["random", "spread", "best"],
         default=None,
-        help="marginal, search (spread), jys, beta, optimal_grid (random).",
+        help="marginal (spread), jys, beta, optimal_grid (random), search: best is that of both whose samples are nearer.",
     )
     parser.add_argument(
         "--blocks",
@@ -102,8 +108,11 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         "--plan",
         choices=["best", "even"],
         default=None,
-        help="search: how many positions a step opens: even numbers, or (best) the best of even and doubling ones, before the "
-        "search. A grid among the blocks needs even.",
+        help="search: how many positions a step opens: even numbers, or (best) the best of even ones, doubling ones and the "
+        "optimum of the bound, before the search. A grid among the blocks needs even.",
+    )
+    parser.add_argument(
+        "--guidance_scale", type=float, default=None, help="search: of the samples of an image model, 1."
     )
     parser.add_argument(
         "--block_length", type=int, default=None, help="learn2pd: positions its filter sees; all by default."
@@ -198,9 +207,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace, given:
     check_given(parser, args, given)
     if args.method in LSD:
         check_lsd(parser, args)
-    check_method(parser, args)
+    check_method(parser, args, given)
 
     check_texts(parser, args)
+    check_pictures(parser, args)
     if args.report_to == "wandb" and args.hub_token is not None:
         parser.error("--report_to wandb would store --hub_token in its config; log in with `hf auth login` instead")
     check_push(parser, args)
@@ -221,6 +231,19 @@ def check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for name in ("train_file", "validation_file"):
         if getattr(args, name) is not None and not Path(getattr(args, name)).is_file():
             parser.error(f"--{name} {getattr(args, name)} is not a file; it must be one, a document a line")
+
+
+def check_pictures(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with a message if the arguments of `data.load_pictures` contradict each other, or name what is not there."""
+    if args.train_data_dir is not None:
+        if args.dataset_name is not None or args.train_file is not None:
+            parser.error("--train_data_dir goes with neither --dataset_name nor --train_file")
+        if not Path(args.train_data_dir).is_dir():
+            parser.error(f"--train_data_dir {args.train_data_dir} is not a folder; it must be one, of pictures")
+    if args.class_column is not None and args.dataset_name is None and args.train_data_dir is None:
+        parser.error("--class_column needs --dataset_name or --train_data_dir")
+    if args.prompt_file is not None and not Path(args.prompt_file).is_file():
+        parser.error(f"--prompt_file {args.prompt_file} is not a file; it must be one, a prompt a line")
 
 
 def check_push(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -265,10 +288,14 @@ def check_given(parser: argparse.ArgumentParser, args: argparse.Namespace, given
             parser.error(f"--{name} is for --solver sgd, or lsd_plus without --repaired: here there is a closed form")
 
 
-def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]) -> None:
     """Exits with a message if a value is not for this method."""
-    if args.method in ("marginal", "search") and args.num_samples <= JUDGE_FEATURES:
-        parser.error(f"--num_samples is {args.num_samples}; --method {args.method} needs more than {JUDGE_FEATURES}")
+    if args.method in ("marginal", "search") and args.num_samples <= TEXT_FEATURES:
+        parser.error(f"--num_samples is {args.num_samples}; --method {args.method} needs more than {TEXT_FEATURES}")
+    if args.order == "best" and (args.method != "search" or (args.plan != "best" and "order" in given)):
+        parser.error("--order best is for --method search with --plan best; allowed elsewhere: random, spread")
+    if args.order == "best" and args.plan != "best":
+        args.order = "spread"
     if args.order == "spread" and args.unmasking == "bernoulli":
         parser.error("--order spread needs --unmasking counts: with bernoulli every mask opens on its own")
     if args.method == "jys":
@@ -293,5 +320,7 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
                 )
     if args.learned_scheduler and args.method == "learn2pd":
         parser.error("--learned_scheduler has no filter: --method learn2pd writes a Learn2PDScheduler")
+    if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
+        parser.error(f"--guidance_scale is {args.guidance_scale}; it must be finite")
     if args.final_share is not None and not 0 < args.final_share <= 1:
         parser.error(f"--final_share is {args.final_share}; allowed are numbers in (0, 1]")

@@ -28,11 +28,11 @@ A scheduler for {base_link} with {learned} learned by `{method}` for {budgets} s
 changed; this repository holds floats only.
 
 ```python
-from discrete_schedulers import DiscreteDiffusionPipeline, {scheduler_class}
+from discrete_schedulers import {pipeline_class}, {scheduler_class}
 
-pipe = DiscreteDiffusionPipeline.from_pretrained("{base_model}")
+pipe = {pipeline_class}.from_pretrained("{base_model}")
 pipe.scheduler = {scheduler_class}.from_pretrained("{repo_id}")
-print(pipe(num_samples=4, num_inference_steps={last_budget}).texts)
+{example}
 ```
 
 ## Quality against model calls
@@ -73,6 +73,8 @@ LEGEND = {  # what the columns of a table say
     "calls": "calls: of the network, for a sample.",
     "entropy": "entropy: of the tokens within a sample, in nats; data has {data_entropy}.",
     "perplexity": "perplexity: under an in-domain n-gram judge, which copying can fool: read it beside the entropy only.",
+    "statistic": "statistic: how far samples are from the data by layout, texture and fluency under the network, in nats: 0 in "
+    "the mean for the data's own law, with errors of about sqrt(42) / samples.",
     "matched_perplexity": "matched_perplexity: the same at the entropy of the data, between temperatures on both sides of it "
     "(none where a sampler does not reach it); matched_error: its standard error over the samples.",
 }
@@ -103,6 +105,8 @@ class Facts(NamedTuple):
         device (`str`): Of their networks.
         learning_seconds (`float`): Of all sessions of the run.
         measuring_seconds (`float`): Likewise.
+        pipeline (`str`): Class of the base model's pipeline.
+        example (`str`): A call of it.
     """
 
     command: str
@@ -110,6 +114,8 @@ class Facts(NamedTuple):
     device: str
     learning_seconds: float
     measuring_seconds: float
+    pipeline: str
+    example: str
 
 
 def without_tokens(argv: Sequence[str], token: str | None) -> list[str]:
@@ -144,7 +150,8 @@ def write_card(path: Path, repo_id: str, scheduler_class: str, metrics: dict[str
         base_link=base_link(base_model, is_local),
         method=metrics["method"],
         budgets=", ".join(map(str, metrics["budgets"])),
-        last_budget=metrics["budgets"][-1],
+        pipeline_class=facts.pipeline,
+        example=facts.example,
         scheduler_class=scheduler_class,
         repo_id=repo_id,
         table=markdown_table(metrics["table"]),

@@ -15,15 +15,18 @@ number. The main process alone works out the metrics.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from discrete_schedulers import DiscreteDiffusionPipeline, DiscreteScheduler
+from discrete_schedulers import DiscreteDiffusionPipeline, DiscreteImagePipeline, DiscreteScheduler
 from discrete_schedulers.evaluation import NgramJudge, perplexity, sampler_nll_bound, unigram_entropy
 from discrete_schedulers.training.data import generators
+from discrete_schedulers.training.marginal import two_sample_statistic
+from discrete_schedulers.training.method_marginal import shared_features
 from discrete_schedulers.training.run import JUDGED, OPENED, Run
 
 RESAMPLES = 200  # of the bootstrap
@@ -66,12 +69,17 @@ class Drawn(NamedTuple):
 def heldout_bound(run: Run, scheduler: DiscreteScheduler, steps: int, heldout: Tensor) -> float | None:
     """Mean NLL bound on held-out data (n, L), nats per token; `None` where the sampler has none. Processes share the work."""
     scheduler.set_timesteps(steps)
-    if scheduler.chooses_by_logits or scheduler.revises_tokens or scheduler.draws_latent:
+    if (
+        run.base["process"] != "absorbing"
+        or scheduler.chooses_by_logits
+        or scheduler.revises_tokens
+        or scheduler.draws_latent
+    ):
         return None
 
     def work(part: range) -> Tensor:
         x_0, chances = heldout[part.start : part.stop], generators(run.args.seed, OPENED, part)
-        return sampler_nll_bound(run.pipe.denoiser, scheduler, x_0, steps, chances, len(part))[:, None]
+        return sampler_nll_bound(run.denoiser, scheduler, x_0, steps, chances, len(part))[:, None]
 
     run.pipe.scheduler = scheduler
     bound = run.by_batches(len(heldout), work, torch.empty(0, 1, dtype=torch.float64)).mean().item()
@@ -92,8 +100,20 @@ def draw_samples(run: Run, scheduler: DiscreteScheduler, steps: int, temperature
     return found
 
 
+def distance_to(run: Run, heldout: Tensor) -> Callable[[Tensor], float | None]:
+    """How far the samples of a model of images, (n, L), are from held-out ones (m, L), by `two_sample_statistic` on what
+    `image_features` sees; `None` for texts, which have a judge, and where there are not twice as many as features: their
+    covariance would not be known. Processes share the work."""
+    if run.frozen.noun != "images" or min(len(heldout), run.args.num_eval_samples) <= 2 * run.frozen.num_features:
+        return lambda samples: None
+    features, numbers = shared_features(run, []), range(run.args.num_eval_samples)
+    classes = None if run.heldout_classes is None else run.frozen.classes_of(numbers)
+    target = features(heldout, run.heldout_classes)
+    return lambda samples: two_sample_statistic(features(samples.to(heldout.device), classes), target)
+
+
 def row_of(
-    pipe: DiscreteDiffusionPipeline,
+    pipe: DiscreteDiffusionPipeline | DiscreteImagePipeline,
     bound: float | None,
     drawn: list[Drawn],
     heldout: Tensor,
@@ -114,7 +134,9 @@ def row_of(
     return row
 
 
-def judged(pipe: DiscreteDiffusionPipeline, temperature: float, samples: Tensor, judge: NgramJudge) -> Judged:
+def judged(
+    pipe: DiscreteDiffusionPipeline | DiscreteImagePipeline, temperature: float, samples: Tensor, judge: NgramJudge
+) -> Judged:
     """What the judge says of each sample."""
     texts = pipe.tokenizer.batch_decode(samples, skip_special_tokens=True)
     log_probs, units = zip(*map(judge.log_prob, texts), strict=True)

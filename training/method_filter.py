@@ -30,7 +30,7 @@ def learn2pd(run: Run) -> DiscreteScheduler:
             start = partly_known(
                 data[indices.start : indices.stop : indices.step], args.seed, indices, run.mask_token_id
             )
-            parts.append(block_states(run.pipe.denoiser, start, run.mask_token_id, width))
+            parts.append(block_states(run.denoiser, start, run.mask_token_id, width))
         for name, part in zip(Decoded._fields, zip(*parts, strict=True), strict=True):
             states = torch.cat(part)  # (B, T, w)
             found = run.gather(states.flatten(1).to(torch.float64 if name == "confidence" else torch.uint8), len(data))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from discrete_schedulers import AncestralScheduler, DiscreteScheduler, InformationCurve
 from discrete_schedulers.information import curve_of, curve_plan, level_nats, schedule_gain
+from discrete_schedulers.schedulers.scheduling_utils import Order
 from discrete_schedulers.training.jump_steps import (
     beta_shares,
     jump_your_steps,
@@ -19,7 +20,12 @@ from discrete_schedulers.training.jump_steps import (
     share_cross_entropy,
 )
 from discrete_schedulers.training.objectives import draw_noise
-from discrete_schedulers.training.ordered_grid import optimal_ordered_counts, ordered_information, spread_ranks
+from discrete_schedulers.training.ordered_grid import (
+    exchangeable,
+    optimal_ordered_counts,
+    ordered_information,
+    spread_ranks,
+)
 from discrete_schedulers.training.run import BETA_RANGE, Run, absorbing
 
 RESOLUTION = 1024  # points of a grid that JYS, the exact optimum and the Beta schedule are sought on
@@ -42,20 +48,29 @@ def spread_grid(run: Run) -> DiscreteScheduler:
     """The counts of the smallest bound in the spread order, for each budget."""
     args, found = run.args, run.state.setdefault("counts", {})
     if not found:
-        data = run.data[: args.num_samples]
-        ranks = spread_ranks((len(data), run.length), torch.Generator().manual_seed(args.seed))
-        share = run.share(len(data))
-        asked = data[share.start :: share.step], ranks[share.start :: share.step], run.mask_token_id
-        starts = measured_starts(run.length, max(args.num_inference_steps))
-        own = ordered_information(run.pipe.denoiser, *asked, args.train_batch_size, starts)
-        table = run.reduce(len(share) * own) / len(data)
-        counts = optimal_ordered_counts(table, max(args.num_inference_steps))
+        counts = ordered_counts(run, run.data[: args.num_samples], "spread")
         run.add_evaluations()
-        found |= {str(steps): [float(count) for count in counts[steps - 1]] for steps in args.num_inference_steps}
+        found |= {str(steps): [float(count) for count in counts[steps]] for steps in args.num_inference_steps}
         run.save(None)
     return run.each_budget(
         lambda steps: {"counts": found[str(steps)]}, run.learned(grid="learned", order="spread", unmasking="counts")
     )
+
+
+def ordered_counts(run: Run, data: Tensor, order: Order) -> dict[int, list[int]]:
+    """The counts of the smallest bound in an order of positions, for each budget, on data (n, L), n of which every process
+    measures its share."""
+    generator = torch.Generator().manual_seed(run.args.seed)
+    if order == "spread":
+        ranks = spread_ranks((len(data), run.length), generator, run.base.get("grid_shape"))
+    else:
+        ranks = torch.rand(len(data), run.length, generator=generator).argsort(1)
+    share, most = run.share(len(data)), max(run.args.num_inference_steps)
+    asked = data[share.start :: share.step], ranks[share.start :: share.step], run.mask_token_id
+    own = ordered_information(run.denoiser, *asked, run.args.train_batch_size, measured_starts(run.length, most))
+    table = run.reduce(len(share) * own) / len(data)
+    counts = optimal_ordered_counts(exchangeable(table) if order == "random" else table, most)
+    return {steps: counts[steps - 1] for steps in run.args.num_inference_steps}
 
 
 def measured_starts(length: int, max_steps: int) -> list[int]:
@@ -98,7 +113,7 @@ def shared_curve(run: Run, num_levels: int | None) -> InformationCurve:
     if num_levels is None:
         levels = measured_levels(run.length)
     rows = slice(share.start, None, share.step)
-    own = level_nats(run.pipe.denoiser, data[rows], rank[rows], levels, run.mask_token_id, batch_size)
+    own = level_nats(run.denoiser, data[rows], rank[rows], levels, run.mask_token_id, batch_size)
     return curve_of(run.gather(own.to(data.device), len(data)), levels, run.length)
 
 
@@ -131,7 +146,7 @@ def jys(run: Run) -> DiscreteScheduler:
                 total = torch.zeros((), dtype=torch.float64)
                 for rows in torch.arange(len(x_0)).split(args.train_batch_size):
                     parts = (x_0[rows], thresholds[rows], masks[rows])
-                    total += len(rows) * klub(run.pipe.denoiser, process, *parts, (t1, t2, t3))
+                    total += len(rows) * klub(run.denoiser, process, *parts, (t1, t2, t3))
                 return [float(run.reduce(total)) / len(data)]
 
             return measured(work)[0]

@@ -10,7 +10,8 @@ import torch
 from accelerate.utils import tqdm
 from torch import Tensor
 
-from discrete_schedulers import DiscreteDiffusionPipeline, DiscreteScheduler, LSDScheduler
+from discrete_schedulers import DiscreteScheduler, LSDScheduler
+from discrete_schedulers.denoisers import Denoiser
 from discrete_schedulers.training.objectives import (
     PHI_RANGE,
     CoupledRoll,
@@ -42,7 +43,7 @@ def lsd(run: Run) -> DiscreteScheduler:
         tensors["masked"] = torch.zeros(0, dtype=torch.float64)
     done = len(tensors["states"]) - 1
     last = tensors["states"][-1, share].to(run.accelerator.device)
-    rolled = roll_teacher(run.pipe, run.base, args, noise, last, done)
+    rolled = roll_teacher(run.denoiser, run.base, args, noise, last, done)
     progress = tqdm(rolled, desc="teacher", initial=done, total=segments, disable=not run.accelerator.is_main_process)
     for number, (x, masked) in enumerate(progress, start=done + 1):
         reached, masked = run.gather(x, args.num_samples), run.reduce(masked)
@@ -67,7 +68,7 @@ def lsd(run: Run) -> DiscreteScheduler:
         student.set_timesteps(steps)
         at = torch.arange(steps) * (segments // steps)
         teacher_states = tensors["states"][at][:, share].to(run.accelerator.device)
-        blocks = {"scale": learn_phi(run.pipe, student, teacher_states, noise, start, args, run.reduce)}
+        blocks = {"scale": learn_phi(run.denoiser, student, teacher_states, noise, start, args, run.reduce)}
         if args.method == "lsd_plus":
             blocks["times"] = learn_times(student, tensors["masked"], args)
         return blocks
@@ -76,7 +77,7 @@ def lsd(run: Run) -> DiscreteScheduler:
 
 
 def roll_teacher(
-    pipe: DiscreteDiffusionPipeline, base: dict, args: argparse.Namespace, noise: SharedNoise, state: Tensor, done: int
+    denoiser: Denoiser, base: dict, args: argparse.Namespace, noise: SharedNoise, state: Tensor, done: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Roll the teacher from one shared time to the next, from the `done`-th of them on, where it has the given state.
 
@@ -86,7 +87,7 @@ def roll_teacher(
     teacher = LSDScheduler.from_config(base, scale="score")
     teacher.set_timesteps(args.teacher_steps)
     stride = args.teacher_steps // math.lcm(*args.num_inference_steps)
-    roll = CoupledRoll(pipe.denoiser, teacher, noise, state, args.train_batch_size)
+    roll = CoupledRoll(denoiser, teacher, noise, state, args.train_batch_size)
     for index in range(done * stride):
         roll.survival = roll.survival * (1 - teacher.open_probability(index))
     for start in range(done * stride, args.teacher_steps, stride):
@@ -98,7 +99,7 @@ def roll_teacher(
 
 
 def learn_phi(
-    pipe: DiscreteDiffusionPipeline,
+    denoiser: Denoiser,
     scheduler: LSDScheduler,
     teacher_states: Tensor,
     noise: SharedNoise,
@@ -111,9 +112,9 @@ def learn_phi(
     phi = [1.0] * steps
     epochs = 1 if args.solver == "closed_form" else args.num_epochs
     for _ in range(epochs):
-        roll = CoupledRoll(pipe.denoiser, scheduler, noise, start, args.train_batch_size)
+        roll = CoupledRoll(denoiser, scheduler, noise, start, args.train_batch_size)
         for k in range(steps):
-            shared = (pipe.denoiser, process, roll.state, teacher_states[k], scheduler.times[k])
+            shared = (denoiser, process, roll.state, teacher_states[k], scheduler.times[k])
             if args.solver == "closed_form":
                 phi[k] = fit_phi(*shared, args.objective, args.train_batch_size, reduce)
             else:

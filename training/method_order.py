@@ -62,7 +62,7 @@ def order_score(run: Run, key: str, data: Tensor) -> Callable[[Groups], float]:
             if place not in memory:
 
                 def work(known: tuple[int, ...] = known, group: list[int] = group) -> list[float]:
-                    nats = group_nll(run.pipe.denoiser, own, known, group, run.mask_token_id, batch_size)
+                    nats = group_nll(run.denoiser, own, known, group, run.mask_token_id, batch_size)
                     return [float(run.reduce(nats.sum())) / len(data)]
 
                 memory[place] = measured(work)[0]

@@ -159,17 +159,19 @@ def row_logits(denoiser: Denoiser, x: Tensor, t: Tensor, positions: Tensor) -> T
     return rows.logits
 
 
-def token_nats(rows: RowLogits, tokens: Tensor, mask_token_id: int) -> Tensor:
+def token_nats(rows: RowLogits, tokens: Tensor, mask_token_id: int | None) -> Tensor:
     """-log p of a token of each row, (R,), float64, without the mask; a few rows at a time, never all of them in float64.
 
     Args:
         rows (`RowLogits`): Logits of R positions.
         tokens (`torch.Tensor` of shape `(R,)`): Int64.
-        mask_token_id (`int`): The mask.
+        mask_token_id (`int` or `None`): The mask, where there is one.
     """
     found = [torch.empty(0, dtype=torch.float64, device=tokens.device)]
     for part, some in rows.chunks():
-        wide = some.double().index_fill(-1, torch.tensor([mask_token_id], device=some.device), -torch.inf)
+        wide = some.double()
+        if mask_token_id is not None:
+            wide = wide.index_fill(-1, torch.tensor([mask_token_id], device=some.device), -torch.inf)
         found.append(cross_entropy(wide, tokens[part], reduction="none"))
     return torch.cat(found)
 

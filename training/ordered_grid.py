@@ -97,6 +97,13 @@ def ordered_information(
     return table
 
 
+def exchangeable(table: Tensor) -> Tensor:
+    """F of a random order, (L, L): what is known does not depend on which position is asked, so that the mean of a row is what
+    all of it estimates."""
+    length = len(table)
+    return (table.sum(1) / torch.arange(length, 0, -1))[:, None].expand_as(table).triu()
+
+
 def ordered_nll(table: Tensor, counts: Sequence[int]) -> float:
     """The bound of `counts` on the whole sequence, nats, for `table` (L, L) of `ordered_information`.
 

@@ -15,6 +15,7 @@ from discrete_schedulers.training.files import unwritten
 
 PANELS = {  # columns of a table, and how a picture names them
     "matched_perplexity": "perplexity at the data's entropy",
+    "statistic": "distance from the data (nats)",
     "nll": "NLL bound (nats per token)",
     "entropy": "entropy within a sample (nats)",
 }

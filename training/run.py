@@ -15,8 +15,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from discrete_schedulers import AbsorbingProcess, DiscreteDiffusionPipeline, DiscreteScheduler, LearnedScheduler
+from discrete_schedulers import (
+    AbsorbingProcess,
+    DiscreteDiffusionPipeline,
+    DiscreteImagePipeline,
+    DiscreteScheduler,
+    LearnedScheduler,
+)
+from discrete_schedulers.denoisers import Denoiser
 from discrete_schedulers.training.data import batches, generators
+from discrete_schedulers.training.frozen import Frozen
 from discrete_schedulers.training.signals import stop_if_asked
 
 # Purposes of random numbers, see `data.generators`; 0 is the shared noise of `draw_noise`
@@ -35,28 +43,43 @@ class Run:
     Args:
         args (`argparse.Namespace`): The arguments of the command.
         accelerator (`Accelerator`): The processes.
-        pipe (`DiscreteDiffusionPipeline`): The frozen model, on its device.
+        frozen (`Frozen`): The model, on its device.
         base (`dict`): Config of the model's own scheduler, uniform grid, without coefficients.
-        length (`int`): Tokens L of a sequence.
         fit (`torch.Tensor` of shape `(n, L)`, *optional*): Sequences to fit on, for the methods that `FITS_ON_DATA`.
         state (`dict`): What a checkpoint keeps as JSON: coefficients by budget, number of evaluations, and more.
         tensors (`dict`): What a checkpoint keeps as tensors.
         save (`Callable`): Writes a checkpoint, with the scheduler so far where there is one.
         learned_for (`dict`): What the coefficients are learned for.
+        classes (`torch.Tensor` of shape `(n,)`, *optional*): Of the sequences to fit on, where they are known, and
+        heldout_classes (`torch.Tensor` of shape `(m,)`, *optional*): of those to measure on.
     """
 
     args: argparse.Namespace
     accelerator: Accelerator
-    pipe: DiscreteDiffusionPipeline
+    frozen: Frozen
     base: dict[str, Any]
-    length: int
     fit: Tensor | None
     state: dict[str, Any]
     tensors: dict[str, Tensor]
     save: Callable[[DiscreteScheduler | None], None]
     learned_for: dict[str, Any]
+    classes: Tensor | None = None
+    heldout_classes: Tensor | None = None
     passed: list[int] = field(default_factory=list)  # sequences in each call of the network since they were counted
     since: float = field(default_factory=time.monotonic)  # up to when seconds have been counted
+
+    @property
+    def pipe(self) -> DiscreteDiffusionPipeline | DiscreteImagePipeline:
+        return self.frozen.pipe
+
+    @property
+    def length(self) -> int:
+        return self.frozen.length
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network, told no class and no prompt."""
+        return self.frozen.denoiser
 
     @property
     def data(self) -> Tensor:
@@ -112,7 +135,7 @@ class Run:
 
         def work(indices: range) -> Tensor:
             own = numbers[indices.start : indices.stop]
-            ((x, calls),) = draw(self.pipe, purpose, own, self.length, steps, self.args)
+            ((x, calls),) = draw(self.frozen, purpose, own, steps, self.args)
             return torch.cat([x, x.new_full((len(x), 1), calls)], dim=1)
 
         found = self.by_batches(len(numbers), work, torch.empty(0, self.length + 1, dtype=torch.int64))
@@ -120,8 +143,11 @@ class Run:
 
     def count_calls(self) -> Callable[[], None]:
         """Count the sequences that go through the network from now on, until the function returned is called."""
-        counting = self.pipe.model.register_forward_pre_hook(lambda module, inputs: self.passed.append(len(inputs[0])))
-        return counting.remove
+
+        def count(module: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self.passed.append(len(inputs[0] if inputs else next(iter(named.values()))))
+
+        return self.pipe.model.register_forward_pre_hook(count, with_kwargs=True).remove
 
     def add_evaluations(self) -> None:
         """Add what went through the network since the last time to the evaluations of the run."""
@@ -201,22 +227,18 @@ def gather_samples(accelerator: Accelerator, x: Tensor, num_samples: int) -> Ten
     return everyone.transpose(0, 1).flatten(0, 1)[:num_samples].cpu()
 
 
-def sample(
-    pipe: DiscreteDiffusionPipeline, purpose: int, indices: range, length: int, steps: int, args: argparse.Namespace
-) -> Tensor:
+def sample(frozen: Frozen, purpose: int, indices: range, steps: int, args: argparse.Namespace) -> Tensor:
     """Samples of the pipeline with its scheduler, int64 (n, L); each depends on its index only."""
-    return torch.cat([x for x, _ in draw(pipe, purpose, indices, length, steps, args)])
+    return torch.cat([x for x, _ in draw(frozen, purpose, indices, steps, args)])
 
 
 def draw(
-    pipe: DiscreteDiffusionPipeline, purpose: int, indices: range, length: int, steps: int, args: argparse.Namespace
+    frozen: Frozen, purpose: int, indices: range, steps: int, args: argparse.Namespace
 ) -> Iterator[tuple[Tensor, int]]:
     """The same batch by batch, with the model calls of each."""
     for part in batches(len(indices), args.train_batch_size):
-        drawn = generators(args.seed, purpose, indices[part.start : part.stop])
-        shape: dict[str, Any] = {"num_samples": len(drawn), "length": length, "num_inference_steps": steps}
-        sequences, _, calls = pipe(**shape, generator=drawn, output_type="pt", return_dict=False)
-        yield sequences, calls
+        own = indices[part.start : part.stop]
+        yield frozen.draw(own, steps, generators(args.seed, purpose, own))
 
 
 def absorbing(scheduler: DiscreteScheduler) -> AbsorbingProcess:

@@ -6,14 +6,9 @@ does not depend on beta, so that the slope of the path's log-probability needs n
     d log P(path) / d log beta_k = sum over tokens v drawn in step k of  beta_k ( l(v) - sum_u q(u) l(u) )
 
 With w of the path's end (`marginal.divergence_weights` of log(q_c / p), a learned ratio) the gradient of the divergence is
-mean_b (w_b - mean of the other rows) slope_b. For text the ratio sees how rare the tokens of a sample are, hashed pairs, and
-its fluency: how well the frozen network itself predicts half of it from the other half,
+mean_b (w_b - mean of the other rows) slope_b. What the ratio sees of samples is `features.py`'s.
 
-    fluency_j(x) = mean_{i = j mod 2} log p(x_i | x at the other half),     j = 0, 1
-
-which few-step samples lack first. Tempering raises fluency and lowers variety; the ratio weighs both against the data.
-
-Source: `training/marginal.py`; the features are this library's own. Sums in float64.
+Source: `training/marginal.py`. Sums in float64.
 """
 
 from __future__ import annotations
@@ -27,10 +22,10 @@ import torch
 from torch import Tensor
 
 from discrete_schedulers.denoisers import Denoiser
-from discrete_schedulers.sampling import Generators, RowLogits
+from discrete_schedulers.sampling import Generators
 from discrete_schedulers.schedulers import LearnedScheduler
-from discrete_schedulers.training.marginal import centred, ngram_features
-from discrete_schedulers.training.objectives import token_nats
+from discrete_schedulers.training.features import row_sums
+from discrete_schedulers.training.marginal import centred
 
 BETA_RANGE = (0.2, 5.0)
 
@@ -116,98 +111,6 @@ def roll(
             found.append(token_slopes(some, tokens[part], float(log_beta[k].exp())))
         slopes[:, k] = row_sums(rows, torch.cat(found))
     return Rolled(x, slopes)
-
-
-def row_sums(rows: RowLogits, values: Tensor) -> Tensor:
-    """Values (R,) at the chosen positions, summed over each row of the batch, (B,)."""
-    return (
-        torch.zeros(rows.positions.shape, dtype=values.dtype, device=values.device)
-        .masked_scatter(rows.positions, values)
-        .sum(1)
-    )
-
-
-@torch.no_grad()
-def fluency(denoiser: Denoiser, x: Tensor, batch_size: int = 64) -> Tensor:
-    """fluency_0 and fluency_1 of each sample, (B, 2), float64, in nats per token; see the head of the file.
-
-    Args:
-        denoiser (`Denoiser`): The frozen network, absorbing process.
-        x (`torch.Tensor` of shape `(B, L)`): Samples, L >= 2.
-        batch_size (`int`, defaults to 64): Rows in one call of the network.
-    """
-    assert denoiser.mask_token_id is not None
-    found = []
-    for part in x.split(batch_size):
-        means = []
-        for offset in (0, 1):
-            hidden = torch.zeros_like(part, dtype=torch.bool)
-            hidden[:, offset::2] = True
-            rows = denoiser(part.masked_fill(hidden, denoiser.mask_token_id), 0.5, hidden)
-            nats = token_nats(rows, part[hidden], denoiser.mask_token_id).clamp(max=-math.log(1e-9))
-            means.append(-row_sums(rows, nats) / hidden[0].sum())
-        found.append(torch.stack(means, dim=1))
-    return torch.cat(found)
-
-
-@torch.no_grad()
-def token_prior(denoiser: Denoiser, length: int, device: torch.device | str = "cpu") -> list[float]:
-    """Log-probabilities of the V tokens where nothing is known, the mean law of all positions: `token_prior` of
-    [`LearnedScheduler`]. One call of the network.
-
-    Args:
-        denoiser (`Denoiser`): The frozen network, absorbing process.
-        length (`int`): Positions L.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where the network is.
-
-    Returns:
-        `list[float]`: Four decimals; never below log(1e-9), nor above it for the mask.
-    """
-    assert denoiser.mask_token_id is not None
-    masks = torch.full((1, length), denoiser.mask_token_id, device=device)
-    logits = denoiser(masks, 1.0, torch.ones_like(masks, dtype=torch.bool)).logits.double()
-    law = logits.index_fill(1, masks[0, :1], -torch.inf).softmax(-1).mean(0)
-    return [round(value, 4) for value in law.clamp(min=1e-9).log().tolist()]
-
-
-def rarity(prior: list[float], buckets: int) -> Tensor:
-    """Which of so many buckets of equal probability each token is in, from the commonest to the rarest, int64 (V,).
-
-    Args:
-        prior (`list[float]`): From `token_prior`.
-        buckets (`int`): How many.
-    """
-    law = torch.tensor(prior, dtype=torch.float64).softmax(0)
-    order = law.argsort(descending=True, stable=True)
-    centre = law[order].cumsum(0) - law[order] / 2
-    return torch.empty_like(order).scatter(0, order, (centre * buckets).long().clamp(max=buckets - 1))
-
-
-def text_features(
-    denoiser: Denoiser, prior: list[float], buckets: int, batch_size: int = 64
-) -> Callable[[Tensor], Tensor]:
-    """Tokens (B, L) to features (B, 2 buckets + 5), float64: how many tokens of a sample are common and how many rare, hashed
-    shares of pairs, fluencies, their squares and product.
-
-    Sharper samples are more fluent and lack rare tokens: the statistic has to see both.
-
-    Args:
-        denoiser (`Denoiser`): The frozen network, absorbing process.
-        prior (`list[float]`): From `token_prior`.
-        buckets (`int`): Of tokens by `rarity`, and as many of pairs.
-        batch_size (`int`, defaults to 64): Sequences in one call of the network.
-    """
-    bucket = rarity(prior, buckets)
-
-    def features(x: Tensor) -> Tensor:
-        rare = torch.zeros(len(x), buckets, dtype=torch.float64, device=x.device)
-        each = torch.full(x.shape, x.shape[1] ** -0.5, dtype=torch.float64, device=x.device)
-        rare.scatter_add_(1, bucket.to(x.device)[x], each)
-        pairs = ngram_features(x, 2, buckets)[:, buckets:]
-        a, b = fluency(denoiser, x, batch_size).unbind(1)
-        return torch.cat([rare, pairs, torch.stack([a, b, a * a, b * b, a * b], dim=1)], dim=1)
-
-    return features
 
 
 def descend_temperatures(

@@ -440,7 +440,16 @@ class NetworkDenoiser:
             raise ValueError(f"`x_t` has length {x_t.shape[1]}; this model takes at most {self.max_length}")
 
     def clean_logits(self, raw: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """The network's output as logits of p(x_0 | x_t), (B, L, V)."""
+        """The network's output as logits of p(x_0 | x_t), (B, L, V).
+
+        Raises:
+            ValueError: If it is not (B, L, width).
+        """
+        if raw.dim() != 3 or raw.shape[:2] != x_t.shape:
+            raise ValueError(
+                f"`model` returned logits of shape {tuple(raw.shape)} for tokens of shape {tuple(x_t.shape)}; they must be "
+                "(B, L, V)"
+            )
         raw = self.widen(raw)
         if self.shift:
             first = raw[:, :1]
@@ -505,10 +514,18 @@ def head_at(head: nn.Module, positions: Tensor, is_grid: bool = False) -> Iterat
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a network returns: a tensor, a tuple that starts with it, or an object with `.logits`."""
-    if isinstance(output, Tensor):
-        return output
-    return output[0] if isinstance(output, tuple) else output.logits
+    """The logits in what a network returns: a tensor, a tuple that starts with it, or an object with `.logits`.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"`model` returned a {type(output).__name__}; it must return logits (B, L, V): a tensor, a tuple that starts with "
+            "it, or an object with `.logits`"
+        )
+    return logits
 
 
 def rows_of(value: Any, active: Tensor) -> Any:

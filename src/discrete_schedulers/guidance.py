@@ -15,6 +15,14 @@ from discrete_schedulers.denoisers import NetworkDenoiser
 from discrete_schedulers.sampling import RowLogits
 
 GuidanceScale: TypeAlias = float | Callable[[float], float]
+GuidanceSchedule: TypeAlias = Literal["constant", "linear", "cosine"]
+
+
+def check_scale(guidance_scale: Any) -> None:
+    """Raises `ValueError` if this is neither a finite number nor a function."""
+    if callable(guidance_scale) or (isinstance(guidance_scale, numbers.Real) and math.isfinite(guidance_scale)):
+        return
+    raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it must be a finite number, or a function of t")
 
 
 @dataclass
@@ -59,9 +67,7 @@ class GuidedDenoiser:
     negative_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
-        scale = self.guidance_scale
-        if not callable(scale) and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
-            raise ValueError(f"`guidance_scale` is {scale!r}; it must be a finite number, or a function of t")
+        check_scale(self.guidance_scale)
         is_guided = callable(self.guidance_scale) or self.guidance_scale != 1
         if is_guided and not self.negative_conditions and self.negative_ids is None:
             raise ValueError(
@@ -178,10 +184,9 @@ def joined(value: Any, other: Any) -> Any:
     return torch.cat([value, other]) if isinstance(value, Tensor) else value
 
 
-def guidance_schedule(
-    name: Literal["constant", "linear", "cosine"], guidance_scale: float, start: float = 1.0
-) -> Callable[[float], float]:
-    """A guidance scale that grows while noise goes: s(t) = start + (guidance_scale - start) g(t).
+def guidance_schedule(name: GuidanceSchedule, guidance_scale: float, start: float = 1.0) -> Callable[[float], float]:
+    """A guidance scale that grows while noise goes: s(t) = start + (guidance_scale - start) g(t). Pipelines take the function
+    as `guidance_scale`, or its name as `guidance_schedule` beside a number.
 
     Args:
         name (`str`): `"constant"`: g = 1; `"linear"`: g = 1 - t; `"cosine"`: g = (1 - cos(pi (1 - t))) / 2.

@@ -29,9 +29,8 @@ NoiseSchedule: TypeAlias = Literal["loglinear", "linear", "cosine", "geometric"]
 
 LOGLINEAR_EPS = 1e-3  # SEDD, MDLM, RADD, DUO: alpha_1 = eps
 SIGMA_MIN, SIGMA_MAX = 1e-4, 20.0  # SEDD's geometric noise
-LEAST_TIME = (
-    2.0**-50
-)  # 9e-16, to step back from: below that float64 rounds alpha_t to 1, and no noise is left to take away
+# To step back from, 9e-16: below that float64 rounds alpha_t to 1, and no noise is left to take away
+LEAST_TIME = 2.0**-50
 
 
 def survival(t: Tensor, noise_schedule: NoiseSchedule) -> Tensor:

@@ -122,6 +122,7 @@ class LearnedScheduler(FactorisedScheduler):
     """
 
     revises_tokens = True  # with remasking
+    grid_blocks = ("times", "counts")
 
     @register_to_config
     def __init__(
@@ -204,7 +205,7 @@ class LearnedScheduler(FactorisedScheduler):
         blocks, where = self.blocks(num_inference_steps), f"coefficients for {num_inference_steps} steps have"
         if blocks and not set(blocks) & set(BLOCKS):
             raise ValueError(f"{where} no block of {type(self).__name__}; they have: {sorted(blocks)}")
-        grids = [name for name in ("times", "counts") if name in blocks]
+        grids = [name for name in self.grid_blocks if name in blocks]
         if grids and self.config.grid != "learned":
             raise ValueError(
                 f"{where} '{grids[0]}', which `grid='learned'` reads, but `grid` is {self.config.grid!r}; they must go together"

@@ -18,15 +18,18 @@ import math
 import numbers
 import os
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -186,6 +189,16 @@ class CheckedConfigMixin(ConfigMixin, ABC):
             super().register_to_config(_use_default_values=[key for key in defaults if key not in kwargs])
 
 
+def check_folder(name: str, folder: Path, subfolder: str | None) -> None:
+    """Raises `OSError` if a model's folder has no scheduler_config.json there; says which of its subfolders have one."""
+    if (folder / (subfolder or "") / SCHEDULER_CONFIG_NAME).is_file():
+        return
+    where = repr(name) if subfolder is None else f"the subfolder {subfolder!r} of {name!r}"
+    held = sorted(path.parent.name for path in folder.glob(f"*/{SCHEDULER_CONFIG_NAME}"))
+    hint = f"; pass `subfolder`: {' or '.join(map(repr, held))}" if held else ""
+    raise OSError(f"no file named {SCHEDULER_CONFIG_NAME} in {where}{hint}")
+
+
 class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
     """Abstract base. A concrete class has an `__init__` with `@register_to_config` that ends in `self.prepare()`, and
     `positions`, `move_rows` and `move_all`: or is a [`FactorisedScheduler`], which needs `positions` and `transition`.
@@ -208,6 +221,7 @@ class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
     chooses_by_logits = False
     draws_latent = False
     opens_by_chance = False
+    grid_blocks: tuple[str, ...] = ("times",)  # of `coefficients`: those that can be its grid
     learned_block: str | None = None  # the block of `coefficients` without which a budget cannot be run
     learned_knobs: Mapping[str, str] = {}  # numbers of the constructor that can be learned for each step: see `ALLOWED`
 
@@ -221,18 +235,28 @@ class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in diffusers, which passes over an argument that the class does not have. Of [`DiscreteScheduler`] itself, as its
-        `from_pretrained`, it gives the class that the config names.
+        `from_pretrained`, it gives the class that the config names. A learned grid that only the other class has
+        ([`LearnedScheduler`]'s counts) stays behind, and is there again on the way back.
 
         Raises:
             ValueError: If there is such an argument, or the config names no scheduler of this version.
         """
         if not inspect.isabstract(cls):
+            if isinstance(config, Mapping) and config.get("_class_name") != cls.__name__ and "grid" not in kwargs:
+                blocks = {name for budget in (config.get("coefficients") or {}).values() for name in budget}
+                if "counts" in blocks and "times" not in blocks and config.get("grid") in ("learned", "uniform", None):
+                    config = {**config, "grid": "learned" if "counts" in cls.grid_blocks else "uniform"}
             return super().from_config(config, return_unused_kwargs, **kwargs)
         kind = config.get("_class_name") if isinstance(config, Mapping) else None
-        known = {c.__name__: c for c in cls._get_compatibles()}
+        known = {c.__name__: c for c in cls.loadable()}
         if kind not in known:
             raise ValueError(f"`config` is of the class {kind!r}; known: {', '.join(sorted(known))}")
         return known[kind].from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def loadable(cls) -> list[type[DiscreteScheduler]]:
+        """The classes that a scheduler_config.json may be of: all concrete ones, and the one around diffusers' schedulers."""
+        return [*cls._get_compatibles(), sys.modules["discrete_schedulers"].ForeignScheduler]
 
     @property
     def compatibles(self) -> list[type[DiscreteScheduler]]:
@@ -248,17 +272,20 @@ class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
             OSError: If there is no config, or the Hub cannot be reached.
             ValueError: If it is not the config of a scheduler that this version has, or no such model is bundled.
         """
-        if is_bundled(str(pretrained_model_name_or_path)):
-            with bundled_folder(str(pretrained_model_name_or_path)) as folder:
-                return cls.load_config(folder, *args, **kwargs)
+        name, load = str(pretrained_model_name_or_path), super().load_config
+        if Path(name).is_dir():
+            check_folder(name, Path(name), kwargs.get("subfolder"))
         try:
-            load = super().load_config
-            loaded = patiently(lambda: load(pretrained_model_name_or_path, *args, **kwargs))
-            cls.check_loaded(str(pretrained_model_name_or_path), loaded[0] if isinstance(loaded, tuple) else loaded)
+            if is_bundled(name):
+                with bundled_folder(name) as folder:
+                    check_folder(name, Path(folder), kwargs.get("subfolder"))
+                    loaded = load(folder, *args, **kwargs)
+            else:
+                loaded = patiently(lambda: load(pretrained_model_name_or_path, *args, **kwargs))
+            cls.check_loaded(name, loaded[0] if isinstance(loaded, tuple) else loaded)
             return loaded
         except OSError as error:
             if isinstance(error.__context__, FileNotFoundError):  # huggingface_hub: not reached, and not in its cache
-                name = str(pretrained_model_name_or_path)
                 raise OSError(
                     f"the Hub {out_of_reach(error)}, and the scheduler {name!r} is not in the local cache"
                 ) from error
@@ -266,14 +293,21 @@ class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
 
     @classmethod
     def check_loaded(cls, name: str, config: Any) -> None:
-        """Raises `ValueError` if this is no config, or that of a class which is not here: one of a newer version."""
+        """Raises `ValueError` if this is no config, or that of a class which is not here: one of a newer version. Warns where
+        learned floats are another class's, which may read none of them."""
         if not isinstance(config, Mapping):
             raise ValueError(f"scheduler_config.json of {name!r} holds {config!r}; it must be a JSON object")
-        kind, known = config.get("_class_name", cls.__name__), sorted(c.__name__ for c in cls._get_compatibles())
+        kind, known = config.get("_class_name", cls.__name__), sorted(c.__name__ for c in cls.loadable())
         if kind not in (*known, cls.__name__):
             raise ValueError(
                 f"scheduler_config.json of {name!r} is of {kind!r}, which this version of discrete_schedulers does not have; "
                 f"known: {', '.join(known)}"
+            )
+        if kind != cls.__name__ and not inspect.isabstract(cls) and config.get("coefficients"):
+            warnings.warn(
+                f"scheduler_config.json of {name!r} holds learned floats of {kind}, of which {cls.__name__} reads those that "
+                "it has too, perhaps none; DiscreteScheduler.from_pretrained gives the class that was saved",
+                stacklevel=5,  # the line that calls from_pretrained
             )
 
     def prepare(self) -> None:
@@ -401,7 +435,8 @@ class DiscreteScheduler(SchedulerMixin, CheckedConfigMixin):
         blocks = self.budget(num_inference_steps)
         if name not in blocks:
             raise ValueError(
-                f"coefficients for {num_inference_steps} steps have no '{name}'; they have: {sorted(blocks)}"
+                f"coefficients for {num_inference_steps} steps have no '{name}'; they have: {sorted(blocks)}. Those of another "
+                "scheduler are left out by `coefficients=None`"
             )
         return blocks[name]
 
