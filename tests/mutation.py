@@ -209,6 +209,8 @@ def plant(mutant: dict[str, Any], original: Original) -> None:
         new = place.get((old.__code__.co_qualname, old.__code__.co_firstlineno))
         if new is not None:
             old.__code__, old.__defaults__, old.__kwdefaults__ = new.__code__, new.__defaults__, new.__kwdefaults__
+    for kept in [thing for thing in vars(module).values() if hasattr(thing, "cache_clear")]:
+        kept.cache_clear()  # of what was there
     for name, value in list(vars(fresh).items()):
         old = getattr(module, name, None)
         if isinstance(value, type) and value.__module__ == module.__name__:

@@ -94,9 +94,9 @@ def partly_known(batch: int, length: int, seed: int) -> Tensor:
 
 
 ADAPTIVE = [
-    (ThresholdScheduler, {"threshold": 2.0}),  # nothing is that sure: only what is due opens
+    (ThresholdScheduler, {"threshold": 1.0}),  # nothing is that sure: only what is due opens
     (ThresholdScheduler, {"rule": "factor", "factor": 1e-9}),
-    (KLASSScheduler, {"threshold": 2.0}),
+    (KLASSScheduler, {"threshold": 1.0}),
     (EntropyBoundScheduler, {"entropy_bound": 0.0}),
 ]
 
@@ -777,26 +777,34 @@ def test_arguments_that_are_refused(cls: type[DiscreteScheduler], kwargs: dict[s
 @pytest.mark.parametrize(
     ("cls", "knob", "bad"),
     [
-        (ThresholdScheduler, "threshold", None),
+        (ThresholdScheduler, "threshold", 1.5),
         (ThresholdScheduler, "factor", 0.0),
-        (KLASSScheduler, "threshold", None),
-        (KLASSScheduler, "kl_threshold", None),
+        (KLASSScheduler, "threshold", 1.5),
+        (KLASSScheduler, "kl_threshold", -0.5),
         (EntropyBoundScheduler, "entropy_bound", -0.1),
         (UniformEntropyBoundScheduler, "entropy_bound", -0.1),
         (PathPlanningScheduler, "stochasticity", -0.1),
     ],
 )
-def test_learned_knobs_are_checked_before_a_run(cls: type[DiscreteScheduler], knob: str, bad: float | None) -> None:
+def test_learned_knobs_are_checked_before_a_run(cls: type[DiscreteScheduler], knob: str, bad: float) -> None:
     """Their values by the constructor, their budgets by `set_timesteps`: before the network is called."""
     mask = None if cls is UniformEntropyBoundScheduler else 3
     with pytest.raises(ValueError, match="no coefficients for `num_inference_steps` 3; learned budgets: 2"):
         cls(4, mask, coefficients={"2": {knob: [0.5, 0.5]}}).set_timesteps(3)
-    if bad is not None:
-        with pytest.raises(ValueError, match=rf"`{knob}` for 2 steps is \[0.5, {bad}\]; allowed are"):
-            cls(4, mask, coefficients={"2": {knob: [0.5, bad]}})
+    with pytest.raises(ValueError, match=rf"`{knob}` for 2 steps is \[0.5, {bad}\]; allowed are"):
+        cls(4, mask, coefficients={"2": {knob: [0.5, bad]}})
 
 
 @pytest.mark.parametrize("name", ["entropy_bound", "first_temperature", "last_temperature"])
 def test_uniform_arguments_that_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"`{name}` is -1.0"):
         UniformEntropyBoundScheduler(vocab_size=4, **{name: -1.0})
+
+
+@pytest.mark.parametrize("scheduler", [ThresholdScheduler, KLASSScheduler])
+def test_a_threshold_is_a_probability(scheduler: type) -> None:
+    """Not per cent, in the constructor or among coefficients."""
+    with pytest.raises(ValueError, match=r"`threshold` is 90.0; allowed are numbers in \[0, 1\]"):
+        build(scheduler, 2, threshold=90.0)
+    with pytest.raises(ValueError, match=r"`threshold` for 2 steps is \[0.9, -0.1\]; allowed are numbers in \[0, 1\]"):
+        build(scheduler, 2, coefficients={"2": {"threshold": [0.9, -0.1]}})

@@ -333,9 +333,8 @@ def test_call_signature() -> None:
         parameter.default is not inspect.Parameter.empty for name, parameter in parameters.items() if name != "self"
     )
     names = "prompt template num_samples length num_inference_steps generator latents output_type return_dict"
-    names += (
-        " messages negative_prompt class_labels guidance_scale max_new_tokens logits_processor eos_token_id use_cache"
-    )
+    names += " messages negative_prompt class_labels guidance_scale guidance_schedule max_new_tokens logits_processor"
+    names += " eos_token_id use_cache"
     assert set(parameters) - {"self"} == {
         *names.split(),
         "callback_on_step_end",

@@ -213,7 +213,8 @@ def test_disks_that_fill_up(scripts: dict[str, Script], whole: Callable, tmp_pat
     goes on."""
     script, reference = scripts[name], whole(name)
     given = [*script.arguments, "--output_dir", str(tmp_path / "out"), *script.resume]
-    events = random.Random(f"{name} {code}").sample(range(1, reference.ended.events), KILLS)
+    possible = range(1, reference.ended.events)
+    events = random.Random(f"{name} {code}").sample(possible, min(KILLS, len(possible)))
     size = 300 if code == errno.EFBIG else None
     for event in [1, *sorted(events)]:
         ended = run(script.main, given, tmp_path / "out", Moment(event, size, code))
@@ -224,7 +225,7 @@ def test_disks_that_fill_up(scripts: dict[str, Script], whole: Callable, tmp_pat
         assert ended.code == 1
         assert last.startswith("OSError: "), ended.printed
         assert os.strerror(code) in last
-        assert "could not be written" in last or "`--output_dir`" in last, last
+        assert re.search("could not be (written|removed)|`--output_dir`", last), last
         assert str(tmp_path / "out") in last
     else:
         assert run(script.main, given, tmp_path / "out").code == 0
@@ -256,7 +257,8 @@ def test_sigterm(scripts: dict[str, Script], whole: Callable, tmp_path: Path, na
         assert ended.code == 143, ended.printed
         assert "SIGTERM: stopped; go on with `--resume_from_checkpoint latest`" in ended.printed
         assert "Traceback" not in ended.printed
-        assert list((tmp_path / "out").glob("checkpoint-*")) or (tmp_path / "out" / adapt.STATE).is_file()
+        kept = [*(tmp_path / "out").glob("checkpoint-*"), *(tmp_path / "out").glob("adapter_*.pt")]
+        assert kept  # of `adapt.py` the samples that it learns on, or a state
     else:
         assert start(processes)(script.main, given, tmp_path / "out").code == 0
     assert stopped

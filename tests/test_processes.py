@@ -392,6 +392,16 @@ def test_rows_have_generators_of_their_own() -> None:
         assert not torch.equal(both[0], both[1])
 
 
+def test_from_noise_to_noise_nothing_moves() -> None:
+    """Where alpha_s is 0, or rounds to it as near t = 1 of cosine noise, the law of x_s is x_t, in both forms of it."""
+    x_t, p_0 = torch.tensor([[0, 2]]), torch.full((1, 2, V), 1 / V, dtype=torch.float64)
+    for noise_schedule, s in (("linear", 1.0), ("cosine", 1.0), ("cosine", 1 - 1e-9)):
+        process = UniformProcess(V, noise_schedule)
+        assert process.alpha(s) == 0
+        assert torch.equal(process.posterior(x_t, p_0, 1.0, s), torch.eye(V, dtype=torch.float64)[x_t])
+        assert [float(jump) for jump in process.posterior_jumps(1.0, s)] == [0.0, 0.0, 0.0]
+
+
 # Errors
 
 

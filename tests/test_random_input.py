@@ -14,7 +14,7 @@ import tempfile
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from scheduler_cases import BUDGETS, CASES, SchedulerCase
 from tiny import seeded
@@ -214,6 +214,9 @@ TIMES = st.one_of(
     TIMES,
     st.integers(-1, 7),
 )
+@example("absorbing", "loglinear", 2, 1e-17, 0.0, 0)  # no noise left in float64
+@example("uniform", "linear", 2, 1.0, 1.0, 0)  # nothing but noise
+@example("uniform", "cosine", 2, 1.0, 1 - 1e-9, 0)
 def test_any_times_and_tokens(kind: str, noise_schedule: str, width: int, t: Any, s: Any, token: int) -> None:
     """A posterior is a law, and add_noise gives ids; or times and tokens are refused by name."""
     process = (

@@ -52,7 +52,7 @@ from discrete_schedulers import (
     sampling,
 )
 from discrete_schedulers.sampling import Generators
-from discrete_schedulers.schedulers import order_utils
+from discrete_schedulers.schedulers import order_utils, scheduling_utils
 from discrete_schedulers.schedulers.scheduling_utils import FactorisedScheduler, jump_share
 
 CLASSES = list(dict.fromkeys(case.cls for case in CASES))
@@ -675,6 +675,13 @@ def test_no_mask_opens_with_more_than_certainty() -> None:
     scheduler = LSDScheduler(vocab_size=5, mask_token_id=4, coefficients={"2": {"scale": [3.0, 1.0]}})
     scheduler.set_timesteps(2)
     assert scheduler.open_probability(0) == 1  # 3 (1 - 1/2) at the hazard 1
+
+
+def test_a_coin_on_the_border_opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A uniform number in [0, 1) is below a chance with that chance, and 0 is not below 0."""
+    scheduler, due = AncestralScheduler(vocab_size=5, mask_token_id=4), torch.tensor([0.25, 0.25, 0.0, 1.5]).double()
+    monkeypatch.setattr(scheduling_utils, "uniforms", lambda *_: torch.tensor([[0.25], [0.2], [0.0], [0.9]]).double())
+    assert scheduler.whole_counts(due, seeded()).tolist() == [0, 1, 0, 2]
 
 
 def test_infinite_rates_are_1e9() -> None:

@@ -25,6 +25,7 @@ from discrete_schedulers import (
     ScheduleConditionedProcess,
     SCUDScheduler,
     UniformProcess,
+    scud,
 )
 from discrete_schedulers.scud import EventOrder, JumpKernel, MatrixKernel, inverse_cdf, poisson_cdf
 
@@ -668,6 +669,16 @@ def test_runs_begin_anew() -> None:
 def test_arguments_that_are_refused(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kernel_scheduler(**kwargs)
+
+
+def test_what_a_kernel_may_remember(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound itself is allowed."""
+    found = ordinal().remembered()
+    monkeypatch.setattr(scud, "REMEMBERED", found)
+    assert ordinal().remembered() == found
+    monkeypatch.setattr(scud, "REMEMBERED", 0.99 * found)
+    with pytest.raises(ValueError, match=r"`event_rate` 4\.0 is too low"):
+        ordinal()
 
 
 def test_what_a_kernel_remembers() -> None:

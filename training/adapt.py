@@ -271,8 +271,10 @@ def load_data(
     else:
         share = range(accelerator.process_index, sum(sizes), accelerator.num_processes)
         drawn = gather_samples(accelerator, sample(FrozenTexts(pipe, length), DATA, share, length, args), sum(sizes))
+        before_end(lambda: None)  # SIGTERM waits for the file, and then all processes stop
         if accelerator.is_main_process:
             save_state(path, {"identity": identity, "samples": drawn})
+        stop_if_asked(accelerator)
     fit, heldout = drawn.split(sizes)
     return fit, heldout
 

@@ -90,13 +90,20 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, which loses its name before it loses its contents; nothing where there is none."""
-    if not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
+    """A file or a folder, which loses its name before it loses its contents; nothing where there is none.
+
+    Raises:
+        OSError: If it cannot be removed, as on a disk that can only be read.
+    """
     leaving = path.with_name(f".{path.name}.old.tmp")
-    shutil.rmtree(leaving, ignore_errors=True)
-    os.replace(path, leaving)
+    try:
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        shutil.rmtree(leaving, ignore_errors=True)
+        os.replace(path, leaving)
+    except OSError as error:
+        raise OSError(f"{path} could not be removed: {error.strerror or error}") from error
     shutil.rmtree(leaving, ignore_errors=True)
 
 

@@ -319,6 +319,11 @@ class UniformProcess(Process):
         alpha = self.alpha(t)
         return 1 + self.vocab_size * alpha / (1 - alpha)
 
+    def kept(self, t: Tensor | float, s: Tensor | float) -> Tensor:
+        """alpha_t / alpha_s, survival from s to t, float64; 1 where alpha_s is 0 already: from noise to noise nothing moves."""
+        alpha_t, alpha_s = self.alpha(t), self.alpha(s)
+        return torch.where(alpha_s > 0, alpha_t / alpha_s, 1.0)
+
     def leave_one_out(self, x_t: Tensor, p_0: Tensor, t: Tensor | float) -> Tensor:
         r"""l(v) = p(x_0 = v | the other positions of x_t), from p_0(v) = p(x_0 = v | x_t), shape (B, L, V), float64.
 
@@ -334,8 +339,7 @@ class UniformProcess(Process):
         [`Process.posterior`]."""
         self.check_reverse(x_t, p_0)
         check_step_back(t, s)
-        alpha_t, alpha_s = self.alpha(t).to(x_t.device), self.alpha(s).to(x_t.device)
-        kept = alpha_t / alpha_s  # survival from s to t
+        alpha_s, kept = self.alpha(s).to(x_t.device), self.kept(t, s).to(x_t.device)
         other = (1 - kept) / self.vocab_size  # the likelihood of x_t under v != x_t; under x_t it is kept + other
         law = alpha_s * self.leave_one_out(x_t, p_0, t) + (1 - alpha_s) / self.vocab_size
         own = law.gather(-1, x_t[..., None]) * (kept + other)
@@ -353,7 +357,7 @@ class UniformProcess(Process):
                 x_0 != x_t, and P(jump to another state at random) given x_0 = x_t.
         """
         alpha_t, alpha_s, others = self.alpha(t), self.alpha(s), (self.vocab_size - 1) / self.vocab_size
-        leaves = (1 - alpha_t / alpha_s) / (1 - alpha_t)
+        leaves = (1 - self.kept(t, s)) / (1 - alpha_t)
         at_random = others * leaves * (1 - alpha_s)
         return leaves * alpha_s, at_random, at_random / self.own_gain(t)
 

@@ -51,8 +51,8 @@ class KLASSScheduler(OrderScheduler):
         process (`str`, defaults to `"absorbing"`): Only `"absorbing"`.
         noise_schedule (`str`, defaults to `"loglinear"`): `"loglinear"`, `"linear"`, `"cosine"` or `"geometric"`.
         grid (`str`, defaults to `"uniform"`): `"uniform"`, `"cosine"`, `"optimal"` or `"learned"`; says how many open at least.
-        threshold (`float`, defaults to 0.9): Confidence above which a token can be stable.
-        kl_threshold (`float`, defaults to 0.01): Change of its law, in nats, below which it can be.
+        threshold (`float`, defaults to 0.9): Confidence above which a token can be stable, in [0, 1].
+        kl_threshold (`float`, defaults to 0.01): Change of its law, in nats, below which it can be, at least 0.
         history_length (`int`, defaults to 2): Number n of calls without a larger change, 1 or more.
         fallback_count (`int`, defaults to 1): Masks that open where none is stable, 1 or more.
         rounding (`str`, defaults to `"up"`): Of the number that is due: `"up"` or `"down"`.
@@ -64,7 +64,7 @@ class KLASSScheduler(OrderScheduler):
         information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
     """
 
-    learned_knobs = {"threshold": "any numbers", "kl_threshold": "any numbers"}
+    learned_knobs = {"threshold": "numbers in [0, 1]", "kl_threshold": "numbers of at least 0"}
 
     @register_to_config
     def __init__(

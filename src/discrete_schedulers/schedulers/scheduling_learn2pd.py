@@ -45,7 +45,7 @@ class Learn2PDScheduler(OrderScheduler):
         grid (`str`, defaults to `"uniform"`): `"uniform"`, `"cosine"`, `"optimal"` or `"learned"`; says how many open at least.
         filter (`dict`, *optional*): `hidden_weight` (H, w), `hidden_bias` (H,), `output_weight` (w, H) and `output_bias` (w,)
             as nested lists.
-        threshold (`float`, defaults to 0.9): Of f, above which a token is accepted; 1 accepts none by itself.
+        threshold (`float`, defaults to 0.9): Of f, above which a token is accepted, in [0, 1]; 1 accepts none by itself.
         rounding (`str`, defaults to `"up"`): Of the number that is due: `"up"` or `"down"`.
         block_length (`int`, *optional*): Opens blocks of this length, the filter's, from left to right; `None` is one block.
         temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most probable token, as published.
@@ -55,7 +55,7 @@ class Learn2PDScheduler(OrderScheduler):
         information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
     """
 
-    learned_knobs = {"threshold": "any numbers"}
+    learned_knobs = {"threshold": "numbers in [0, 1]"}
 
     @register_to_config
     def __init__(

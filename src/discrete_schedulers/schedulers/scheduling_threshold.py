@@ -41,7 +41,7 @@ class ThresholdScheduler(OrderScheduler):
         noise_schedule (`str`, defaults to `"loglinear"`): `"loglinear"`, `"linear"`, `"cosine"` or `"geometric"`.
         grid (`str`, defaults to `"uniform"`): `"uniform"`, `"cosine"`, `"optimal"` or `"learned"`; says how many open at least.
         rule (`str`, defaults to `"threshold"`): `"threshold"` or `"factor"`.
-        threshold (`float`, defaults to 0.9): Confidence above which a token is accepted; 1 accepts none by itself.
+        threshold (`float`, defaults to 0.9): Confidence above which a token is accepted, in [0, 1]; 1 accepts none by itself.
         factor (`float`, defaults to 1.0): Bound of (n + 1)(1 - c_(n)), positive; 1 is that of the theorem.
         rounding (`str`, defaults to `"up"`): Of the number that is due: `"up"` or `"down"`.
         block_length (`int`, *optional*): Opens blocks of this length from left to right; `None` is one block.
@@ -52,7 +52,7 @@ class ThresholdScheduler(OrderScheduler):
         information_curve (`list[float]`, *optional*): Masked cross-entropy of the model by revealed tokens, in nats.
     """
 
-    learned_knobs = {"threshold": "any numbers", "factor": "positive numbers"}
+    learned_knobs = {"threshold": "numbers in [0, 1]", "factor": "positive numbers"}
 
     @register_to_config
     def __init__(

@@ -97,7 +97,6 @@ KINDS: dict[str, tuple[type, str]] = {
     "bool": (bool, "True or False"),
 }
 ALLOWED: dict[str, Callable[[float], bool]] = {  # values of a knob; that they are finite is checked before
-    "any numbers": lambda value: True,
     "numbers of at least 0": lambda value: value >= 0,
     "positive numbers": lambda value: value > 0,
     "numbers in [0, 1]": lambda value: 0 <= value <= 1,
