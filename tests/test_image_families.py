@@ -40,6 +40,7 @@ from discrete_schedulers.models.image_checkpoints import (
     load_halton,
 )
 from discrete_schedulers.pipelines.images import decode, encode
+from discrete_schedulers.training import distill
 from discrete_schedulers.training.frozen import FrozenImages
 
 # ---- aMUSEd ----------------------------------------------------------------------------------------------------------
@@ -156,6 +157,19 @@ def test_amused_in_distillation(pipe: DiscreteImagePipeline) -> None:
         frozen.example(4)
         == "pipe('a red boat', guidance_scale=3.0, num_inference_steps=4).images[0].save(\"sample.png\")"
     )
+
+
+def test_amused_in_distillation_in_half_precision(amused_folder: Path) -> None:
+    """Network and text encoder; pixels stay as they were."""
+    given = ["--pretrained_model_name_or_path", str(amused_folder), "--output_dir", "out", "--method", "search"]
+    args = distill.parse_args([*given, "--guidance_scale", "2", "--mixed_precision", "bf16"])
+    frozen = distill.load_model(args, accelerate.Accelerator())
+    assert isinstance(frozen, FrozenImages)
+    parts = (frozen.pipe.model, frozen.pipe.text_encoder, frozen.pipe.decoder)
+    assert [part.dtype for part in parts] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    x, _ = frozen.draw(range(2), 2, [seeded(0), seeded(1)])
+    assert frozen.pixels(x).dtype == torch.float32
+    assert frozen.features([], 2)(x).isfinite().all()
 
 
 def test_amused_guided_logits(pipe: DiscreteImagePipeline, amused: AmusedPipeline) -> None:
