@@ -176,16 +176,21 @@ def tiny_images(num_classes: int | None = CLASSES, decoder: Any = None) -> Discr
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and pictures in a folder for each class: the higher, the brighter."""
+    """A model and pictures."""
     folder = tmp_path_factory.mktemp("images")
     tiny_images().save_pretrained(folder / "model")
+    write_pictures(folder / "pictures", PICTURES)
+    return folder
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    """So many in a folder for each class: the higher, the brighter."""
     numbers = np.random.default_rng(0)
     for number in range(CLASSES):
-        (folder / "pictures" / str(number)).mkdir(parents=True)
-        for i in range(PICTURES):
+        (folder / str(number)).mkdir(parents=True)
+        for i in range(count):
             grey = numbers.integers(60 * number, 60 * number + 100, (HEIGHT, WIDTH + 4)).astype(np.uint8)
-            Image.fromarray(grey).save(folder / "pictures" / str(number) / f"{i}.png")
-    return folder
+            Image.fromarray(grey).save(folder / str(number) / f"{i}.png")
 
 
 def given(work: Path, folder: Path, name: str) -> list[str]:

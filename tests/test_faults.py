@@ -25,6 +25,7 @@ import pytest
 from faults import Ended, Moment, require_whole, run, run_two
 from safetensors.torch import load_file
 from test_distill import save_model, write_texts
+from test_distill_images import FEW, tiny_images, write_pictures
 from test_pretrain import SMALL as PRETRAIN
 from test_pretrain import write_corpus
 from test_pretrain_images import SMALL as PRETRAIN_IMAGES
@@ -38,6 +39,7 @@ ALL = "FAULT_KILLS" in os.environ
 DISTILL = ["--num_inference_steps", "2", "4", "--num_samples", "13", "--num_eval_samples", "8"]
 MARGINAL = ["--method", "marginal", "--num_samples", "24", "--num_epochs", "3", "--buckets", "4"]
 ORDER = ["--method", "order", "--num_samples", "16", "--num_epochs", "12"]
+SEARCH = ["--num_inference_steps", "2", "4", "--num_eval_samples", "8", "--method", "search", *FEW]
 DIGITS = ["--patch_size", "7", "--max_train_steps", "40", "--checkpointing_steps", "8"]
 ADAPT = ["--max_train_steps", "6", "--checkpointing_steps", "2", "--max_data_samples", "24", "--num_eval_samples", "4"]
 ADAPT += ["--num_inference_steps", "1", "2", "--num_eval_latents", "2", "--num_latents", "2", "--train_batch_size", "2"]
@@ -107,6 +109,10 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Scri
     work = tmp_path_factory.mktemp("faults")
     save_model(work / "model")
     texts = ["--train_file", str(write_texts(work / "texts.txt"))]
+    tiny_images().save_pretrained(work / "images")
+    write_pictures(work / "pictures", 40)
+    pictures = ["--pretrained_model_name_or_path", str(work / "images")]
+    pictures += ["--train_data_dir", str(work / "pictures"), "--class_column", "label"]
     model = ["--pretrained_model_name_or_path", str(work / "model")]
     again = ["--resume_from_checkpoint", "latest"]
     spec = importlib.util.spec_from_file_location("generate", ROOT / "examples" / "generate.py")
@@ -121,6 +127,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Scri
             ),
             "marginal": Script(distill.main, [*model, *DISTILL, *MARGINAL, *texts], again, learned),
             "order": Script(distill.main, [*model, *DISTILL, *ORDER, *texts], again, learned),
+            "search images": Script(distill.main, [*pictures, *SEARCH], again, learned),
             "optimal_grid": Script(
                 distill.main, [*model, *DISTILL, "--method", "optimal_grid", *texts], again, learned
             ),
@@ -174,7 +181,7 @@ def cases(names: list[str], some: list[tuple[str, int]]) -> list[tuple[str, int]
     return [(name, processes) for name in names for processes in (1, 2)] if ALL else some
 
 
-EVERY = ["lsd", "marginal", "optimal_grid", "pretrain", "pretrain_images", "adapt", "generate"]
+EVERY = ["lsd", "marginal", "search images", "optimal_grid", "pretrain", "pretrain_images", "adapt", "generate"]
 SOME = [("lsd", 1), ("lsd", 2), ("pretrain", 1), ("pretrain", 2), ("pretrain_images", 1), ("adapt", 1), ("generate", 1)]
 
 
@@ -236,7 +243,7 @@ def test_disks_that_fill_up(scripts: dict[str, Script], whole: Callable, tmp_pat
 @pytest.mark.parametrize(
     ("name", "processes"),
     cases(
-        ["lsd", "marginal", "order", "pretrain", "pretrain_images", "adapt"],
+        ["lsd", "marginal", "search images", "order", "pretrain", "pretrain_images", "adapt"],
         [("lsd", 1), ("lsd", 2), ("order", 1), ("pretrain", 2)],
     ),
 )
