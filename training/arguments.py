@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 
-from discrete_schedulers.training.frozen import TEXT_FEATURES
+from discrete_schedulers.training.frozen import JUDGED_FEATURES
 from discrete_schedulers.training.hub import Parser, access_token, check_counts
 from discrete_schedulers.training.method_grids import RESOLUTION
 from discrete_schedulers.training.method_marginal import FLOATS, number_of_floats
@@ -291,8 +291,8 @@ def check_given(parser: argparse.ArgumentParser, args: argparse.Namespace, given
 
 def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]) -> None:
     """Exits with a message if a value is not for this method."""
-    if args.method in ("marginal", "search") and args.num_samples <= TEXT_FEATURES:
-        parser.error(f"--num_samples is {args.num_samples}; --method {args.method} needs more than {TEXT_FEATURES}")
+    if args.method in ("marginal", "search") and args.num_samples <= JUDGED_FEATURES:
+        parser.error(f"--num_samples is {args.num_samples}; --method {args.method} needs more than {JUDGED_FEATURES}")
     if args.order == "best" and (args.method != "search" or (args.plan != "best" and "order" in given)):
         parser.error("--order best is for --method search with --plan best; allowed elsewhere: random, spread")
     if args.order == "best" and args.plan != "best":

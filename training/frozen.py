@@ -25,6 +25,7 @@ from discrete_schedulers.training.features import IMAGE_FEATURES, Features, imag
 
 BUCKETS = 8  # tokens and pairs of texts in the statistic that judges: it needs more samples than features
 TEXT_FEATURES = 2 * BUCKETS + 5
+JUDGED_FEATURES = max(TEXT_FEATURES, IMAGE_FEATURES)  # more samples than this are enough for either
 AESTHETIC_SCORE = 6.0  # that text-to-image networks are told, as the pipeline's default
 
 

@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Callable
 
 from discrete_schedulers import DiscreteScheduler
-from discrete_schedulers.training.frozen import TEXT_FEATURES
+from discrete_schedulers.training.frozen import JUDGED_FEATURES
 from discrete_schedulers.training.method_filter import learn2pd
 from discrete_schedulers.training.method_grids import beta, jys, optimal_grid
 from discrete_schedulers.training.method_lsd import lsd
@@ -57,9 +57,9 @@ def check_data(args: argparse.Namespace, count: int, processes: int) -> None:
         count, where = min(count, args.num_samples), "(`--num_samples`, `--max_data_samples`)"
     if (args.method in ("optimal_grid", "beta") or args.unbiased) and count < 2:
         raise ValueError(f"a curve needs 2 sequences or more; there is {count} (`--max_data_samples`, `--num_samples`)")
-    if args.method in ("marginal", "search") and count // 2 <= TEXT_FEATURES:
+    if args.method in ("marginal", "search") and count // 2 <= JUDGED_FEATURES:
         raise ValueError(
-            f"`--method {args.method}` judges on half of {count} sequences; it needs more than {TEXT_FEATURES} there {where}"
+            f"`--method {args.method}` judges on half of {count} sequences; it needs more than {JUDGED_FEATURES} there {where}"
         )
     if args.method in FITS_ON_DATA and count < 2 * processes:  # an empty share, also of a half, has nothing to gather
         raise ValueError(
