@@ -45,6 +45,7 @@ from discrete_schedulers.training.features import (
     without,
 )
 from discrete_schedulers.training.frozen import FrozenImages, is_image_model, without_class
+from discrete_schedulers.training.measuring import distance_to
 from discrete_schedulers.training.run import Run
 
 HEIGHT, WIDTH = 2 * GRID[0], 2 * GRID[1]  # pixels
@@ -642,3 +643,12 @@ def test_what_is_a_model_of_images(work: Path, tmp_path: Path) -> None:
     (tmp_path / "amused").mkdir()
     (tmp_path / "amused" / "model_index.json").write_text('{"_class_name": "AmusedPipeline"}')
     assert is_image_model(str(tmp_path / "amused"), None)
+
+
+def test_too_few_images_for_the_statistic_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tiny_images()
+    args = SimpleNamespace(num_eval_samples=42, train_batch_size=8)
+    run: Any = SimpleNamespace(args=args, frozen=FrozenImages(pipe, LENGTH, [], 1.0), accelerator=Accelerator())
+    heldout = torch.zeros(50, LENGTH, dtype=torch.int64)
+    assert distance_to(run, heldout)(heldout) is None
+    assert "it needs 43 held-out images and samples (`--num_eval_samples`), here are 42" in capsys.readouterr().out

@@ -104,7 +104,13 @@ def distance_to(run: Run, heldout: Tensor) -> Callable[[Tensor], float | None]:
     """How far the samples of a model of images, (n, L), are from held-out ones (m, L), by `two_sample_statistic` on what
     `image_features` sees; `None` for texts, which have a judge, and where there are not twice as many as features: their
     covariance would not be known. Processes share the work."""
-    if run.frozen.noun != "images" or min(len(heldout), run.args.num_eval_samples) <= 2 * run.frozen.num_features:
+    if run.frozen.noun != "images":
+        return lambda samples: None
+    count, least = min(len(heldout), run.args.num_eval_samples), 2 * run.frozen.num_features + 1
+    if count < least:
+        run.accelerator.print(
+            f"no statistic in the table: it needs {least} held-out images and samples (`--num_eval_samples`), here are {count}"
+        )
         return lambda samples: None
     features, numbers = shared_features(run, []), range(run.args.num_eval_samples)
     classes = None if run.heldout_classes is None else run.frozen.classes_of(numbers)
