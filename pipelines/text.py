@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from discrete_schedulers.denoisers import Denoiser
+from discrete_schedulers.denoisers import AroundDenoiser, Denoiser
 from discrete_schedulers.sampling import RowLogits
 
 Message: TypeAlias = dict[str, Any]  # {"role": "user", "content": "..."}
@@ -251,7 +251,7 @@ def as_list(value: Any) -> list:
 
 
 @dataclass
-class ProcessedDenoiser:
+class ProcessedDenoiser(AroundDenoiser):
     """A denoiser whose logits pass through transformers' logits processors.
 
     A processor is called as in `generate`, with `(input_ids, scores)`: for a position i, `input_ids` (R, i) are the tokens
@@ -281,20 +281,6 @@ class ProcessedDenoiser:
                 f"`logits_processor` is a {type(self.logits_processor).__name__}; it must be a processor or a "
                 "transformers.LogitsProcessorList of them"
             )
-
-    @property
-    def vocab_size(self) -> int:
-        """Width V of the state space."""
-        return self.denoiser.vocab_size
-
-    @property
-    def mask_token_id(self) -> int | None:
-        """The mask's id; `None` for the uniform process."""
-        return self.denoiser.mask_token_id
-
-    def calls_at(self, t: Tensor | float) -> int:
-        """Calls of the network in one call at time t."""
-        return self.denoiser.calls_at(t)
 
     @overload
     def __call__(self, x_t: Tensor, t: Tensor | float, positions: None = None, **conditions: Any) -> Tensor: ...

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from discrete_schedulers import DiscreteDiffusionPipeline, DiscreteImagePipeline
 from discrete_schedulers.bundled import bundled_folder, is_bundled
-from discrete_schedulers.denoisers import Denoiser
+from discrete_schedulers.denoisers import AroundDenoiser, Denoiser
 from discrete_schedulers.models.loading import first_file, read_config
 from discrete_schedulers.pipelines.images import decode
 from discrete_schedulers.pipelines.pipeline_base import name_of
@@ -30,7 +30,7 @@ AESTHETIC_SCORE = 6.0  # that text-to-image networks are told, as the pipeline's
 
 
 @dataclass
-class Unconditional:
+class Unconditional(AroundDenoiser):
     """A network that is told, where nobody says otherwise, no class and no prompt.
 
     Args:
@@ -40,17 +40,6 @@ class Unconditional:
 
     denoiser: Denoiser
     nothing: Callable[[Tensor], dict[str, Tensor]]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.denoiser.vocab_size
-
-    @property
-    def mask_token_id(self) -> int | None:
-        return self.denoiser.mask_token_id
-
-    def calls_at(self, t: Tensor | float) -> int:
-        return self.denoiser.calls_at(t)
 
     def __call__(self, x_t: Tensor, t: Tensor | float, positions: Any = None, **conditions: Any) -> Any:
         return self.denoiser(x_t, t, positions, **(self.nothing(x_t) | conditions))

@@ -67,6 +67,26 @@ class Denoiser(Protocol):
         ...
 
 
+class AroundDenoiser:
+    """What a denoiser that asks another one has of it. Abstract: `__call__` is missing."""
+
+    denoiser: Denoiser
+
+    @property
+    def vocab_size(self) -> int:
+        """Width V of the state space."""
+        return self.denoiser.vocab_size
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """The mask's id; `None` for the uniform process."""
+        return self.denoiser.mask_token_id
+
+    def calls_at(self, t: Tensor | float) -> int:
+        """Calls of the network in one call at time t."""
+        return self.denoiser.calls_at(t)
+
+
 @dataclass
 class NetworkDenoiser:
     """A network and the facts about it.

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from discrete_schedulers.denoisers import NetworkDenoiser
+from discrete_schedulers.denoisers import AroundDenoiser, NetworkDenoiser
 from discrete_schedulers.sampling import RowLogits
 
 GuidanceScale: TypeAlias = float | Callable[[float], float]
@@ -26,7 +26,7 @@ def check_scale(guidance_scale: Any) -> None:
 
 
 @dataclass
-class GuidedDenoiser:
+class GuidedDenoiser(AroundDenoiser):
     r"""Classifier-free guidance: a conditional and an unconditional branch of one network, combined in raw logits.
 
         logits = u + s (c - u)          p_0(v) proportional to p(v | x_t, y)^s p(v | x_t)^(1 - s)
@@ -84,16 +84,6 @@ class GuidedDenoiser:
             raise ValueError(
                 f"`negative_ids` has ids from {ids.min()} to {ids.max()}; allowed are -1 to {self.vocab_size - 1}"
             )
-
-    @property
-    def vocab_size(self) -> int:
-        """Width V of the state space."""
-        return self.denoiser.vocab_size
-
-    @property
-    def mask_token_id(self) -> int | None:
-        """The mask's id; `None` for the uniform process."""
-        return self.denoiser.mask_token_id
 
     @property
     def time_conditioned(self) -> bool:
